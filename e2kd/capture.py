@@ -1,0 +1,210 @@
+"""What a student's forward pass leaves for the loss: its images and the features at the site."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel
+
+from e2kd.modes import rng_state
+from e2kd.outputs import first_tensor, images_in, logits_of
+from e2kd.sites import Site
+
+
+@dataclass
+class Record:
+    """One training forward of the student, kept until the loss has used it."""
+
+    images: Tensor
+    features: Tensor | None = None
+    rng: list[Tensor] | None = None  # random state when the head began
+    autocast: torch.dtype | None = None
+    static_graph: bool = False  # inside DistributedDataParallel(static_graph=True)
+    compiled: bool = False
+    node: Node | None = None  # what made the logits
+    logits: weakref.ref[Tensor] | None = None
+
+
+def _inert(*_: Any) -> None:
+    """What a copied or unpickled hook does."""
+
+
+def _make_inert() -> Any:
+    return _inert
+
+
+class _Hook:
+    """A hook of one module that copies and pickles to nothing, so that EMA copies and checkpoints stay clean."""
+
+    def __init__(self, module: nn.Module, action: Any) -> None:
+        self.module, self.action = module, action
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if module is self.module:
+            self.action(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _inert
+
+    def __reduce__(self) -> Any:
+        return _make_inert, ()
+
+
+class Tap:
+    """Hooks on a student that record its training forwards, and nothing in eval mode or under no_grad."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
+        self.records: list[Record] = []
+        self.images: Tensor | None = None  # of the open forward
+        self.features: Tensor | None = None
+        self.rng: list[Tensor] | None = None
+        self.open = self.paused = self.static_graph = self.compiled = False
+        self.autocast: torch.dtype | None = None
+        self.handles: list[Any] = []
+        self.site_handles: list[Any] = []
+        self.at_images = False
+        self.first: weakref.WeakMethod[Callable[[Tensor], None]] | None = None  # called with the first images
+        self._add(self.handles, student, self._enter, pre=True, kwargs=True)
+        self._add(self.handles, student, self._leave)
+
+    def read(self, site: Site | None) -> None:
+        """Capture at this site from now on; None captures images alone."""
+        self._drop(self.site_handles)
+        self.at_images = site is None
+        if site is None:
+            return
+        # Consumers come last and outside of checkpointed trunks; the last capture of a forward counts.
+        for name in reversed(site.producers):
+            self._add(self.site_handles, self.student.get_submodule(name), self._produced)
+        for name, position in site.consumers:
+            action = _Consumed(self, position)
+            self._add(self.site_handles, self.student.get_submodule(name), action, pre=True)
+
+    def remove(self) -> None:
+        """Take every hook off the student and forget what was recorded."""
+        self._drop(self.handles)
+        self._drop(self.site_handles)
+        self.records.clear()
+        self._clear()
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """No capture inside: for passes that e2kd itself runs."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def take(self, logits: Tensor) -> Record | None:
+        """The record of the forward that made these logits; None if there is none or it can't be told which."""
+        if self.open or self.compiled:
+            self._close(None)
+        made = [r for r in self.records if r.node is not None and _descends(logits, r.node)]
+        unknown = [r for r in self.records if r.node is None]
+        found = made[-1] if made else unknown[-1] if unknown else None
+        if found is not None:
+            self.records = [r for r in self.records if r is not found]
+        return found
+
+    def _add(self, handles: list[Any], module: nn.Module, action: Any, *, pre: bool = False, kwargs: bool = False) -> None:
+        hook = _Hook(module, action)
+        if pre:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs))
+        else:
+            handles.append(module.register_forward_hook(hook))
+
+    def _drop(self, handles: list[Any]) -> None:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+
+    def _clear(self) -> None:
+        self.images = self.features = self.rng = None
+        self.open = self.compiled = False
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused or not self.student.training or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            self.images, self.features, self.compiled = images_in(args, kwargs), None, True
+            return
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
+            return
+        self.records = [r for r in self.records if r.logits is not None and r.logits() is not None]
+        self._clear()
+        images = images_in(args, kwargs)
+        if images is not None and self.first is not None and (prepare := self.first()) is not None:
+            prepare(images)
+        self.images, self.open = images, True
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        self.static_graph = bool(ddp is not None and ddp.static_graph)
+        if images is not None:
+            device = images.device
+            self.autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+            self.rng = rng_state(device) if self.at_images else None
+
+    def _produced(self, args: tuple[Any, ...], output: Any) -> None:
+        self.keep(first_tensor(output))
+
+    def keep(self, features: Tensor | None) -> None:
+        """Remember the tensor at the site, if it belongs to a recorded forward and has a graph."""
+        if self.paused or features is None or not torch.is_grad_enabled() or not features.requires_grad:
+            return
+        if torch.compiler.is_compiling():
+            if self.student.training:
+                self.features, self.compiled = features, True
+            return
+        if self.open:
+            self.features, self.rng = features, rng_state(features.device)
+
+    def _leave(self, args: tuple[Any, ...], output: Any) -> None:
+        if self.paused or torch.compiler.is_compiling() or not self.open:
+            return
+        self._close(logits_of(output))
+
+    def _close(self, logits: Tensor | None) -> None:
+        if self.images is not None:
+            self.records.append(
+                Record(
+                    self.images,
+                    self.features,
+                    self.rng,
+                    self.autocast,
+                    self.static_graph,
+                    self.compiled,
+                    None if logits is None else logits.grad_fn,
+                    None if logits is None else weakref.ref(logits),
+                )
+            )
+        self._clear()
+
+
+class _Consumed:
+    """A pre-hook's action: remember one of the module's arguments."""
+
+    def __init__(self, tap: Tap, position: int) -> None:
+        self.tap, self.position = tap, position
+
+    def __call__(self, args: tuple[Any, ...]) -> None:
+        if self.position < len(args) and isinstance(args[self.position], Tensor):
+            self.tap.keep(args[self.position])
+
+
+def _descends(logits: Tensor, node: Node, steps: int = 64) -> bool:
+    """Whether logits were made by a node, perhaps through casts, slices or a wrapper's identity functions."""
+    queue = [logits.grad_fn]
+    for current in queue:
+        if current is node:
+            return True
+        if current is not None and len(queue) < steps:
+            queue.extend(parent for parent, _ in current.next_functions)
+    return False

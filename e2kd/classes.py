@@ -1,0 +1,75 @@
+"""Which classes of a sample are explained, and with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from e2kd.errors import shape
+
+Chosen = tuple[Tensor, Tensor]  # classes [B, k] and weights [B, k], which sum to 1 (or 0 where nothing is explained)
+Choice = Literal["teacher", "labels", "positives"] | int | Callable[[Tensor, Tensor | None], Chosen]
+
+
+def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Chosen:
+    """The classes to explain, [B, k], and their weights, [B, k].
+
+    "teacher": the teacher's top class, as in the paper. "labels": the target's class. "positives": every positive
+    of multi-hot targets, with equal weights. An integer k: the teacher's top k, weighted by its probabilities.
+    A function of (teacher_logits, targets) returns its own.
+
+    Raises:
+        ValueError: when the choice needs targets of another kind than came.
+
+    >>> choose(1, torch.tensor([[0., 2., 1.]]), None)
+    (tensor([[1]]), tensor([[1.]]))
+    >>> choose("positives", torch.zeros(1, 3), torch.tensor([[1., 0., 1.]]))
+    (tensor([[0, 2]]), tensor([[0.5000, 0.5000]]))
+    """
+    if callable(choice):
+        return choice(teacher_logits, targets)
+    if choice == "teacher":
+        return _ones(teacher_logits.argmax(1, keepdim=True), teacher_logits)
+    if choice == "labels":
+        return _ones(_labels(teacher_logits, targets), teacher_logits)
+    if choice == "positives":
+        return _positives(teacher_logits, targets)
+    if isinstance(choice, int) and choice >= 1:
+        top = teacher_logits.topk(min(choice, teacher_logits.shape[1]), dim=1)
+        return top.indices, F.softmax(top.values, dim=1)
+    raise ValueError(
+        f'Expected classes to be "teacher", "labels", "positives", an integer k >= 1 or a function, but got {choice!r}.'
+    )
+
+
+def _ones(classes: Tensor, like: Tensor) -> Chosen:
+    return classes, torch.ones_like(classes, dtype=like.dtype)
+
+
+def _labels(teacher_logits: Tensor, targets: Tensor | None) -> Tensor:
+    if targets is None or targets.shape != teacher_logits.shape[:1] or targets.is_floating_point():
+        came = "None" if targets is None else f"{shape(targets.shape)} of {targets.dtype}"
+        raise ValueError(
+            f'classes="labels" needs targets as class indices [{len(teacher_logits)}], but got {came}. '
+            'With mixup, soft or multi-hot targets use classes="teacher".'
+        )
+    return targets[:, None]
+
+
+def _positives(teacher_logits: Tensor, targets: Tensor | None) -> Chosen:
+    if targets is None or targets.shape != teacher_logits.shape:
+        came = "None" if targets is None else shape(targets.shape)
+        raise ValueError(
+            f'classes="positives" needs multi-hot targets {shape(teacher_logits.shape)}, but got {came}. '
+            'With class indices use classes="labels" or "teacher".'
+        )
+    positive = (targets > 0).to(teacher_logits.dtype)
+    width = max(int(positive.sum(1).amax()), 1) if len(positive) else 1
+    top = positive.topk(width, dim=1)
+    ordered = top.indices.where(top.values > 0, torch.full_like(top.indices, positive.shape[1])).sort(1).values
+    weights = (ordered < positive.shape[1]).to(positive.dtype)
+    return ordered.clamp_max(positive.shape[1] - 1), weights / weights.sum(1, keepdim=True).clamp_min(1)

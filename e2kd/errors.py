@@ -1,0 +1,34 @@
+"""The sentences users see: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NoEffectWarning(UserWarning):
+    """A part of the loss has no effect on training, although nothing crashed."""
+
+
+class UnsupportedModel(ValueError):
+    """A model that e2kd can't explain as asked; the message says what to do."""
+
+
+def unknown_layer(name: str, known: Iterable[str]) -> UnsupportedModel:
+    """The error for a layer name that does not exist, with the names that come close."""
+    names = [n for n in known if n]
+    tail = name.split(".")[-1]
+    near = difflib.get_close_matches(name, names, n=4) or [n for n in names if tail in n][:4] or names[-4:]
+    return UnsupportedModel(
+        f"The model has no layer named {name!r}. Names that come close: {', '.join(near)}. "
+        "`dict(model.named_modules())` lists all of them."
+    )
+
+
+def shape(tensor_shape: Iterable[int]) -> str:
+    """A shape in brackets, the way the docstrings write it.
+
+    >>> shape((2, 3))
+    '[2, 3]'
+    """
+    return "[" + ", ".join(str(n) for n in tensor_shape) + "]"

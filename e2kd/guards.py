@@ -1,0 +1,86 @@
+"""Checks of settings and batches, before anything is changed by them."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
+
+
+def check_settings(
+    weight: float,
+    kd_weight: float,
+    task_weight: float | None,
+    temperature: float,
+    fraction: float,
+    every: int,
+    resize: str | None,
+) -> None:
+    """Raise a ValueError for settings outside their range."""
+    for name, value in (("weight", weight), ("kd_weight", kd_weight), ("task_weight", task_weight or 0.0)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"Expected {name} >= 0, but got {value}.")
+    if not temperature > 0:
+        raise ValueError(f"Expected temperature > 0, but got {temperature}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"Expected fraction in (0, 1], but got {fraction}. weight=0 switches explanations off.")
+    if every < 1 or every != int(every):
+        raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
+    if resize not in (None, "image"):
+        raise ValueError(f'Expected resize to be None or "image", but got {resize!r}.')
+
+
+def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raise a ValueError for logits that can't be compared.
+
+    Non-finite values are looked for on the CPU only: on an accelerator that would wait for the device at every step,
+    and they show as a non-finite loss.
+    """
+    if logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"The student's logits are {shape(logits.shape)} and the teacher's {shape(teacher_logits.shape)}. "
+            "Both must be classifiers of the same classes in the same order."
+        )
+    if len(logits) == 0:
+        raise ValueError("Expected a batch of at least one image, but got an empty one. Skip empty batches.")
+    if logits.device.type == "cpu":
+        for name, values in (("student", logits), ("teacher", teacher_logits)):
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"The {name}'s logits hold {int((~values.isfinite()).sum())} values that are nan or infinite. "
+                    "Nothing was changed by this step; look at the images, the learning rate and the precision."
+                )
+
+
+def check_grid(maps: Tensor, place: str) -> None:
+    """Raise when a map has one cell, where any two positive maps look alike."""
+    if maps.shape[2] * maps.shape[3] == 1:
+        raise UnsupportedModel(
+            f"The student's maps at {place} have one cell, which says nothing about where it looks. "
+            "Use larger images or name an earlier layer through explainer=GradCAM(layer=...)."
+        )
+
+
+def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
+    """Warn when most explained samples have an all-zero map. On an accelerator `.parts["zero_maps"]` tells."""
+    if dead.device.type == "cpu" and float(dead.sum()) > 0.5 * float(total.sum()):
+        warnings.warn(
+            f"In this batch {float(dead.sum() / total.sum()):.0%} of the maps are zero everywhere (the student's at "
+            f"{place}, or the teacher's), so their explanations teach nothing. Expected in the first steps of an untrained "
+            "student; if it stays, name another layer or use another explainer. `e2kd.check` shows the rate.",
+            NoEffectWarning,
+            stacklevel=5,
+        )
+
+
+def warn_eval() -> None:
+    """Warn that a loss with gradients was asked for while the student is in eval mode."""
+    warnings.warn(
+        "The criterion returns the plain task loss because the student is in eval mode, although gradients are on: no "
+        "distillation happens. Call student.train() to distill (BatchNorm layers may stay in eval mode), or evaluate "
+        "under torch.no_grad().",
+        NoEffectWarning,
+        stacklevel=4,
+    )

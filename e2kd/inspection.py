@@ -1,0 +1,150 @@
+"""Explaining a model that is not being trained: one pass, no graph over its trunk, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.errors import UnsupportedModel, shape
+from e2kd.explainers import Explainer, GradCAM
+from e2kd.modes import evaluating, replaying, unwrap
+from e2kd.outputs import first_tensor, logits_of
+from e2kd.plans import Plan, plan_for
+from e2kd.views import View, autograd_view, closed_view
+
+
+class Explanation(NamedTuple):
+    """Logits [B, K], maps [B, C, h, w] on the network's own grid, and the explained classes [B]."""
+
+    logits: Tensor
+    maps: Tensor
+    classes: Tensor
+
+
+def explain(
+    model: nn.Module, images: Tensor, classes: Tensor | None = None, explainer: Explainer | None = None
+) -> Explanation:
+    """Explain a classifier's decisions, outside of training.
+
+    The model runs once, in eval mode, without a graph over its trunk; its mode, gradients and hooks are left
+    as they were. Works inside `no_grad` and `inference_mode`. Results carry no graph.
+
+    Args:
+        model: any image classifier.
+        images: [B, C, H, W], as the model expects them.
+        classes: [B] class indices; None explains each sample's top class.
+        explainer: `GradCAM()` if None.
+
+    Raises:
+        UnsupportedModel: when no layer of the model can be explained; the message says which `layer=` to try.
+        ValueError: for classes of the wrong shape or outside the logits.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    >>> found = explain(model, torch.rand(2, 3, 16, 16))
+    >>> found.logits.shape, found.maps.shape, found.classes.shape
+    (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]), torch.Size([2]))
+    """
+    model = unwrap(model)
+    explainer = explainer or GradCAM()
+    view = inspect(model, images, explainer)
+    chosen = view.logits.argmax(1) if classes is None else _checked(classes, view.logits)
+    with torch.inference_mode(False), torch.enable_grad():
+        maps = view.explain(explainer, chosen)
+    return Explanation(view.logits.detach(), maps.detach(), chosen)
+
+
+def _checked(classes: Tensor, logits: Tensor) -> Tensor:
+    count = logits.shape[1]
+    good = classes.shape == logits.shape[:1] and not classes.is_floating_point()
+    if not good or (len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < count):
+        raise ValueError(
+            f"Expected class indices [{len(logits)}] from 0 to {count - 1}, "
+            f"but got {shape(classes.shape)} of {classes.dtype}, {classes.flatten()[:4].tolist()}..."
+        )
+    return classes.to(logits.device)
+
+
+def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
+    """The view of an eval-mode forward whose logits and gradients can be asked for any class."""
+    with torch.inference_mode(False):
+        images = images.clone() if images.is_inference() else images.detach()
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
+            plan = plan_for(model, explainer, images)
+            if plan.head is None:
+                return _inspect_in_place(model, images, plan)
+            return _inspect_by_replay(model, images, plan)
+
+
+def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
+    size = (images.shape[-2], images.shape[-1])
+    assert plan.head is not None
+    if plan.site is None:
+        captured = images.clone()
+    else:
+        with torch.no_grad(), _captured(model, plan.site.producers[0]) as kept:
+            logits = logits_of(model(images))
+        captured = plan.head.prologue(_single(kept, plan.site.layer))
+        if plan.linear is not None:
+            return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
+    captured = captured.to(_dtype(model)).requires_grad_()
+    with torch.enable_grad(), replaying([], images.device, None):
+        return autograd_view(captured, plan.head(captured), plan, size, create_graph=False)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _inspect_in_place(model: nn.Module, images: Tensor, plan: Plan) -> View:
+    """The graph begins at the site: what runs before it is run without gradients."""
+    assert plan.site is not None
+    kept: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        torch.set_grad_enabled(True)
+        features = first_tensor(output)
+        assert features is not None
+        kept.append(features.detach().requires_grad_())
+        return _with_first(output, features, kept[-1])
+
+    handle = model.get_submodule(plan.site.tensor_of).register_forward_hook(cut)
+    try:
+        with torch.no_grad():  # ends with the grad mode it began with, whatever the hook set inside
+            logits = logits_of(model(images))
+    finally:
+        handle.remove()
+    size = (images.shape[-2], images.shape[-1])
+    return autograd_view(_single(kept, plan.site.layer), logits, plan, size, create_graph=False)
+
+
+def _with_first(output: Any, old: Tensor, new: Tensor) -> Any:
+    if output is old:
+        return new
+    return type(output)(new if item is old else item for item in output)
+
+
+@contextmanager
+def _captured(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        features = first_tensor(output)
+        assert features is not None
+        kept.append(features)
+
+    handle = model.get_submodule(name).register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def _single(kept: list[Tensor], layer: str) -> Tensor:
+    if not kept:
+        raise UnsupportedModel(f"Layer {layer!r} did not run in this forward pass. Name another through layer=.")
+    return kept[-1]

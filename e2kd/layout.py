@@ -1,0 +1,102 @@
+"""From the tensors networks pass around to maps [B, C, h, w], and which layout a tensor has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from e2kd.errors import UnsupportedModel, shape
+
+MAX_PREFIX = 16  # class, distillation and register tokens in front of the patch tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How features are laid out: "NCHW", "NHWC" or "NLC" with `prefix` tokens before the patch tokens.
+
+    >>> import torch
+    >>> Layout("NLC", prefix=1).to_maps(torch.zeros(2, 197, 8), (224, 224)).shape
+    torch.Size([2, 8, 14, 14])
+    """
+
+    order: str
+    prefix: int = 0
+
+    def to_maps(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Features in this layout -> maps [B, C, h, w]; a view where possible.
+
+        Raises:
+            UnsupportedModel: when the tokens don't form a grid of the image's aspect ratio.
+        """
+        if self.order == "NCHW":
+            return features
+        if self.order == "NHWC":
+            return features.movedim(-1, 1)
+        grid = grid_of(features.shape[1] - self.prefix, image_size)
+        if grid is None:
+            raise UnsupportedModel(
+                f"{features.shape[1]} tokens with {self.prefix} prefix tokens don't form a grid with the aspect "
+                f"ratio of images {shape(image_size)}. Name a layer with spatial output through layer=."
+            )
+        return features[:, self.prefix :].transpose(1, 2).unflatten(2, grid)
+
+
+def grid_of(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid (h, w) of `tokens` patch tokens with the image's aspect ratio, if there is one.
+
+    >>> grid_of(98, (224, 448)), grid_of(197, (224, 224))
+    ((7, 14), None)
+    """
+    if tokens < 1:
+        return None
+    height = round((tokens * image_size[0] / image_size[1]) ** 0.5)
+    if height < 1 or tokens % height:
+        return None
+    width = tokens // height
+    return (height, width) if _same_aspect(height, width, image_size) else None
+
+
+def _same_aspect(height: int, width: int, image_size: tuple[int, int]) -> bool:
+    """Whether a grid may come from the image: square from square, else up to the rounding of a stride."""
+    if image_size[0] == image_size[1]:
+        return height == width
+    return abs(height * image_size[1] - width * image_size[0]) <= max(image_size) * 1.01
+
+
+def layout_of(shape: tuple[int, ...], image_size: tuple[int, int], prefer: str = "NCHW") -> Layout | None:
+    """The layout of a feature tensor of this shape, or None when it holds no map of more than one cell.
+
+    Args:
+        shape: [B, C, h, w], [B, h, w, C] or [B, tokens, C].
+        image_size: (H, W) of the images the features come from.
+        prefer: which order to take for a 4-D shape that could be both.
+
+    >>> layout_of((2, 7, 7, 768), (224, 224)).order, layout_of((2, 198, 192), (224, 224))
+    ('NHWC', Layout(order='NLC', prefix=2))
+    """
+    if len(shape) == 4:
+        return _layout_of_image(shape, image_size, prefer)
+    if len(shape) == 3:
+        return _layout_of_tokens(shape[1], image_size)
+    return None
+
+
+def _layout_of_image(shape: tuple[int, ...], image_size: tuple[int, int], prefer: str) -> Layout | None:
+    sides = {"NCHW": (shape[2], shape[3]), "NHWC": (shape[1], shape[2])}
+    fitting = [
+        order
+        for order, (h, w) in sides.items()
+        if h * w > 1 and h <= image_size[0] and w <= image_size[1] and _same_aspect(h, w, image_size)
+    ]
+    if not fitting:
+        return None
+    return Layout(prefer if prefer in fitting else fitting[0])
+
+
+def _layout_of_tokens(tokens: int, image_size: tuple[int, int]) -> Layout | None:
+    for prefix in range(min(MAX_PREFIX, tokens - 2) + 1):
+        grid = grid_of(tokens - prefix, image_size)
+        if grid is not None and grid[0] * grid[1] > 1:
+            return Layout("NLC", prefix)
+    return None

@@ -1,0 +1,275 @@
+"""The losses: explanation similarity, and the one-line e²KD criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.classes import Choice, choose
+from e2kd.explainers import Explainer, GradCAM
+from e2kd.guards import check_batch, check_grid, check_settings, warn_dead, warn_eval
+from e2kd.logits import kd_loss
+from e2kd.modes import unwrap
+from e2kd.outputs import logits_of
+from e2kd.similarity import check_maps, cosine, is_zero, resize
+from e2kd.student import StudentExplainer
+from e2kd.tasks import default_task, task_input
+from e2kd.teacher import Normalization, Teacher
+from e2kd.views import View
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+Distillation = Callable[[Tensor, Tensor], Tensor]
+
+
+class ExplanationLoss(nn.Module):
+    """1 - similarity of student and teacher maps, averaged over the batch (e²KD, Eq. 3); with cosine in [0, 2].
+
+    Args:
+        similarity: any function (student maps [B, C, h, w], teacher maps [B, C, h, w]) -> [B].
+        size: (H, W) both maps are first resized to, as the paper's code does with the image's size;
+            None compares them on the student's grid.
+        reduction: "mean" -> [], "none" -> [B].
+
+    >>> ExplanationLoss()(torch.ones(2, 1, 7, 7), torch.ones(2, 1, 14, 14))
+    tensor(0.)
+    """
+
+    def __init__(
+        self, similarity: Similarity = cosine, *, size: tuple[int, int] | None = None, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"Expected reduction to be 'mean' or 'none', but got {reduction!r}.")
+        self.similarity, self.size, self.reduction = similarity, size, reduction
+
+    def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
+        """Maps [B, C, H, W] and [B, C, h, w] -> [] or [B]."""
+        values = 1 - _similarities(self.similarity, student_maps, teacher_maps, self.size)
+        return values.mean() if self.reduction == "mean" else values
+
+
+def _similarities(similarity: Similarity, student: Tensor, teacher: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Similarity [B] of maps brought to one grid: `size`, or the student's."""
+    check_maps(student, teacher)
+    size = size or (student.shape[-2], student.shape[-1])
+    values = similarity(resize(student, size), resize(teacher, size))
+    if values.shape != student.shape[:1]:
+        raise ValueError(
+            f"Expected a similarity that returns one value per sample, [{len(student)}], but it returned "
+            f"{tuple(values.shape)}. Reduce over channels and space, not over the batch."
+        )
+    return values
+
+
+class E2KDLoss(nn.Module):
+    """Explanation-enhanced knowledge distillation (e²KD, ECCV 2024, Eq. 2) around any criterion.
+
+    loss = task_weight * criterion(outputs, targets) + kd_weight * τ² KL(teacher || student)
+           + weight * mean(1 - cos(student's map, teacher's map))
+
+    Called as the criterion was: `loss = criterion(student(images), targets)`. It listens to the student's training
+    forwards with hooks, so the trainer's call stays as it is, under DistributedDataParallel, torch.compile, autocast,
+    accumulation and activation checkpointing; it explains them by running the head, not the trunk, again.
+    Teacher and student are not submodules: parameters and state_dict are those of `criterion` alone.
+
+    In eval mode or under `no_grad` it returns the plain task loss and keeps nothing; without a criterion that is
+    the cross-entropy with the targets. `.parts` holds detached scalars of the last training call: loss, task, kd,
+    explanation, cosine, agreement (share of equal top classes) and zero_maps (samples whose map is
+    zero in student or teacher, which therefore teach nothing). Reading a value is what waits for the device.
+    In a step that explains nothing (`every`), explanation and zero_maps are 0 and cosine is nan.
+
+    Args:
+        student: the module being trained, before or after it is wrapped by its trainer.
+        teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode.
+        criterion: the criterion you had; None is pure distillation, the paper's setting.
+        explainer: the student's; None is `GradCAM()` at the layer found for the model.
+        teacher_explainer: the teacher's; None is the student's.
+        similarity: (student maps, teacher maps) -> [B].
+        weight: λ, of the explanation term. The paper tries 1 to 10.
+        kd_weight: of the logit term.
+        task_weight: of the criterion; None is 1 with a criterion.
+        temperature: τ. The paper tries 1 and 5.
+        classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets),
+            an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`).
+        fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term.
+        every: explain every k-th step, the term times k. The paper's code skips without that factor.
+        resize: "image" compares maps at image size as the paper's code does; None on the student's grid.
+        distillation: (student logits, teacher logits) -> []; None is `kd_loss` at `temperature`. Use
+            `MultiLabelKDLoss()` for multi-label teachers.
+        input_normalization: (mean, std) your images are normalised with; tells how to renormalise for the teacher.
+        teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own.
+        teacher_size: side or (H, W) the teacher expects; timm teachers of fixed size know theirs.
+        example: images [B, C, H, W] to find the student's layer with; None makes noise of a usual size.
+
+    Raises:
+        UnsupportedModel: when a model can't be explained; the message says what to do.
+        ValueError, TypeError, RuntimeError: for bad settings or input; nothing has been changed then.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = lambda width: nn.Sequential(
+    ...     nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+    >>> student, teacher = net(4), net(8)
+    >>> criterion = E2KDLoss(student, teacher, nn.CrossEntropyLoss())
+    >>> loss = criterion(student(torch.rand(2, 3, 32, 32)), torch.tensor([0, 3]))
+    >>> loss.backward()
+    >>> sorted(criterion.parts)
+    ['agreement', 'cosine', 'explanation', 'kd', 'loss', 'task', 'zero_maps']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | str,
+        criterion: Callable[..., Tensor] | None = None,
+        *,
+        explainer: Explainer | None = None,
+        teacher_explainer: Explainer | None = None,
+        similarity: Similarity = cosine,
+        weight: float = 1.0,
+        kd_weight: float = 1.0,
+        task_weight: float | None = None,
+        temperature: float = 1.0,
+        classes: Choice = "teacher",
+        fraction: float = 1.0,
+        every: int = 1,
+        resize: str | None = None,
+        distillation: Distillation | None = None,
+        input_normalization: Normalization | None = None,
+        teacher_normalization: Normalization | None = None,
+        teacher_size: int | tuple[int, int] | None = None,
+        example: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(weight, kd_weight, task_weight, temperature, fraction, every, resize)
+        self.criterion = criterion
+        self.explainer = explainer or GradCAM()
+        self.similarity, self.classes, self.resize = similarity, classes, resize
+        self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
+        self.task_weight = task_weight if task_weight is not None else float(criterion is not None)
+        self.fraction, self.every, self.distillation = fraction, every, distillation
+        # Not registered as submodules: neither belongs to the criterion's parameters, state or device.
+        for name, value in (
+            ("student", StudentExplainer(unwrap(student), self.explainer, example)),
+            (
+                "teacher",
+                Teacher(
+                    teacher,
+                    teacher_explainer or self.explainer,
+                    teacher_normalization,
+                    input_normalization,
+                    teacher_size,
+                ),
+            ),
+        ):
+            object.__setattr__(self, name, value)
+        self.student: StudentExplainer
+        self.teacher: Teacher
+        self.step = 0
+        self._parts: dict[str, Tensor] = {}
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Detached scalars of the last training call; see the class."""
+        return dict(self._parts)
+
+    def remove(self) -> None:
+        """Take every hook off the student. The criterion can't teach afterwards."""
+        self.student.tap.remove()
+
+    def forward(
+        self, outputs: Any, targets: Tensor | None = None, *, num_items_in_batch: Tensor | int | None = None, **_: Any
+    ) -> Tensor:
+        """The loss [] for the student's outputs.
+
+        Args:
+            outputs: what the student returned: logits [B, K], or a tuple, dict or ModelOutput with them.
+            targets: what the criterion takes; None for pure distillation.
+            num_items_in_batch: samples of the whole accumulated batch (Hugging Face Trainer); the loss is
+                then the batch's sum divided by it.
+        """
+        logits = logits_of(outputs)
+        if not self._teaching(logits):
+            return self._task(outputs, logits, targets)
+        return self._scaled(self._teach(outputs, logits, targets), logits, num_items_in_batch)
+
+    def _teaching(self, logits: Tensor) -> bool:
+        if not (self.training and torch.is_grad_enabled() and logits.requires_grad):
+            return False
+        if not self.student.student.training:
+            warn_eval()
+            return False
+        return True
+
+    def _task(self, outputs: Any, logits: Tensor, targets: Tensor | None) -> Tensor:
+        if self.criterion is None:
+            return default_task(logits, targets)
+        return self.criterion(task_input(outputs, logits), targets)
+
+    def _scaled(self, loss: Tensor, logits: Tensor, items: Tensor | int | None) -> Tensor:
+        return loss if items is None else loss * (len(logits) / items)
+
+    def _teach(self, outputs: Any, logits: Tensor, targets: Tensor | None) -> Tensor:
+        record = self.student.record(logits)
+        explaining = self.weight != 0 and self.step % self.every == 0
+        self.step += 1
+        zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")} | {"cosine": zero + torch.nan}
+        loss = zero
+        if self.task_weight != 0:
+            parts["task"] = self._task(outputs, logits, targets)
+            loss = loss + self.task_weight * parts["task"]
+        if explaining or self.kd_weight != 0:
+            with torch.autocast(logits.device.type, record.autocast, enabled=record.autocast is not None):
+                view = self.teacher.view(record.images) if explaining else None
+                teacher_logits = view.logits if view is not None else self.teacher.logits(record.images)
+            teacher_logits = teacher_logits.detach()
+            check_batch(logits, teacher_logits)
+            parts["agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
+            if self.kd_weight != 0:
+                parts["kd"] = self._distill(logits, teacher_logits)
+                loss = loss + self.kd_weight * parts["kd"]
+            if view is not None:
+                student = self.student.view(record, logits)
+                parts |= self._explain(student, view, teacher_logits, targets, record.images)
+                loss = loss + self.weight * parts["explanation"]
+        self._parts = {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
+        return loss
+
+    def _distill(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        if self.distillation is not None:
+            return self.distillation(logits, teacher_logits)
+        return kd_loss(logits, teacher_logits, self.temperature)
+
+    def _explain(
+        self, student: View, teacher: View, teacher_logits: Tensor, targets: Tensor | None, images: Tensor
+    ) -> dict[str, Tensor]:
+        """The explanation term, unbiased over steps and batch, with what is reported of it."""
+        classes, weights = choose(self.classes, teacher_logits, targets)
+        rows = self._rows(len(images), images.device)
+        similarity = dead = torch.zeros((), device=images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            for chosen, weight in zip(classes.T, weights.T, strict=True):
+                mine = student.explain(self.explainer, chosen, rows)
+                theirs = teacher.explain(self.teacher.explainer, chosen, rows).detach()
+                check_grid(mine, self.student.place)
+                weight = weight if rows is None else weight[rows]
+                size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
+                similarity = similarity + weight * _similarities(self.similarity, mine, theirs, size)
+                dead = dead + (is_zero(mine) | is_zero(theirs)) * weight
+        total = (weights if rows is None else weights[rows]).sum(1)
+        warn_dead(dead, total, self.student.place)
+        explanation = (total - similarity).mean()
+        return {
+            "explanation": explanation * self.every,
+            "cosine": similarity.sum() / total.sum(),
+            "zero_maps": ((dead > 0.5 * total) & (total > 0)).sum(),
+        }
+
+    def _rows(self, batch: int, device: torch.device) -> Tensor | None:
+        """Indices of the samples to explain, None for all."""
+        if self.fraction == 1:
+            return None
+        return torch.randperm(batch)[: max(1, round(self.fraction * batch))].to(device)

@@ -1,0 +1,85 @@
+"""Contexts that borrow a model and give it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def kept_statistics(modules: list[nn.Module]) -> Iterator[None]:
+    """BatchNorm normalises as before but does not update its running statistics."""
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def rng_state(device: torch.device) -> list[Tensor]:
+    """The random generators a model on `device` draws from: the CPU's and the device's own."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def set_rng_state(states: list[Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+@contextmanager
+def replaying(modules: list[nn.Module], device: torch.device, states: list[Tensor] | None) -> Iterator[None]:
+    """What a second run of a part of a model needs to give the same numbers and a double backward.
+
+    Full precision, the math kernel of attention (the fused ones have no second derivative),
+    the random numbers of the first run if given, and BatchNorm statistics counted once.
+    """
+    outer = rng_state(device) if states is not None else None
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(kept_statistics(modules))
+        if states is not None:
+            set_rng_state(states, device)
+        try:
+            yield
+        finally:
+            if outer is not None:
+                set_rng_state(outer, device)

@@ -1,0 +1,72 @@
+"""Logits out of whatever a classifier returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from e2kd.errors import shape
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits [B, K] in a tensor, tuple, dict or Hugging Face ModelOutput.
+
+    A dict or ModelOutput gives its "logits" (or its only tensor [B, K]); a tuple its first tensor [B, K].
+
+    Raises:
+        TypeError: when there are none; the message says what came.
+
+    >>> import torch
+    >>> logits_of({"loss": None, "logits": torch.zeros(2, 5)}).shape
+    torch.Size([2, 5])
+    """
+    found = _find(outputs)
+    if found is None:
+        raise TypeError(
+            f"Expected logits [B, K] as a tensor, or a tuple, dict or ModelOutput holding them, but got {_say(outputs)}. "
+            "Pass the classifier's output as it came from the model."
+        )
+    return found
+
+
+def _find(outputs: Any) -> Tensor | None:
+    if isinstance(outputs, Tensor):
+        return outputs if outputs.ndim == 2 else None
+    if isinstance(named := getattr(outputs, "logits", None), Tensor):
+        return _find(named)
+    if isinstance(outputs, dict):
+        if "logits" in outputs:
+            return _find(outputs["logits"])
+        outputs = tuple(outputs.values())
+    if isinstance(outputs, (tuple, list)):
+        return next((x for x in outputs if isinstance(x, Tensor) and x.ndim == 2), None)
+    return None
+
+
+def _say(outputs: Any) -> str:
+    if isinstance(outputs, Tensor):
+        return f"a tensor {shape(outputs.shape)}"
+    if isinstance(outputs, dict):
+        return f"a {type(outputs).__name__} with {', '.join(map(str, outputs)) or 'nothing'}"
+    return f"a {type(outputs).__name__}"
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a tensor, tuple, list or dict.
+
+    >>> first_tensor((None, [2])) is None
+    True
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return next((found for v in value if (found := first_tensor(v)) is not None), None)
+    return None
+
+
+def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The images [B, C, H, W] among the arguments of a model's call."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 4), None)

@@ -1,0 +1,63 @@
+"""How a model is explained: the site, the head after it and, where it has one, the closed form."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from e2kd.explainers import Explainer, reads_images
+from e2kd.heads import Head, WholeModel, find_head, find_linear
+from e2kd.layout import Layout
+from e2kd.sites import Site, find_site
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where to read in a model and how to take the gradient there.
+
+    Attributes:
+        site: the tensor to read; None for explainers of the images themselves.
+        head: the rest of the model from there; None when it can only be differentiated in place.
+        linear: name of the classifier after average pooling, if the head is just that.
+    """
+
+    site: Site | None
+    head: Head | None
+    linear: str | None
+
+    def maps(self, captured: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """The tensor the site holds, as maps [B, C, h, w]."""
+        layout = self.site.layout if self.site else Layout("NCHW")
+        return layout.to_maps(captured, image_size)
+
+    @property
+    def place(self) -> str:
+        """Where it reads, in words."""
+        return f"layer {self.site.layer!r}" if self.site else "the images"
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str | None, int], Plan]] = weakref.WeakKeyDictionary()
+
+
+def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
+    """The plan for a model, found by running it on two of the images, once as long as its modules are the same.
+
+    Raises:
+        UnsupportedModel: when the model can't be explained there.
+    """
+    if reads_images(explainer):
+        return Plan(None, WholeModel(model), None)
+    known = _plans.setdefault(model, {})
+    key = (explainer.layer, hash(tuple(map(id, model.modules()))))
+    if key not in known:
+        known.clear()
+        known[key] = _make_plan(model, explainer.layer, images)
+    return known[key]
+
+
+def _make_plan(model: nn.Module, layer: str | None, images: Tensor) -> Plan:
+    site, found = find_site(model, images[:2], layer)
+    head = find_head(model, site, found)
+    return Plan(site, head, find_linear(site, head, found))

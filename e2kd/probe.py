@@ -1,0 +1,165 @@
+"""One forward and backward of a model that records which module made which tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from e2kd.modes import evaluating
+from e2kd.outputs import first_tensor, logits_of
+
+
+@dataclass
+class Call:
+    """One call of one module: the tensors it was given and the first tensor it returned."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    output: Tensor | None = None
+    bare: bool = False  # returned alone or first in a tuple, not inside a dict or ModelOutput
+    gradient: Tensor | None = None  # of the top logits with respect to `output`
+
+
+@dataclass
+class Trace:
+    """The calls of one forward, in the order they ended."""
+
+    images: Tensor
+    logits: Tensor
+    calls: list[Call] = field(default_factory=list)
+    head_input: Tensor | None = None  # what timm's `forward_head` was given
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return (self.images.shape[-2], self.images.shape[-1])
+
+    def output_of(self, name: str) -> Tensor:
+        """What the named module returned in its last call."""
+        return next(c.output for c in reversed(self.calls) if c.name == name and c.output is not None)
+
+    def producers(self, tensor: Tensor) -> list[str]:
+        """Names of the modules that returned this very tensor, outermost first."""
+        return [call.name for call in reversed(self.calls) if call.output is tensor and call.name]
+
+    def consumers(self, tensor: Tensor) -> list[tuple[str, int]]:
+        """Modules that were given this very tensor, with its position among the arguments."""
+        return [
+            (call.name, position)
+            for call in self.calls
+            for position, value in enumerate(call.inputs)
+            if value is tensor and call.name
+        ]
+
+    def is_cut(self, tensor: Tensor) -> bool:
+        """Whether the logits depend on the images through this tensor alone."""
+        return not _reaches(self.logits.grad_fn, self.images, without=tensor.grad_fn)
+
+
+def _reaches(start: Node | None, leaf: Tensor, without: Node | None) -> bool:
+    """Whether the backward graph from `start` gets to `leaf` when it may not pass `without`."""
+    open_nodes, seen = [start], {without, None}
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        open_nodes.extend(parent for parent, _ in node.next_functions)  # type: ignore[union-attr]
+    return False
+
+
+@contextmanager
+def _watching_head(model: nn.Module) -> Iterator[list[Any]]:
+    """Collects what `forward_head` is given, for models built in timm's two halves."""
+    given: list[Any] = []
+    original = getattr(model, "forward_head", None)
+    if not callable(original):
+        yield given
+        return
+
+    def watched(features: Any, *args: Any, **kwargs: Any) -> Any:
+        given.append(features)
+        return original(features, *args, **kwargs)
+
+    model.__dict__["forward_head"] = watched
+    try:
+        yield given
+    finally:
+        del model.__dict__["forward_head"]
+
+
+@contextmanager
+def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    open_calls: list[Call] = []
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            open_calls.append(Call(name, module, args))
+
+        return hook
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = open_calls.pop()
+        call.output = first_tensor(output)
+        call.bare = output is call.output or (isinstance(output, (tuple, list)) and output[0] is call.output)
+        calls.append(call)
+
+    handles: list[Any] = []
+    try:
+        for name, module in model.named_modules():
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
+    """Run the model on images [B, C, H, W] in eval mode and record every call and gradient.
+
+    Mode, gradients, parameters, buffers and random state of the model are left as they were.
+
+    Args:
+        jitter: standard deviation of noise on the parameters during the probe, which makes the gradients of
+            zero-initialised heads visible; the gradient is that of the top logit of each sample.
+    """
+    calls: list[Call] = []
+    images = images.detach().clone().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _recording(model, calls):
+        with _watching_head(model) as given:
+            logits = logits_of(_run(model, images, jitter))
+    found = Trace(images, logits, calls, first_tensor(given) if given and isinstance(given[-1], Tensor) else None)
+    _fill_gradients(found)
+    return found
+
+
+def _run(model: nn.Module, images: Tensor, jitter: float) -> Any:
+    if not jitter:
+        return model(images)
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        name: p.detach() + jitter * torch.randn(p.shape, generator=generator).to(p)
+        for name, p in model.named_parameters()
+    }
+    return torch.func.functional_call(model, noisy, (images,))
+
+
+def _fill_gradients(found: Trace) -> None:
+    with_graph = [c for c in found.calls if c.output is not None and c.output.requires_grad]
+    if not found.logits.requires_grad or not with_graph:
+        return
+    gradients = torch.autograd.grad(
+        found.logits.amax(1).sum(),
+        [call.output for call in with_graph if call.output is not None],
+        allow_unused=True,
+    )
+    for call, gradient in zip(with_graph, gradients, strict=True):
+        call.gradient = gradient

@@ -1,0 +1,60 @@
+"""Images to try a model on before the first real ones come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.modes import evaluating
+
+SIZES = (224, 32, 64, 96, 128, 256, 299, 28, 384)
+
+
+def example_images(model: nn.Module) -> Tensor | None:
+    """Two images [2, C, H, W] of noise that the model accepts, or None if no usual size fits.
+
+    The size is the one in the model's timm or Hugging Face configuration, else the first usual one that runs.
+
+    >>> example_images(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))).shape
+    torch.Size([2, 3, 32, 32])
+    """
+    where = next(model.parameters(), None)
+    if where is None or where.is_meta:
+        return None
+    channels = _channels(model)
+    generator = torch.Generator().manual_seed(0)
+    for height, width in _sizes(model):
+        images = torch.randn(2, channels, height, width, generator=generator).to(where.device, where.dtype)
+        if _runs(model, images):
+            return images
+    return None
+
+
+def _runs(model: nn.Module, images: Tensor) -> bool:
+    try:
+        with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
+            model(images)
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):  # how models refuse a size
+        return False
+    return True
+
+
+def _channels(model: nn.Module) -> int:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
+
+
+def _sizes(model: nn.Module) -> list[tuple[int, int]]:
+    known: list[Any] = [
+        getattr(getattr(model, "patch_embed", None), "img_size", None),
+        (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, None))[1:],
+        getattr(getattr(model, "config", None), "image_size", None),
+    ]
+    sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in known if isinstance(s, int) or _is_pair(s)]
+    return list(dict.fromkeys([*sizes, *((s, s) for s in SIZES)]))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value)

@@ -1,0 +1,148 @@
+"""Where in a model an explanation reads: the tensor that holds the last map on the way to the logits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from e2kd.errors import UnsupportedModel, shape, unknown_layer
+from e2kd.layout import Layout, layout_of
+from e2kd.probe import Call, Trace, trace
+
+ALIVE = 0.5  # share of a map's cells that must have a gradient
+JITTER = 0.02
+POOL = re.compile(r"Pool(ing)?(2d)?$")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor inside a model, named by the modules that pass it on.
+
+    Attributes:
+        layer: the module people would name, whose output the tensor is.
+        producers: every module that returns this very tensor, outermost first.
+        consumers: modules that are given this very tensor, and as which argument.
+        tensor_of: the outermost module that returns it bare, or first in a tuple.
+        layout: how to read maps from it.
+        is_cut: whether the logits depend on the images through it alone, so that a replay from it is exact.
+    """
+
+    layer: str
+    producers: tuple[str, ...]
+    consumers: tuple[tuple[str, int], ...]
+    tensor_of: str
+    layout: Layout
+    is_cut: bool
+
+
+def find_site(model: nn.Module, images: Tensor, layer: str | None = None) -> tuple[Site, Trace]:
+    """The site to explain at, and a trace of the model.
+
+    Without a name: what timm's `forward_head` is given, if every patch has a gradient there; else the last
+    tensor with a grid through which alone the images reach the logits and where most cells have a gradient.
+    That is the input of the pooling for convolutional networks and the input of the last block for
+    transformers that read a class token, where the patch tokens of the last output have none.
+
+    Raises:
+        UnsupportedModel: when there is no such tensor, or the named layer does not exist, has no map or no gradient.
+    """
+    plain = found = trace(model, images)
+    if not any(_alive(call, found, model) for call in found.calls):  # a zero-initialised head hides every gradient
+        found = trace(model, images, jitter=JITTER)
+    call = _search(model, found) if layer is None else _named(model, found, layer)
+    return _site(model, found, call), plain
+
+
+def layout_in(call: Call, found: Trace, model: nn.Module) -> Layout | None:
+    """The layout of a call's output, if it is a map over the batch."""
+    if call.output is None or call.output.shape[:1] != found.images.shape[:1]:
+        return None
+    order = getattr(model, "output_fmt", "NCHW")
+    return layout_of(tuple(call.output.shape), found.image_size, "NHWC" if str(order).endswith("NHWC") else "NCHW")
+
+
+def _alive(call: Call, found: Trace, model: nn.Module) -> bool:
+    """Whether the output is a map most of whose cells have a gradient."""
+    layout = layout_in(call, found, model)
+    if layout is None or call.gradient is None:
+        return False
+    return share_alive(layout.to_maps(call.gradient, found.image_size)) >= ALIVE
+
+
+def share_alive(gradient: Tensor) -> float:
+    """Share of the cells of [B, C, h, w] where any channel is not zero.
+
+    >>> share_alive(torch.tensor([[[[0., 1.]], [[0., 2.]]]]))
+    0.5
+    """
+    return (gradient != 0).any(1).double().mean().item()
+
+
+def _search(model: nn.Module, found: Trace) -> Call:
+    at_head = [c for c in found.calls if c.output is not None and c.output is found.head_input]
+    if at_head and _alive(at_head[-1], found, model):
+        return at_head[-1]
+    for call in reversed(found.calls):
+        if _may_be_site(call) and _alive(call, found, model) and call.output is not None and found.is_cut(call.output):
+            return call
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no layer that holds a map with a gradient and through which alone the images "
+        f"reach the logits, so there is no layer to choose for you. {suggest(model, found)}"
+    )
+
+
+def _may_be_site(call: Call) -> bool:
+    """Pools blur the map, and a bare linear layer inside a head is past the features people mean."""
+    return bool(call.name) and not isinstance(call.module, nn.Linear) and not POOL.search(type(call.module).__name__)
+
+
+def suggest(model: nn.Module, found: Trace) -> str:
+    """A sentence with layers that could be named by hand."""
+    names = [call.name for call in reversed(found.calls) if _may_be_site(call) and _alive(call, found, model)]
+    if not names:
+        return "No module of it returns a map with a gradient, so its logits can't be explained by a layer."
+    return f"Name one through layer=, for instance {', '.join(repr(n) for n in dict.fromkeys(names[:3]))}."
+
+
+def _named(model: nn.Module, found: Trace, layer: str) -> Call:
+    if layer not in dict(model.named_modules()):
+        raise unknown_layer(layer, (name for name, _ in model.named_modules()))
+    calls = [call for call in found.calls if call.name == layer]
+    if not calls:
+        raise UnsupportedModel(f"Layer {layer!r} did not run in the forward pass. {suggest(model, found)}")
+    call = calls[-1]
+    if call.output is None or layout_in(call, found, model) is None:
+        came = "no tensor" if call.output is None else f"a tensor {shape(call.output.shape)}"
+        raise UnsupportedModel(
+            f"Layer {layer!r} returned {came}, which holds no map of more than one cell for images "
+            f"{shape(found.images.shape)}. {suggest(model, found)}"
+        )
+    if call.gradient is None or not _has_gradient(call, found, model):
+        raise UnsupportedModel(
+            f"The logits have no gradient with respect to the map of layer {layer!r}, as after the last token mixing "
+            f"of a class-token transformer. {suggest(model, found)}"
+        )
+    return call
+
+
+def _has_gradient(call: Call, found: Trace, model: nn.Module) -> bool:
+    layout = layout_in(call, found, model)
+    return layout is not None and call.gradient is not None and bool(layout.to_maps(call.gradient, found.image_size).any())
+
+
+def _site(model: nn.Module, found: Trace, call: Call) -> Site:
+    layout = layout_in(call, found, model)
+    assert call.output is not None
+    assert layout is not None
+    bare = [c for c in reversed(found.calls) if c.output is call.output and c.bare and c.name] or [call]
+    plain = [c for c in bare if not isinstance(c.module, (nn.Identity, nn.Dropout))]
+    return Site(
+        layer=(plain or bare)[0].name,
+        producers=tuple(found.producers(call.output)),
+        consumers=tuple(found.consumers(call.output)),
+        tensor_of=bare[0].name,
+        layout=layout,
+        is_cut=found.is_cut(call.output),
+    )

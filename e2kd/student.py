@@ -1,0 +1,181 @@
+"""The student's side: explaining the forward pass that its trainer just ran, differentiably."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.capture import Record, Tap
+from e2kd.errors import UnsupportedModel, shape
+from e2kd.explainers import Explainer
+from e2kd.heads import WholeModel
+from e2kd.modes import replaying
+from e2kd.plans import Plan, plan_for
+from e2kd.probing import example_images
+from e2kd.views import View, autograd_view, closed_view
+
+FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+LOW_PRECISION_TOLERANCE = 0.1
+
+NO_RECORD = (
+    "The criterion was called without a training forward of the student before it. Expected "
+    "`loss = criterion(student(images), targets)` with the student in train() mode and gradients enabled, once per "
+    "forward. If the trainer runs a copy or another wrapper of the model, build E2KDLoss with the module it trains."
+)
+NO_FEATURES = (
+    "The student ran, but layer {layer!r} did not return a tensor with gradients, so nothing can be explained there. "
+    "Reentrant activation checkpointing around that layer or a frozen student does this: use "
+    "`use_reentrant=False`, or name a layer outside of the checkpointed part through layer=."
+)
+MISMATCH = (
+    "The logits given to the criterion differ from those that the student's head gives for the captured features of "
+    "layer {layer!r} (relative difference {error:.2g}). {why}"
+)
+ALTERED = (
+    "Pass the student's output as it came from the student: two forwards through a compiled student before one loss, "
+    "or logits that were changed on the way, can't be explained."
+)
+GRAPH_REFUSED = (
+    "The head after layer {layer!r} can't be run again with the same result (dropout or stochastic depth inside a "
+    "compiled region, or code that can't be followed), and differentiating through {where} gives wrong or no "
+    "gradients. Switch off dropout after that layer, compile only the trunk (`forward_features`), "
+    "use static_graph=False, or name an earlier layer through layer=."
+)
+
+
+class StudentExplainer:
+    """Records the student's forwards and turns each into a `View`, by the first way that reproduces its logits.
+
+    In turn: the closed form of pooled linear heads, replaying the head on the live features, and the
+    trainer's own graph. A replay must give the logits the criterion was called with: that check finds
+    a wrong layer, features of another forward and random numbers drawn anew.
+    """
+
+    def __init__(self, student: nn.Module, explainer: Explainer, images: Tensor | None) -> None:
+        self.student, self.explainer = student, explainer
+        self.tap = Tap(student)
+        self.plan: Plan | None = None
+        self.chosen: dict[bool, int] = {}
+        self.checks = 0
+        images = example_images(student) if images is None else images
+        if images is not None:
+            self.prepare(images)
+        else:
+            self.tap.first = weakref.WeakMethod(self.prepare)
+        weakref.finalize(self, self.tap.remove)
+
+    def prepare(self, images: Tensor) -> None:
+        """Find the site on these images and listen there."""
+        with self.tap.silent():
+            self.plan = plan_for(self.student, self.explainer, images)
+        self.tap.first = None
+        self.tap.read(self.plan.site)
+
+    def record(self, logits: Tensor) -> Record:
+        """The forward that made these logits.
+
+        Raises:
+            RuntimeError: when there was none.
+        """
+        record = self.tap.take(logits)
+        if record is None:
+            raise RuntimeError(NO_RECORD)
+        if len(record.images) != len(logits):
+            raise ValueError(
+                f"The student was given images {shape(record.images.shape)} but the criterion logits "
+                f"{shape(logits.shape)}. Pass the whole output of one forward."
+            )
+        return record
+
+    def view(self, record: Record, logits: Tensor) -> View:
+        """The differentiable view of a recorded forward, logits [B, K] being what it returned."""
+        plan = self._plan()
+        if plan.site is not None and record.features is None:
+            raise RuntimeError(NO_FEATURES.format(layer=plan.site.layer))
+        training = self.student.training
+        first = self.chosen.get(training, 0)
+        error = 0.0
+        for way, view in self._ways(record, logits, plan):
+            if way < first:
+                continue
+            if not self._must_check(record) or (error := _difference(view.logits, logits)) <= _tolerance(record, logits):
+                self.chosen[training] = way
+                return view
+        return self._graph_view(record, logits, plan, error)
+
+    @property
+    def place(self) -> str:
+        """Where it reads, in words."""
+        return self._plan().place
+
+    def _plan(self) -> Plan:
+        if self.plan is None:
+            raise RuntimeError(NO_RECORD)
+        return self.plan
+
+    def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[int, View]]:
+        if plan.head is None or self._sharded(plan):
+            return
+        size = (record.images.shape[-2], record.images.shape[-1])
+        if plan.linear is not None and record.features is not None:
+            captured = plan.head.prologue(record.features)
+            linear = self.student.get_submodule(plan.linear)
+            view = closed_view(captured, logits, plan, linear, size)
+            with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
+                pooled = linear(view.features.mean((2, 3)).to(_dtype_of(linear)))
+            yield 0, View(pooled, view.features, view.gradient)
+        yield 1, self._replay(record, plan, size)
+
+    def _replay(self, record: Record, plan: Plan, size: tuple[int, int]) -> View:
+        assert plan.head is not None
+        source = record.images.detach() if isinstance(plan.head, WholeModel) else record.features
+        assert source is not None
+        source = source.to(_dtype_of(self.student))
+        if isinstance(plan.head, WholeModel):
+            source = source.requires_grad_()
+        with self.tap.silent(), replaying(list(self.student.modules()), source.device, record.rng):
+            captured = plan.head.prologue(source)
+            return autograd_view(captured, plan.head(captured), plan, size, create_graph=True)
+
+    def _sharded(self, plan: Plan) -> bool:
+        """Whether parameters the head needs are shards now (FSDP2), so that it can't be run outside of the forward."""
+        module = self.student if plan.linear is None else self.student.get_submodule(plan.linear)
+        return any(hasattr(p, "placements") for p in module.parameters())
+
+    def _must_check(self, record: Record) -> bool:
+        self.checks += 1
+        return record.images.device.type == "cpu" or self.checks <= FIRST_CHECKS or self.checks % 1000 == 0
+
+    def _graph_view(self, record: Record, logits: Tensor, plan: Plan, error: float) -> View:
+        layer = plan.site.layer if plan.site else "images"
+        if record.compiled or record.static_graph:
+            where = "a compiled student" if record.compiled else "DistributedDataParallel(static_graph=True)"
+            raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
+        if record.features is None or record.node is None:
+            raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
+        size = (record.images.shape[-2], record.images.shape[-1])
+        return autograd_view(record.features, logits, plan, size, create_graph=True)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _difference(replayed: Tensor, logits: Tensor) -> float:
+    """Largest difference relative to the spread of the logits."""
+    if replayed.shape != logits.shape:
+        return float("inf")
+    given = logits.detach().double()
+    spread = (given - given.mean()).abs().amax() + 1e-6 * given.abs().amax() + 1e-12
+    return float((replayed.detach().double() - given).abs().amax() / spread)
+
+
+def _tolerance(record: Record, logits: Tensor) -> float:
+    types = {logits.dtype, record.images.dtype if record.features is None else record.features.dtype}
+    if record.autocast is not None:
+        return LOW_PRECISION_TOLERANCE
+    return max(TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE) for dtype in types)

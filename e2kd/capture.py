@@ -115,7 +115,9 @@ class Tap:
             self.records = [r for r in self.records if r is not found]
         return found
 
-    def _add(self, handles: list[Any], module: nn.Module, action: Any, *, pre: bool = False, kwargs: bool = False) -> None:
+    def _add(
+        self, handles: list[Any], module: nn.Module, action: Any, *, pre: bool = False, kwargs: bool = False
+    ) -> None:
         hook = _Hook(module, action)
         if pre:
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs))

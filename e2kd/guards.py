@@ -68,8 +68,8 @@ def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
     if dead.device.type == "cpu" and float(dead.sum()) > 0.5 * float(total.sum()):
         warnings.warn(
             f"In this batch {float(dead.sum() / total.sum()):.0%} of the maps are zero everywhere (the student's at "
-            f"{place}, or the teacher's), so their explanations teach nothing. Expected in the first steps of an untrained "
-            "student; if it stays, name another layer or use another explainer. `e2kd.check` shows the rate.",
+            f"{place}, or the teacher's), so their explanations teach nothing. Expected in the first steps of an "
+            "untrained student; if it stays, name another layer or use another explainer. `e2kd.check` shows the rate.",
             NoEffectWarning,
             stacklevel=5,
         )

@@ -170,8 +170,9 @@ def _node_of(graph: fx.Graph, target: str) -> fx.Node:
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == target]
     if len(calls) != 1:
         raise NotTraceable(f"{target} is called {len(calls)} times")
-    items = [user for user in calls[0].users if user.target is operator.getitem and user.args[1] == 0]
-    return items[0] if items and len(calls[0].users) == len(items) else calls[0]
+    items: list[fx.Node] = [user for user in calls[0].users if user.target is operator.getitem and user.args[1] == 0]
+    call: fx.Node = calls[0]
+    return items[0] if items and len(call.users) == len(items) else call
 
 
 def _between(start: fx.Node, end: Any) -> fx.Graph:
@@ -189,7 +190,12 @@ def _between(start: fx.Node, end: Any) -> fx.Graph:
         return copies[node]
 
     needed: list[fx.Node] = []
-    fx.node.map_arg(end, lambda node: needed.append(node) or node)
+
+    def note(node: fx.Node) -> fx.Node:
+        needed.append(node)
+        return node
+
+    fx.node.map_arg(end, note)
     for node in needed:
         copy(node)
     graph.output(fx.node.map_arg(end, copies.__getitem__))
@@ -263,6 +269,7 @@ def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
         linear = call.module
         if type(linear) is nn.Linear and call.output is not None and call.output.shape == found.logits.shape:
             pooled = first_tensor(call.inputs)
-            fits = pooled is not None and pooled.shape == maps.shape[:2] and torch.equal(call.output, found.logits)
-            return call.name if fits and torch.allclose(pooled, maps.mean((2, 3)), rtol=1e-4, atol=1e-5) else None
+            if pooled is None or pooled.shape != maps.shape[:2] or not torch.equal(call.output, found.logits):
+                return None
+            return call.name if torch.allclose(pooled, maps.mean((2, 3)), rtol=1e-4, atol=1e-5) else None
     return None

@@ -39,7 +39,8 @@ class Layout:
                 f"{features.shape[1]} tokens with {self.prefix} prefix tokens don't form a grid with the aspect "
                 f"ratio of images {shape(image_size)}. Name a layer with spatial output through layer=."
             )
-        return features[:, self.prefix :].transpose(1, 2).unflatten(2, grid)
+        tokens = features[:, self.prefix :].transpose(1, 2)
+        return tokens.reshape(*tokens.shape[:2], *grid)
 
 
 def grid_of(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:

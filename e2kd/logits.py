@@ -26,7 +26,9 @@ def _reduced(values: Tensor, reduction: str) -> Tensor:
     return values.mean() if reduction == "mean" else values
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, reduction: str = "mean") -> Tensor:
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, reduction: str = "mean"
+) -> Tensor:
     """Distillation loss of Hinton et al., τ² KL(softmax(t/τ) || softmax(s/τ)), in nats, >= 0.
 
     Summed over classes, averaged over the batch ("batchmean"), computed in log space in at least float32.

@@ -24,7 +24,8 @@ def logits_of(outputs: Any) -> Tensor:
     found = _find(outputs)
     if found is None:
         raise TypeError(
-            f"Expected logits [B, K] as a tensor, or a tuple, dict or ModelOutput holding them, but got {_say(outputs)}. "
+            "Expected logits [B, K] as a tensor, or a tuple, dict or ModelOutput holding them, but got "
+            f"{_say(outputs)}. "
             "Pass the classifier's output as it came from the model."
         )
     return found

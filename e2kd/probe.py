@@ -133,9 +133,14 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
     """
     calls: list[Call] = []
     images = images.detach().clone().requires_grad_()
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _recording(model, calls):
-        with _watching_head(model) as given:
-            logits = logits_of(_run(model, images, jitter))
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+        _recording(model, calls),
+        _watching_head(model) as given,
+    ):
+        logits = logits_of(_run(model, images, jitter))
     found = Trace(images, logits, calls, first_tensor(given) if given and isinstance(given[-1], Tensor) else None)
     _fill_gradients(found)
     return found

@@ -129,7 +129,9 @@ def _named(model: nn.Module, found: Trace, layer: str) -> Call:
 
 def _has_gradient(call: Call, found: Trace, model: nn.Module) -> bool:
     layout = layout_in(call, found, model)
-    return layout is not None and call.gradient is not None and bool(layout.to_maps(call.gradient, found.image_size).any())
+    return (
+        layout is not None and call.gradient is not None and bool(layout.to_maps(call.gradient, found.image_size).any())
+    )
 
 
 def _site(model: nn.Module, found: Trace, call: Call) -> Site:

@@ -102,7 +102,9 @@ class StudentExplainer:
         for way, view in self._ways(record, logits, plan):
             if way < first:
                 continue
-            if not self._must_check(record) or (error := _difference(view.logits, logits)) <= _tolerance(record, logits):
+            if not self._must_check(record) or (error := _difference(view.logits, logits)) <= _tolerance(
+                record, logits
+            ):
                 self.chosen[training] = way
                 return view
         return self._graph_view(record, logits, plan, error)

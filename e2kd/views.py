@@ -33,9 +33,7 @@ class View:
         return explainer(features, gradient) if rows is None else explainer(features[rows], gradient[rows])
 
 
-def closed_view(
-    captured: Tensor, logits: Tensor, plan: Plan, linear: nn.Module, image_size: tuple[int, int]
-) -> View:
+def closed_view(captured: Tensor, logits: Tensor, plan: Plan, linear: nn.Module, image_size: tuple[int, int]) -> View:
     """Average pooling and a linear layer: the gradient is the classifier's row over h*w, at every cell."""
     maps = at_least_float32(plan.maps(captured, image_size))
     cells = maps.shape[2] * maps.shape[3]

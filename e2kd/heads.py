@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import weakref
 from collections.abc import Iterator
@@ -149,12 +150,34 @@ def _split(root: _Logits, site: Site) -> tuple[fx.Graph, fx.Graph | None]:
     return head, None if explained is captured else _between(captured, explained)
 
 
+def _len(value: Any) -> Any:
+    """`len` that also counts symbolic values."""
+    if isinstance(value, fx.Proxy):
+        return value.tracer.create_proxy("call_function", len, (value,), {})
+    return len(value)
+
+
+@contextmanager
+def _symbolic_len(root: _Logits, layer: str) -> Iterator[None]:
+    """`len(x)` in the forwards that are looked into becomes a step like any other, as torch.fx.wrap("len") does."""
+    modules = [root.model.get_submodule(".".join(layer.split(".")[:n])) for n in range(layer.count(".") + 1)]
+    spaces = [vars(inspect.getmodule(type(m)) or inspect) for m in modules]
+    patched = [space for space in {id(s): s for s in spaces}.values() if "len" not in space and space is not vars(inspect)]
+    for space in patched:
+        space["len"] = _len
+    try:
+        yield
+    finally:
+        for space in patched:
+            del space["len"]
+
+
 def _traced(root: _Logits, layer: str) -> fx.Graph:
     root.training = root.model.training
     reasons = []
     for answer in (False, True):
         try:
-            with _own_forward(root.model):
+            with _own_forward(root.model), _symbolic_len(root, layer):
                 return _Tracer(layer, answer).trace(root)
         except Exception as error:  # code may refuse symbolic values in any way; find_head then returns no head
             reasons.append(f"{type(error).__name__}: {error}")

@@ -51,9 +51,9 @@ def explain(
     """
     model = unwrap(model)
     explainer = explainer or GradCAM()
-    view = inspect(model, images, explainer)
-    chosen = view.logits.argmax(1) if classes is None else _checked(classes, view.logits)
     with torch.inference_mode(False), torch.enable_grad():
+        view = inspect(model, images, explainer)
+        chosen = view.logits.argmax(1) if classes is None else _checked(classes, view.logits)
         maps = view.explain(explainer, chosen)
     return Explanation(view.logits.detach(), maps.detach(), chosen)
 

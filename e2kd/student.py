@@ -39,6 +39,10 @@ ALTERED = (
     "Pass the student's output as it came from the student: two forwards through a compiled student before one loss, "
     "or logits that were changed on the way, can't be explained."
 )
+NO_SECOND_DERIVATIVE = (
+    "The head after layer {layer!r} can't be run again on its own, and {node} in the student's graph has no second "
+    "derivative. Run the student under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or name a layer through layer=."
+)
 GRAPH_REFUSED = (
     "The head after layer {layer!r} can't be run again with the same result (dropout or stochastic depth inside a "
     "compiled region, or code that can't be followed), and differentiating through {where} gives wrong or no "
@@ -159,8 +163,25 @@ class StudentExplainer:
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
         if record.features is None or record.node is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
+        fused = fused_attention_between(logits, record.features)
+        if fused is not None:
+            raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
         size = (record.images.shape[-2], record.images.shape[-1])
         return autograd_view(record.features, logits, plan, size, create_graph=True)
+
+
+def fused_attention_between(logits: Tensor, features: Tensor) -> str | None:
+    """The name of a fused attention kernel in the graph from features to logits, if there is one."""
+    queue, seen = [logits.grad_fn], {features.grad_fn, None}
+    for node in queue:
+        if node in seen:
+            continue
+        seen.add(node)
+        assert node is not None
+        if node.name().startswith("ScaledDotProduct"):
+            return node.name()
+        queue.extend(parent for parent, _ in node.next_functions)
+    return None
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

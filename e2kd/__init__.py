@@ -3,6 +3,7 @@
 `criterion = e2kd.E2KDLoss(student, teacher, criterion)` in an existing trainer is all it takes.
 """
 
+from e2kd.dryrun import check
 from e2kd.errors import NoEffectWarning, UnsupportedModel
 from e2kd.explainers import Explainer, GradCAM, HiResCAM, InputGradient, LayerCAM
 from e2kd.inspection import Explanation, explain
@@ -25,6 +26,7 @@ __all__ = [
     "NoEffectWarning",
     "UnsupportedModel",
     "__version__",
+    "check",
     "cosine",
     "explain",
     "kd_loss",

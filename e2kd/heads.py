@@ -162,7 +162,9 @@ def _symbolic_len(root: _Logits, layer: str) -> Iterator[None]:
     """`len(x)` in the forwards that are looked into becomes a step like any other, as torch.fx.wrap("len") does."""
     modules = [root.model.get_submodule(".".join(layer.split(".")[:n])) for n in range(layer.count(".") + 1)]
     spaces = [vars(inspect.getmodule(type(m)) or inspect) for m in modules]
-    patched = [space for space in {id(s): s for s in spaces}.values() if "len" not in space and space is not vars(inspect)]
+    patched = [
+        space for space in {id(s): s for s in spaces}.values() if "len" not in space and space is not vars(inspect)
+    ]
     for space in patched:
         space["len"] = _len
     try:

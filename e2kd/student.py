@@ -17,6 +17,7 @@ from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
 from e2kd.views import View, autograd_view, closed_view
 
+WAYS = ("closed", "replay", "graph")
 FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
@@ -114,6 +115,13 @@ class StudentExplainer:
         return self._graph_view(record, logits, plan, error)
 
     @property
+    def way(self) -> str:
+        """How training forwards are explained: "closed", "replay" or "graph"."""
+        if self._plan().head is None:
+            return "graph"
+        return WAYS[max(self.chosen.get(True, 0), 0 if self._plan().linear else 1)]
+
+    @property
     def place(self) -> str:
         """Where it reads, in words."""
         return self._plan().place
@@ -166,6 +174,7 @@ class StudentExplainer:
         fused = fused_attention_between(logits, record.features)
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
+        self.chosen[self.student.training] = WAYS.index("graph")
         size = (record.images.shape[-2], record.images.shape[-1])
         return autograd_view(record.features, logits, plan, size, create_graph=True)
 

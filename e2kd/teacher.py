@@ -46,13 +46,14 @@ class Teacher:
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] for the student's images, without a graph."""
         with torch.no_grad(), evaluating(self.model):
-            return logits_of(self.model(self._prepared(images)))
+            return logits_of(self.model(self.prepared(images)))
 
     def view(self, images: Tensor) -> View:
         """Logits and the means to explain any class, for the student's images."""
-        return inspect(self.model, self._prepared(images), self.explainer)
+        return inspect(self.model, self.prepared(images), self.explainer)
 
-    def _prepared(self, images: Tensor) -> Tensor:
+    def prepared(self, images: Tensor) -> Tensor:
+        """The student's images as the teacher expects them: its device, normalisation and size."""
         self._move_to(images.device)
         images = images.detach()
         if self.rescale is not None:

@@ -1,0 +1,213 @@
+"""`check`: what e²KD will do with two models, in seconds, before a long run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.errors import NoEffectWarning, UnsupportedModel
+from e2kd.explainers import Explainer
+from e2kd.inspection import explain
+from e2kd.losses import E2KDLoss
+from e2kd.modes import kept_statistics, rng_state, set_rng_state, unwrap
+from e2kd.plans import plan_for
+from e2kd.similarity import is_zero
+
+WAYS = {
+    "closed": "closed form (pooling and one linear layer)",
+    "replay": "head run again on the live features",
+    "graph": "the trainer's own graph",
+}
+COMPILE = {
+    "closed": "student may be compiled, whole or in parts",
+    "replay": "student may be compiled, whole or in parts; no dropout or stochastic depth after the layer then",
+    "graph": "don't compile the student and don't use DistributedDataParallel(static_graph=True): both are refused",
+}
+
+
+@dataclass
+class Side:
+    """What is known of one of the two models."""
+
+    name: str
+    layer: str = "?"
+    grid: tuple[int, int] = (0, 0)
+    zero_maps: float = float("nan")
+    classes: int = 0
+
+
+@dataclass
+class Report:
+    """The result of `check`; print it. `ok` is whether training can start, `problems` says in words what to mend."""
+
+    student: Side
+    teacher: Side
+    way: str = "?"
+    cost: float = float("nan")
+    explanation: float = float("nan")
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing stands in the way of training."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        found = [*self._table(), *self._step()] if self.student.layer != "?" else []
+        found += [f"note       {note}" for note in self.notes]
+        found += [f"PROBLEM    {problem}" for problem in self.problems] or ["ok         no problem found"]
+        return "\n".join(found)
+
+    def _table(self) -> list[str]:
+        rows = [f"{'':10}{'layer':32}{'map grid':>10}{'zero maps':>11}{'classes':>9}"]
+        for role, side in (("student", self.student), ("teacher", self.teacher)):
+            grid = f"{side.grid[0]}x{side.grid[1]}"
+            rows.append(f"{role:10}{side.layer:32}{grid:>10}{side.zero_maps:>11.0%}{side.classes:>9}")
+        return rows
+
+    def _step(self) -> list[str]:
+        if self.way not in WAYS:
+            return []
+        return [
+            f"student    {self.student.name}, explained by: {WAYS[self.way]}",
+            f"teacher    {self.teacher.name}",
+            f"compile    {COMPILE[self.way]}",
+            f"cost       {self.cost:.3f} x the FLOPs of a plain KD step",
+            f"now        1 - similarity of the explanations is {self.explanation:.3f}",
+        ]
+
+
+def check(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Tensor,
+    *,
+    explainer: Explainer | None = None,
+    teacher_explainer: Explainer | None = None,
+) -> Report:
+    """Try one e²KD step on images [B, C, H, W] and report layers, grids, zero maps, double backward, compile and cost.
+
+    Models, gradients, BatchNorm statistics, modes and random state are left as they were. Never raises for what a
+    model can't do: that is what `problems` is for.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = lambda width: nn.Sequential(
+    ...     nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+    >>> report = check(net(4), net(8), torch.rand(8, 3, 16, 16))
+    >>> report.student.layer, report.student.grid, report.way, report.ok
+    ('1', (14, 14), 'closed', True)
+    """
+    student, teacher = unwrap(student), unwrap(teacher)
+    report = Report(Side(type(student).__name__), Side(type(teacher).__name__))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        try:
+            criterion = E2KDLoss(
+                student, teacher, explainer=explainer, teacher_explainer=teacher_explainer, example=images
+            )
+        except (UnsupportedModel, RuntimeError, ValueError, TypeError) as error:
+            report.problems.append(f"student: {error}")
+            return report
+        try:
+            _look(report, criterion, images)
+            _step(report, criterion, images)
+        except (UnsupportedModel, RuntimeError, ValueError, TypeError) as error:
+            report.problems.append(str(error))
+        finally:
+            criterion.remove()
+    return report
+
+
+def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
+    """Layers, grids and zero maps of both models in eval mode, for the teacher's top classes."""
+    prepared = criterion.teacher.prepared(images)
+    theirs = explain(criterion.teacher.model, prepared, explainer=criterion.teacher.explainer)
+    model = criterion.student.student
+    report.teacher.classes = theirs.logits.shape[1]
+    _describe(report.teacher, criterion.teacher.model, criterion.teacher.explainer, prepared, theirs.maps)
+    own = explain(model, images, explainer=criterion.explainer)
+    report.student.classes = own.logits.shape[1]
+    if report.student.classes != report.teacher.classes:
+        report.problems.append(
+            f"the student has {report.student.classes} classes and the teacher {report.teacher.classes}: both must be "
+            "classifiers of the same classes in the same order"
+        )
+        return
+    mine = explain(model, images, theirs.classes, criterion.explainer)
+    _describe(report.student, model, criterion.explainer, images, mine.maps)
+    _read_maps(report)
+
+
+def _describe(side: Side, model: nn.Module, explainer: Explainer, images: Tensor, maps: Tensor) -> None:
+    site = plan_for(model, explainer, images).site
+    side.layer = site.layer if site else "images"
+    side.grid = (maps.shape[-2], maps.shape[-1])
+    side.zero_maps = is_zero(maps).double().mean().item()
+    if site is not None and not site.is_cut:
+        side.layer += " *"
+
+
+def _read_maps(report: Report) -> None:
+    """What the maps say about the layers chosen."""
+    for role, side in (("student", report.student), ("teacher", report.teacher)):
+        if side.grid[0] * side.grid[1] == 1:
+            report.problems.append(
+                f"the {role}'s maps have one cell, which says nothing about where it looks: use larger images or an "
+                "earlier layer, GradCAM(layer=...)"
+            )
+        if side.layer.endswith("*"):
+            report.notes.append(f"* the {role}'s logits also depend on the images past this layer: the map is a part")
+    if report.teacher.zero_maps > 0.5:
+        report.problems.append(
+            f"{report.teacher.zero_maps:.0%} of the teacher's maps are zero everywhere, so they teach nothing: is the "
+            "teacher trained, and are the images normalised as it expects? Else name another layer or explainer"
+        )
+    if report.student.zero_maps > 0.5:
+        report.notes.append(
+            f"{report.student.zero_maps:.0%} of the student's maps are zero everywhere and get no gradient; usual for "
+            "an untrained student, and it should fall in the first epoch (watch .parts['zero_maps'])"
+        )
+
+
+def _step(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
+    """One training step with and without explanations: does the double backward run, and what does it cost?"""
+    if report.problems:
+        return
+    with _borrowed(criterion.student.student, images.device):
+        plain = _flops(criterion, images, weight=0.0)
+        full = _flops(criterion, images, weight=1.0)
+    report.cost = full / plain if plain else float("nan")
+    report.explanation = float(criterion.parts["explanation"])
+    report.way = criterion.student.way
+
+
+def _flops(criterion: E2KDLoss, images: Tensor, weight: float) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton, which importing e2kd should not
+
+    criterion.weight = weight
+    parameters = [p for p in criterion.student.student.parameters() if p.requires_grad]
+    with FlopCounterMode(display=False) as counter:
+        loss = criterion(criterion.student.student(images))
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def _borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Train mode inside; statistics, random state and mode as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = rng_state(device)
+    model.train()
+    try:
+        with torch.enable_grad(), kept_statistics(list(model.modules())):
+            yield
+    finally:
+        set_rng_state(states, device)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,28 @@
+"""Real data outside of the repository, found through E2KD_SHARED."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """A path in the shared data. Missing data skips with a reason; where E2KD_SHARED is set it is a failure."""
+
+    def find(relative: str) -> Path:
+        told = os.environ.get("E2KD_SHARED")
+        path = Path(told or ROOT.parent / "shared") / relative
+        if not path.exists():
+            reason = f"needs {path}; set E2KD_SHARED to the folder with the real data"
+            (pytest.fail if told else pytest.skip)(reason)
+        return path
+
+    return find

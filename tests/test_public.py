@@ -1,0 +1,94 @@
+"""The public face: names, layers of the house, what importing costs, examples everywhere."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import e2kd
+
+PACKAGE = Path(e2kd.__file__).parent
+
+NAMES = {
+    "E2KDLoss", "Explainer", "Explanation", "ExplanationLoss", "GradCAM", "HiResCAM", "InputGradient", "KDLoss",
+    "LayerCAM", "MultiLabelKDLoss", "NoEffectWarning", "UnsupportedModel", "__version__", "check", "cosine", "explain",
+    "kd_loss", "multilabel_kd_loss",
+}  # fmt: skip
+
+# An import may only point to a lower layer, or sideways within one package.
+LAYERS = [
+    ["errors", "version"],
+    ["similarity", "layout", "outputs", "modes"],
+    ["logits"],
+    ["probe", "probing", "explainers", "classes", "tasks", "guards"],
+    ["sites"],
+    ["heads"],
+    ["plans"],
+    ["views"],
+    ["capture", "inspection"],
+    ["student", "teacher"],
+    ["losses"],
+    ["dryrun"],
+    ["demo", "cli"],
+]
+HEAVY = ("timm", "torchvision", "transformers", "accelerate", "kornia", "torchmetrics", "matplotlib", "sklearn")
+
+
+def level(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """The first name after `e2kd.` of everything a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("e2kd."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def test_public_names_are_these() -> None:
+    """A name removed here breaks somebody's training script: deprecate it first and say so in CHANGELOG.md."""
+    assert set(e2kd.__all__) == NAMES
+    assert all(hasattr(e2kd, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.name != "__init__.py"], ids=lambda p: p.stem)
+def test_imports_point_down(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imports(path) - {own}:
+        assert level(name) < level(own) or (level(name) == level(own) == len(LAYERS) - 1), f"{own} imports {name}"
+
+
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    assert not {p.stem for p in modules()} & NAMES
+
+
+def test_importing_e2kd_loads_torch_and_nothing_heavy() -> None:
+    code = (
+        "import torch, sys; before = set(sys.modules); import e2kd; "
+        f"new = set(sys.modules) - before; heavy = [m for m in new if m.split('.')[0] in {HEAVY!r}]; "
+        "other = [m for m in new if not m.startswith('e2kd')]; print(heavy, len(other), sorted(other))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("[] ")
+    assert int(out.split()[1]) < 20, out
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"__version__", "NoEffectWarning", "UnsupportedModel", "Explanation"}))
+def test_every_public_name_has_an_example(name: str) -> None:
+    assert doctest.DocTestParser().get_examples(inspect.getdoc(getattr(e2kd, name)) or "")
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, GradCAM
-from e2kd.modes import evaluating, replaying, unwrap
+from e2kd.modes import evaluating, replaying, uncompiled, unwrap
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
 from e2kd.views import View, autograd_view, closed_view
@@ -73,7 +73,7 @@ def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
     """The view of an eval-mode forward whose logits and gradients can be asked for any class."""
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images.detach()
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), uncompiled(model):
             plan = plan_for(model, explainer, images)
             if plan.head is None:
                 return _inspect_in_place(model, images, plan)

@@ -37,6 +37,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Runs modules compiled in place (`module.compile()`) as they were written, so that hooks act."""
+    if all(m._compiled_call_impl is None for m in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def kept_statistics(modules: list[nn.Module]) -> Iterator[None]:
     """BatchNorm normalises as before but does not update its running statistics."""
     norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]

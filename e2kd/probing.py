@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.modes import evaluating
+from e2kd.modes import evaluating, uncompiled
 
 SIZES = (224, 32, 64, 96, 128, 256, 299, 28, 384)
 
@@ -34,7 +34,7 @@ def example_images(model: nn.Module) -> Tensor | None:
 
 def _runs(model: nn.Module, images: Tensor) -> bool:
     try:
-        with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), evaluating(model), uncompiled(model):
             model(images)
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):  # how models refuse a size
         return False

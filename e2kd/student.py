@@ -12,7 +12,7 @@ from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.heads import WholeModel
-from e2kd.modes import replaying
+from e2kd.modes import replaying, uncompiled
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
 from e2kd.views import View, autograd_view, closed_view
@@ -75,7 +75,7 @@ class StudentExplainer:
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""
-        with self.tap.silent():
+        with self.tap.silent(), uncompiled(self.student):
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.first = None
         self.tap.read(self.plan.site)

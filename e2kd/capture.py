@@ -158,8 +158,8 @@ class Tap:
         self.keep(first_tensor(output))
 
     def keep(self, features: Tensor | None) -> None:
-        """Remember the tensor at the site, if it belongs to a recorded forward and has a graph."""
-        if self.paused or features is None or not torch.is_grad_enabled() or not features.requires_grad:
+        """Remember the tensor at the site, if it belongs to a recorded forward."""
+        if self.paused or features is None or not torch.is_grad_enabled():
             return
         if torch.compiler.is_compiling():
             if self.student.training:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, GradCAM
-from e2kd.modes import evaluating, replaying, uncompiled, unwrap
+from e2kd.modes import as_written, dtype_of, evaluating, replaying, unwrap
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
 from e2kd.views import View, autograd_view, closed_view
@@ -73,7 +73,7 @@ def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
     """The view of an eval-mode forward whose logits and gradients can be asked for any class."""
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images.detach()
-        with evaluating(model), uncompiled(model):
+        with evaluating(model), as_written(list(model.modules())):
             plan = plan_for(model, explainer, images)
             if plan.head is None:
                 return _inspect_in_place(model, images, plan)
@@ -91,13 +91,9 @@ def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
         captured = plan.head.prologue(_single(kept, plan.site.layer))
         if plan.linear is not None:
             return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
-    captured = captured.to(_dtype(model)).requires_grad_()
-    with torch.enable_grad(), replaying([], images.device, None):
+    captured = captured.to(dtype_of(model)).requires_grad_()
+    with torch.enable_grad(), replaying(list(model.modules()), images.device, None):
         return autograd_view(captured, plan.head(captured), plan, size, create_graph=False)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _inspect_in_place(model: nn.Module, images: Tensor, plan: Plan) -> View:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The type a module computes in: that of its first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode afterwards."""
@@ -37,13 +43,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Runs modules compiled in place (`module.compile()`) as they were written, so that hooks act."""
-    if all(m._compiled_call_impl is None for m in model.modules()):
+def as_written(modules: list[nn.Module]) -> Iterator[None]:
+    """Modules run as their authors wrote them: not compiled, no activation checkpointing.
+
+    A compiled part has no second derivative and can't be traced; a checkpointed one is recomputed outside of the
+    contexts of its first run. Knows torch.compile in all its forms, torch's checkpoint_wrapper and the flags of timm
+    and Hugging Face models.
+    """
+    changes = [(vars(m), name, value) for m in modules for name, value in _written(m).items()]
+    before = [space[name] for space, name, _ in changes]
+    for space, name, value in changes:
+        space[name] = value
+    try:
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        for (space, name, _), value in zip(changes, before, strict=True):
+            space[name] = value
+
+
+def _written(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that stand between a caller and its code, with what to put in their place."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name == "_compiled_call_impl" and value is not None:
+            found[name] = None
+        elif name in ("grad_checkpointing", "gradient_checkpointing") and value is True:
+            found[name] = False
+        elif name == "checkpoint_fn" and callable(value):
+            found[name] = _call
+        elif callable(original := getattr(value, "_torchdynamo_orig_callable", None)):
+            found[name] = original
+    if isinstance(inner := module._modules.get("_orig_mod"), nn.Module) and "forward" in vars(module):
+        found["forward"] = inner.__call__
+    return found
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 @contextmanager
@@ -86,6 +122,7 @@ def replaying(modules: list[nn.Module], device: torch.device, states: list[Tenso
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(kept_statistics(modules))
+        stack.enter_context(as_written(modules))
         if states is not None:
             set_rng_state(states, device)
         try:

@@ -25,6 +25,7 @@ class Call:
     output: Tensor | None = None
     bare: bool = False  # returned alone or first in a tuple, not inside a dict or ModelOutput
     gradient: Tensor | None = None  # of the top logits with respect to `output`
+    made: bool = True  # new or changed in place, not an argument handed on (Identity, Dropout in eval mode)
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Trace:
         return next(c.output for c in reversed(self.calls) if c.name == name and c.output is not None)
 
     def producers(self, tensor: Tensor) -> list[str]:
-        """Names of the modules that returned this very tensor, outermost first."""
-        return [call.name for call in reversed(self.calls) if call.output is tensor and call.name]
+        """Names of the modules that made this very tensor, outermost first; not those that pass it through."""
+        return [call.name for call in reversed(self.calls) if call.output is tensor and call.name and call.made]
 
     def consumers(self, tensor: Tensor) -> list[tuple[str, int]]:
         """Modules that were given this very tensor, with its position among the arguments."""
@@ -96,13 +97,20 @@ def _watching_head(model: nn.Module) -> Iterator[list[Any]]:
         del model.__dict__["forward_head"]
 
 
+def _version(value: Any) -> int | None:
+    """Counts in-place changes of a tensor."""
+    return value._version if isinstance(value, Tensor) else None
+
+
 @contextmanager
 def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     open_calls: list[Call] = []
+    versions: list[list[int | None]] = []
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             open_calls.append(Call(name, module, args))
+            versions.append([_version(value) for value in args])
 
         return hook
 
@@ -110,6 +118,9 @@ def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         call = open_calls.pop()
         call.output = first_tensor(output)
         call.bare = output is call.output or (isinstance(output, (tuple, list)) and output[0] is call.output)
+        call.made = all(
+            v is not call.output or _version(v) != n for v, n in zip(call.inputs, versions.pop(), strict=True)
+        )
         calls.append(call)
 
     handles: list[Any] = []
@@ -133,16 +144,12 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
     """
     calls: list[Call] = []
     images = images.detach().clone().requires_grad_()
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(model),
-        _recording(model, calls),
-        _watching_head(model) as given,
-    ):
-        logits = logits_of(_run(model, images, jitter))
-    found = Trace(images, logits, calls, first_tensor(given) if given and isinstance(given[-1], Tensor) else None)
-    _fill_gradients(found)
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        with _recording(model, calls), _watching_head(model) as given:
+            logits = logits_of(_run(model, images, jitter))
+        head_input = first_tensor(given) if given and isinstance(given[-1], Tensor) else None
+        found = Trace(images, logits, calls, head_input)
+        _fill_gradients(found)  # still in eval mode: activation checkpointing runs parts of the forward again
     return found
 
 

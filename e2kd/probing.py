@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.modes import evaluating, uncompiled
+from e2kd.modes import as_written, evaluating
 
 SIZES = (224, 32, 64, 96, 128, 256, 299, 28, 384)
 
@@ -34,7 +34,7 @@ def example_images(model: nn.Module) -> Tensor | None:
 
 def _runs(model: nn.Module, images: Tensor) -> bool:
     try:
-        with torch.no_grad(), evaluating(model), uncompiled(model):
+        with torch.no_grad(), evaluating(model), as_written(list(model.modules())):
             model(images)
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):  # how models refuse a size
         return False

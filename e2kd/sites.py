@@ -22,9 +22,9 @@ class Site:
 
     Attributes:
         layer: the module people would name, whose output the tensor is.
-        producers: every module that returns this very tensor, outermost first.
+        producers: every module that makes this very tensor, outermost first.
         consumers: modules that are given this very tensor, and as which argument.
-        tensor_of: the outermost module that returns it bare, or first in a tuple.
+        tensor_of: the outermost of them that returns it bare, or first in a tuple.
         layout: how to read maps from it.
         is_cut: whether the logits depend on the images through it alone, so that a replay from it is exact.
     """
@@ -43,7 +43,9 @@ def find_site(model: nn.Module, images: Tensor, layer: str | None = None) -> tup
     Without a name: what timm's `forward_head` is given, if every patch has a gradient there; else the last
     tensor with a grid through which alone the images reach the logits and where most cells have a gradient.
     That is the input of the pooling for convolutional networks and the input of the last block for
-    transformers that read a class token, where the patch tokens of the last output have none.
+    transformers that read a class token, where the patch tokens of the last output have none. Networks that
+    carry their patches in several tensors at once have no such tensor past their first layer: there it is the last
+    map with a gradient, `Site.is_cut` is False, and the map tells of the paths through it, as in any CAM library.
 
     Raises:
         UnsupportedModel: when there is no such tensor, or the named layer does not exist, has no map or no gradient.
@@ -74,6 +76,7 @@ def _alive(call: Call, found: Trace, model: nn.Module) -> bool:
 def share_alive(gradient: Tensor) -> float:
     """Share of the cells of [B, C, h, w] where any channel is not zero.
 
+    >>> import torch
     >>> share_alive(torch.tensor([[[[0., 1.]], [[0., 2.]]]]))
     0.5
     """
@@ -84,13 +87,28 @@ def _search(model: nn.Module, found: Trace) -> Call:
     at_head = [c for c in found.calls if c.output is not None and c.output is found.head_input]
     if at_head and _alive(at_head[-1], found, model):
         return at_head[-1]
-    for call in reversed(found.calls):
-        if _may_be_site(call) and _alive(call, found, model) and call.output is not None and found.is_cut(call.output):
-            return call
+    calls = [c for c in reversed(found.calls) if _may_be_site(c)]
+    cut = next((c for c in calls if _alive(c, found, model) and c.output is not None and found.is_cut(c.output)), None)
+    if cut is not None and not _is_first_layer(cut, found):
+        return cut
+    last = next((c for c in calls if _is_feature(c) and _alive(c, found, model)), cut)
+    if last is not None:
+        return last
     raise UnsupportedModel(
-        f"{type(model).__name__} has no layer that holds a map with a gradient and through which alone the images "
-        f"reach the logits, so there is no layer to choose for you. {suggest(model, found)}"
+        f"{type(model).__name__} has no layer that holds a map with a gradient, so there is no layer to choose "
+        f"for you. {suggest(model, found)}"
     )
+
+
+def _is_first_layer(call: Call, found: Trace) -> bool:
+    """Whether the output comes from the first layer with weights, which shows pixels and not yet features."""
+    before = found.calls[: next(i for i, c in enumerate(found.calls) if c is call) + 1]
+    return sum(any(True for _ in c.module.parameters(recurse=False)) for c in before) <= 1
+
+
+def _is_feature(call: Call) -> bool:
+    """Attention weights, which only a dropout or softmax returns, look like maps but hold no features."""
+    return call.made and not isinstance(call.module, (nn.Dropout, nn.Softmax))
 
 
 def _may_be_site(call: Call) -> bool:
@@ -138,11 +156,11 @@ def _site(model: nn.Module, found: Trace, call: Call) -> Site:
     layout = layout_in(call, found, model)
     assert call.output is not None
     assert layout is not None
-    bare = [c for c in reversed(found.calls) if c.output is call.output and c.bare and c.name] or [call]
-    plain = [c for c in bare if not isinstance(c.module, (nn.Identity, nn.Dropout))]
+    same = [c for c in reversed(found.calls) if c.output is call.output and c.bare and c.name]
+    bare = [c for c in same if c.made] or [call]
     return Site(
-        layer=(plain or bare)[0].name,
-        producers=tuple(found.producers(call.output)),
+        layer=bare[0].name,
+        producers=tuple(found.producers(call.output)) or (call.name,),
         consumers=tuple(found.consumers(call.output)),
         tensor_of=bare[0].name,
         layout=layout,

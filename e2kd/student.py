@@ -12,7 +12,7 @@ from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.heads import WholeModel
-from e2kd.modes import replaying, uncompiled
+from e2kd.modes import as_written, dtype_of, replaying
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
 from e2kd.views import View, autograd_view, closed_view
@@ -45,10 +45,10 @@ NO_SECOND_DERIVATIVE = (
     "derivative. Run the student under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or name a layer through layer=."
 )
 GRAPH_REFUSED = (
-    "The head after layer {layer!r} can't be run again with the same result (dropout or stochastic depth inside a "
-    "compiled region, or code that can't be followed), and differentiating through {where} gives wrong or no "
-    "gradients. Switch off dropout after that layer, compile only the trunk (`forward_features`), "
-    "use static_graph=False, or name an earlier layer through layer=."
+    "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "
+    "compiled region, two forwards before one loss, or code that can't be followed. And differentiating through "
+    "{where} gives wrong or no gradients. Call the criterion after each forward, switch off dropout after that layer, "
+    "compile only the trunk (`forward_features`), use static_graph=False, or name another layer through layer=."
 )
 
 
@@ -75,7 +75,7 @@ class StudentExplainer:
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""
-        with self.tap.silent(), uncompiled(self.student):
+        with self.tap.silent(), as_written(list(self.student.modules())):
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.first = None
         self.tap.read(self.plan.site)
@@ -140,17 +140,17 @@ class StudentExplainer:
             linear = self.student.get_submodule(plan.linear)
             view = closed_view(captured, logits, plan, linear, size)
             with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
-                pooled = linear(view.features.mean((2, 3)).to(_dtype_of(linear)))
+                pooled = linear(view.features.mean((2, 3)).to(dtype_of(linear)))
             yield 0, View(pooled, view.features, view.gradient)
         yield 1, self._replay(record, plan, size)
 
     def _replay(self, record: Record, plan: Plan, size: tuple[int, int]) -> View:
         assert plan.head is not None
-        source = record.images.detach() if isinstance(plan.head, WholeModel) else record.features
+        source = record.images if isinstance(plan.head, WholeModel) else record.features
         assert source is not None
-        source = source.to(_dtype_of(self.student))
-        if isinstance(plan.head, WholeModel):
-            source = source.requires_grad_()
+        source = source.to(dtype_of(self.student))
+        if not source.requires_grad:  # the images, or the features of a frozen trunk
+            source = source.detach().requires_grad_()
         with self.tap.silent(), replaying(list(self.student.modules()), source.device, record.rng):
             captured = plan.head.prologue(source)
             return autograd_view(captured, plan.head(captured), plan, size, create_graph=True)
@@ -169,7 +169,7 @@ class StudentExplainer:
         if record.compiled or record.static_graph:
             where = "a compiled student" if record.compiled else "DistributedDataParallel(static_graph=True)"
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
-        if record.features is None or record.node is None:
+        if record.features is None or not record.features.requires_grad or record.node is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
         fused = fused_attention_between(logits, record.features)
         if fused is not None:
@@ -191,10 +191,6 @@ def fused_attention_between(logits: Tensor, features: Tensor) -> str | None:
             return node.name()
         queue.extend(parent for parent, _ in node.next_functions)
     return None
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _difference(replayed: Tensor, logits: Tensor) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from e2kd.explainers import Explainer
 from e2kd.inspection import inspect
-from e2kd.modes import evaluating, unwrap
+from e2kd.modes import dtype_of, evaluating, unwrap
 from e2kd.outputs import logits_of
 from e2kd.views import View
 
@@ -55,7 +55,7 @@ class Teacher:
     def prepared(self, images: Tensor) -> Tensor:
         """The student's images as the teacher expects them: its device, normalisation and size."""
         self._move_to(images.device)
-        images = images.detach()
+        images = images.detach().to(dtype_of(self.model))
         if self.rescale is not None:
             scale, shift = (t.to(images) for t in self.rescale)
             images = images * scale + shift

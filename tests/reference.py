@@ -65,6 +65,14 @@ def vit(seed: int = 1, **settings: Any) -> nn.Module:
     return lively(timm.create_model("vit_tiny_patch16_224", **settings), seed).train()
 
 
+def small(seed: int = 0, *, hidden: bool = False) -> nn.Module:
+    """The least network with a map; its last one is the output of "3". With a hidden layer CAM has no closed form."""
+    torch.manual_seed(seed)
+    trunk = [nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU()]
+    middle = [nn.Linear(8, 8), nn.Tanh()] if hidden else []
+    return nn.Sequential(*trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *middle, nn.Linear(8, CLASSES))
+
+
 STUDENTS = {"cnn": (cnn, "layer4"), "vit": (vit, "blocks.1")}
 
 
@@ -99,11 +107,12 @@ def gradcam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | None
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
-        output = output if isinstance(output, Tensor) else output[0]
-        if not output.requires_grad:  # frozen trunk: the gradient with respect to the features still exists
-            output = output.detach().requires_grad_()
-        kept.append(output)
-        return output
+        features = output if isinstance(output, Tensor) else output[0]
+        if features.requires_grad:
+            kept.append(features)
+            return None
+        kept.append(features.detach().requires_grad_())  # frozen trunk: the features' gradient exists all the same
+        return kept[-1]
 
     handle = model.get_submodule(layer).register_forward_hook(keep)
     with sdpa_kernel(SDPBackend.MATH):

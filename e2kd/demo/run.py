@@ -1,0 +1,149 @@
+"""`e2kd demo`: trains, prints the table, and writes `demo.json` and `demo.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from e2kd.demo.data import Part
+from e2kd.demo.experiment import QUICK, Arm, SeedRun, Settings, run_seed
+from e2kd.demo.extras import needs
+from e2kd.demo.progress import tracking
+from e2kd.demo.report import difference_line, results_of, sentence, table_of
+from e2kd.demo.show import draw
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+THREADS = 2  # small nets gain nothing from more, and one number of threads gives one result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `e2kd demo`."""
+    defaults = Settings()
+    parser.add_argument("--seeds", type=positive, help="repetitions; 3 by default, 1 with --quick")
+    parser.add_argument("--quick", action="store_true", help="half a minute instead of three")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of demo.json and demo.png")
+    parser.add_argument(
+        "--split",
+        choices=[Part.VALIDATION.value, Part.TEST.value],
+        default=Part.TEST.value,
+        help="digits to measure on: validation to try settings, test to report",
+    )
+    parser.add_argument("--weight", type=float, default=defaults.weight, help="λ of e²KD's explanation term")
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="τ of KD and e²KD")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, but got {text!r}")
+    return int(text)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the demo as asked; returns the exit status. A missing package raises `MissingExtra`, with a sentence."""
+    run(args.seeds, args.quick, args.out, part=Part(args.split), weight=args.weight, temperature=args.temperature)
+    return 0
+
+
+def run(
+    seeds: int | None = None,
+    quick: bool = False,
+    out: Path = Path("demo-out"),
+    *,
+    part: Part = Part.TEST,
+    weight: float = Settings.weight,
+    temperature: float = Settings.temperature,
+) -> dict[str, Any]:
+    """Trains a teacher and three students per seed, prints what came out, and returns what `demo.json` holds.
+
+    Args:
+        seeds: how many; None is 3, or 1 when quick. They are 0, 1, ...
+        quick: smaller training sets and fewer epochs, for all arms alike.
+        out: folder for `demo.json` and `demo.png`; made if need be.
+        part: digits to measure on. Settings are tried on `Part.VALIDATION` and reported on `Part.TEST`.
+        weight: λ.
+        temperature: τ.
+    """
+    settings = replace(QUICK if quick else Settings(), part=part, weight=weight, temperature=temperature)
+    seeds = seeds or (1 if quick else 3)
+    console = console_of()
+    start = time.perf_counter()
+    with threads(THREADS):
+        runs = run_seeds(seeds, settings, console)
+        results = results_of(runs, settings, command_of(seeds, quick, out, settings), time.perf_counter() - start)
+        files = write(results, runs, out)
+    tell(console, results, files)
+    return results
+
+
+def console_of() -> Console:
+    """Where the demo prints."""
+    with needs("rich"):
+        from rich.console import Console
+    return Console(highlight=False)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Has torch use so many threads, and restores what it used before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_seeds(seeds: int, settings: Settings, console: Console) -> list[SeedRun]:
+    """All seeds, under progress bars, with a line for each that is done."""
+    cost = seeds * sum(settings.cost(arm) for arm in Arm)
+    runs = []
+    with tracking(console, cost) as tracker:
+        for seed in range(seeds):
+            runs.append(run_seed(seed, settings, tracker))
+            found = {arm: 100 * scores.ood_accuracy for arm, scores in runs[-1].scores.items()}
+            seconds = sum(runs[-1].seconds.values())
+            console.print(
+                f"seed {seed}: OOD accuracy cross-entropy {found[Arm.CROSS_ENTROPY]:.1f}, KD {found[Arm.KD]:.1f}, "
+                f"e²KD {found[Arm.E2KD]:.1f} ({seconds:.0f} s)"
+            )
+    return runs
+
+
+def command_of(seeds: int, quick: bool, out: Path, settings: Settings) -> str:
+    """The command line that repeats the run.
+
+    >>> command_of(5, False, Path("demo-out"), Settings())
+    'e2kd demo --seeds 5 --out demo-out --split test --weight 1.0 --temperature 2.0'
+    """
+    words = ["e2kd", "demo", "--seeds", str(seeds), *(["--quick"] if quick else []), "--out", str(out)]
+    words += ["--split", settings.part.value, "--weight", str(settings.weight)]
+    return shlex.join([*words, "--temperature", str(settings.temperature)])
+
+
+def write(results: dict[str, Any], runs: list[SeedRun], out: Path) -> list[Path]:
+    """Writes the JSON and the figure; returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    table, figure = out / "demo.json", out / "demo.png"
+    table.write_text(json.dumps(results, indent=1) + "\n")
+    draw(runs[0], results, figure)
+    return [table, figure]
+
+
+def tell(console: Console, results: dict[str, Any], files: list[Path]) -> None:
+    """Prints the table, the paired differences, what they mean, and where the files are."""
+    console.print(table_of(results))
+    console.print(difference_line(results))
+    console.print(sentence(results))
+    console.print(f"{results['seconds']:.0f} s. Written: {', '.join(map(str, files))}", soft_wrap=True)

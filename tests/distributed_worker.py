@@ -1,0 +1,296 @@
+"""What two processes do in the distributed tests, and how a test starts them: `python distributed_worker.py GROUP OUT`.
+
+A group is a list of cases that share one start. Every case trains one student and reports, per rank, its loss and
+whole gradient, or the sentence it was refused with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import reference
+
+import e2kd
+
+RANKS = 2
+BATCH = 8  # of all ranks together
+Result = dict[str, Any]
+
+
+# The cases of a test's two processes, as one batch
+
+
+def joint_case(name: str, *, eval_norm: bool = True, **settings: Any) -> reference.Case:
+    if name in ("small", "hidden"):
+        made = reference.case("cnn", batch=BATCH)
+        student = reference.small(hidden=name == "hidden")
+        made = reference.Case(**{**made.__dict__, "student": student, "layer": "3"})
+    else:
+        made = reference.case(name, batch=BATCH, **settings)
+    if eval_norm:
+        reference.freeze_statistics(made.student)
+    return made
+
+
+def of_rank(made: reference.Case) -> reference.Case:
+    return made.half(dist.get_rank())
+
+
+def _result(student: nn.Module, loss: Tensor) -> Result:
+    return {"loss": loss.detach(), "gradient": reference.gradient(student)}
+
+
+class DeadOnSecondRank:
+    """GradCAM whose maps are all zero on rank 1."""
+
+    layer = None
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        return e2kd.GradCAM()(features, gradient) * (dist.get_rank() == 0)
+
+
+# DistributedDataParallel
+
+
+def ddp(
+    name: str,
+    *,
+    before: bool = True,
+    no_sync: bool = False,
+    compiled: str = "",
+    eval_norm: bool = True,
+    explainer: Any = None,
+    teacher_explainer: Any = None,
+    settings: dict[str, Any] | None = None,
+    **wrap: Any,
+) -> Result:
+    made = of_rank(joint_case(name, eval_norm=eval_norm, **(settings or {})))
+    student = made.copy()
+
+    def build(model: nn.Module) -> e2kd.E2KDLoss:
+        return e2kd.E2KDLoss(
+            model, made.teacher, nn.CrossEntropyLoss(), explainer=explainer, teacher_explainer=teacher_explainer
+        )
+
+    criterion = build(student) if before else None
+    inner = torch.compile(student, backend="aot_eager") if compiled == "inside" else student
+    model: Any = DistributedDataParallel(inner, **wrap)
+    criterion = criterion or build(model)
+    if compiled == "outside":
+        model = torch.compile(model, backend="aot_eager")
+    parts = [made.half(0), made.half(1)] if no_sync else [made]
+    result: Result = {}
+    for step in range(2):  # static graphs change after the first
+        student.zero_grad()
+        torch.manual_seed(step + 10 * dist.get_rank())
+        loss = made.images.new_zeros(())
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else model.no_sync():
+                term = criterion(model(part.images), part.targets) / len(parts)
+                term.backward()
+            loss += term.detach()
+        result |= {f"{key}{step}": value for key, value in _result(student, loss).items()}
+    return result
+
+
+# FSDP2
+
+
+def fsdp(name: str, shard: Callable[..., None], *, before: bool = True, math: bool = False) -> Result:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    made = of_rank(joint_case(name))
+    student = made.copy()
+    fully = partial(fully_shard, mesh=init_device_mesh("cpu", (RANKS,)))
+    criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss()) if before else None
+    shard(student, fully)
+    criterion = criterion or e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss())
+    with sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext():
+        outputs = student(made.images)
+    loss = criterion(outputs, made.targets)
+    loss.backward()
+    return {"loss0": loss.detach(), "gradient0": reference.gradient(student)}
+
+
+def _layers(student: nn.Module) -> list[nn.Module]:
+    names = ("layer1", "layer2", "layer3", "layer4")
+    return [getattr(student, n) for n in names if hasattr(student, n)] or list(student.blocks)
+
+
+def shard_root(student: nn.Module, fully: Any, **settings: Any) -> None:
+    fully(student, **settings)
+
+
+def shard_layers(student: nn.Module, fully: Any, **settings: Any) -> None:
+    for layer in _layers(student):
+        fully(layer)
+    fully(student, **settings)
+
+
+def shard_trunk(student: nn.Module, fully: Any) -> None:
+    """Every layer in its own group; those that the explanation runs again keep their parameters after forward."""
+    *trunk, last = _layers(student)
+    for layer in trunk:
+        fully(layer)
+    fully(last, reshard_after_forward=False)
+    fully(student, reshard_after_forward=False)
+
+
+def shard_head(student: nn.Module, fully: Any, **settings: Any) -> None:
+    fully(student.get_classifier())
+    fully(student, **settings)
+
+
+# Hosts
+
+
+def accelerate(name: str, *, before: bool) -> Result:
+    from accelerate import Accelerator
+
+    made = of_rank(joint_case(name))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert accelerator.num_processes == RANKS
+    student = made.copy()
+    criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss()) if before else None
+    model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 0.1))
+    criterion = criterion or e2kd.E2KDLoss(model, made.teacher, nn.CrossEntropyLoss())
+    losses, result = [], {}
+    for part in (made.half(0), made.half(1)):
+        with accelerator.accumulate(model):
+            loss = criterion(model(part.images), part.targets)
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                result = {"loss0": sum(losses) / 2, "gradient0": reference.gradient(student)}
+            optimizer.step()
+            optimizer.zero_grad()
+    return result
+
+
+def timm_task(name: str) -> Result:
+    from timm.task import ClassificationTask
+
+    made = of_rank(joint_case(name))
+    student = made.copy()
+    criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss())
+    task = ClassificationTask(student, criterion=criterion, device=torch.device("cpu"), verbose=False)
+    task.prepare_distributed()
+    task.train()
+    reference.freeze_statistics(student)
+    result = task(made.images, made.targets)
+    result["loss"].backward()
+    return {"loss0": result["loss"].detach(), "gradient0": reference.gradient(student)}
+
+
+GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
+    "ddp": {
+        **{
+            f"{name}-{label}": partial(ddp, name, **settings)
+            for name in ("cnn", "vit")
+            for label, settings in {
+                "plain": {},
+                "criterion_after": {"before": False},
+                "static_graph": {"static_graph": True},
+                "static_graph_criterion_after": {"static_graph": True, "before": False},
+                "find_unused": {"find_unused_parameters": True},
+                "no_sync": {"no_sync": True},
+                "bucket_view": {"gradient_as_bucket_view": True},
+                "train_batchnorm": {"eval_norm": False},
+                "dead_on_one_rank": {"explainer": DeadOnSecondRank(), "teacher_explainer": e2kd.GradCAM()},
+                "dead_on_one_rank_static": {
+                    "explainer": DeadOnSecondRank(),
+                    "teacher_explainer": e2kd.GradCAM(),
+                    "static_graph": True,
+                },
+            }.items()
+        },
+        "small-compiled_inside": partial(ddp, "small", compiled="inside"),
+        "small-compiled_outside": partial(ddp, "small", compiled="outside"),
+    },
+    "fsdp": {
+        f"{name}-{shard.__name__}-{label}": partial(fsdp, name, partial(shard, **settings), **how)
+        for name in ("cnn", "vit")
+        for shard in (shard_root, shard_layers, shard_head)
+        for label, how, settings in (
+            ("default", {}, {}),
+            ("reshard", {}, {"reshard_after_forward": True}),
+            ("criterion_after", {"before": False}, {}),
+        )
+    }
+    | {f"{name}-shard_trunk": partial(fsdp, name, shard_trunk) for name in ("cnn", "vit")},
+    "fsdp_double": {  # torch dies of a double backward through parameters that were sharded in between
+        "hidden-shard_root-reshard": partial(fsdp, "hidden", partial(shard_root, reshard_after_forward=True)),
+        "vit-shard_root-math": partial(fsdp, "vit", partial(shard_root, reshard_after_forward=True), math=True),
+        "vit-shard_layers-math": partial(fsdp, "vit", shard_layers, math=True),
+        "vit-shard_head-math": partial(fsdp, "vit", shard_head, math=True),
+    },
+    "accelerate": {
+        "cnn-before": partial(accelerate, "cnn", before=True),
+        "vit-after": partial(accelerate, "vit", before=False),
+    },
+    "timm": {"cnn": partial(timm_task, "cnn"), "vit": partial(timm_task, "vit")},
+}
+
+
+def run_group(group: str, folder: Path, timeout: float = 300) -> list[dict[str, Result]]:
+    """The results of every case of a group, for each rank. Raises if a process fails or hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(RANKS):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+        told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}
+        environment = os.environ | {key: str(value) for key, value in told.items()}
+        command = [sys.executable, __file__, group, str(folder)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    try:
+        said = [process.communicate(timeout=timeout)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * RANKS, f"exit codes {codes}\n" + "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def main(group: str, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if group != "accelerate":
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for name, work in GROUPS[group].items():
+        try:
+            results[name] = work()
+        except (RuntimeError, ValueError, NotImplementedError) as refusal:
+            results[name] = {"refusal": f"{type(refusal).__name__}: {refusal}"}
+        torch._dynamo.reset()
+        dist.barrier()
+    torch.save(copy.deepcopy(results), Path(folder) / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

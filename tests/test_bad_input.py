@@ -1,0 +1,455 @@
+"""Bad input and bad settings: a sentence that says what came and what to do, and nothing changed by the attempt."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from reference import CLASSES, Case, case, cnn, identical, snapshot
+from torch import Tensor, nn
+
+import e2kd
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Trainer:
+    """A student that has been trained for a step, so that gradients and optimizer state exist to be damaged."""
+
+    def __init__(self, made: Case, *, teacher: nn.Module | None = None, **settings: Any) -> None:
+        self.student, self.teacher = made.copy(), teacher or made.teacher
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-3)
+        nn.functional.cross_entropy(self.student(made.images), made.targets).backward()
+        self.optimizer.step()
+        self.criterion = e2kd.E2KDLoss(self.student, self.teacher, nn.CrossEntropyLoss(), **settings)
+
+    def step(self, images: Tensor, targets: Any, change: Callable[[Tensor], Any] = lambda outputs: outputs) -> Tensor:
+        loss = self.criterion(change(self.student(images)), targets)
+        loss.backward()
+        return loss.detach()
+
+    @contextmanager
+    def refuses(self, kind: type[Exception], *phrases: str) -> Iterator[None]:
+        """The block raises a sentence with these phrases and leaves everything bit-identical."""
+        holders = (self.student, self.optimizer, self.teacher)
+        before, modes = snapshot(*holders), [m.training for m in self.student.modules()]
+        self.student.register_forward_hook(lambda *_: before.clear() or before.extend(snapshot(*holders)))
+        with pytest.raises(kind) as caught:
+            yield
+        for phrase in phrases:
+            assert re.search(phrase, str(caught.value)), f"{phrase!r} is not in: {caught.value}"
+        assert identical(before, snapshot(*holders))
+        assert [m.training for m in self.student.modules()] == modes
+        assert torch.is_grad_enabled()
+
+
+@pytest.fixture
+def made() -> Case:
+    return case("cnn")
+
+
+def assert_next_step_is_sound(trainer: Trainer, made: Case) -> None:
+    """After a refusal the criterion goes on as if nothing had been."""
+    loss = trainer.step(made.images, made.targets)
+    assert loss.isfinite()
+    assert trainer.criterion.parts["explanation"] > 0
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_student_logits_that_are_not_finite_are_refused(made: Case, value: float) -> None:
+    trainer = Trainer(made)
+    with torch.no_grad():
+        kept = trainer.student.fc.bias[2].clone()
+        trainer.student.fc.bias[2] = value
+    with trainer.refuses(ValueError, "student's logits", "4 values that are nan or infinite", "learning rate"):
+        trainer.step(made.images, made.targets)
+    with torch.no_grad():
+        trainer.student.fc.bias[2] = kept
+    assert_next_step_is_sound(trainer, made)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_teacher_logits_that_are_not_finite_are_refused(made: Case, value: float, weight: float) -> None:
+    teacher = cnn(5).eval()
+    with torch.no_grad():
+        teacher.fc.bias[0] = value
+    trainer = Trainer(made, teacher=teacher, weight=weight)
+    with trainer.refuses(ValueError, "teacher's logits", "nan or infinite"):
+        trainer.step(made.images, made.targets)
+
+
+def test_images_that_are_not_finite_are_refused_and_do_not_spoil_what_was_found_of_the_models() -> None:
+    made = case("vit")  # no BatchNorm whose statistics the images themselves would spoil
+    trainer = Trainer(made, teacher=copy.deepcopy(made.teacher))
+    wanted = Trainer(made).step(made.images, made.targets)
+    images = made.images.clone()
+    images[1, 0, 3, 4] = float("nan")
+    with trainer.refuses(ValueError, "logits hold", "nan or infinite", "look at the images"):
+        trainer.step(images, made.targets)
+    torch.testing.assert_close(trainer.step(made.images, made.targets), wanted)
+    assert trainer.criterion.parts["explanation"] > 0
+
+
+# Shapes
+
+
+def test_teacher_of_other_classes_is_refused(made: Case) -> None:
+    teacher = cnn(5)
+    teacher.reset_classifier(CLASSES + 2)
+    trainer = Trainer(made, teacher=teacher.eval())
+    with trainer.refuses(ValueError, r"\[4, 7\]", r"\[4, 9\]", "same classes"):
+        trainer.step(made.images, made.targets)
+
+
+@pytest.mark.parametrize("explaining", [True, False])
+def test_teacher_of_other_classes_is_refused_whatever_the_weights(made: Case, explaining: bool) -> None:
+    teacher = cnn(5)
+    teacher.reset_classifier(CLASSES - 2)
+    weights = {"weight": float(explaining), "kd_weight": float(not explaining)}
+    trainer = Trainer(made, teacher=teacher.eval(), **weights)
+    with trainer.refuses(ValueError, r"\[4, 7\]", r"\[4, 5\]", "same classes"):
+        trainer.step(made.images, made.targets)
+
+
+def test_images_of_other_channels_than_the_teacher_are_refused(made: Case) -> None:
+    grey = cnn(5, in_chans=1).eval()
+    trainer = Trainer(made, teacher=grey)
+    with trainer.refuses((ValueError, RuntimeError), "teacher", "channels", r"\[4, 3, 96, 96\]"):
+        trainer.step(made.images, made.targets)
+
+
+def test_images_of_a_size_the_teacher_cannot_take_are_refused(made: Case) -> None:
+    flat = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, CLASSES)).eval()
+    trainer = Trainer(made, teacher=flat)
+    with trainer.refuses((ValueError, RuntimeError), "teacher", r"\[4, 3, 96, 96\]", "teacher_size"):
+        trainer.step(made.images, made.targets)
+
+
+def test_wrong_channels_given_to_the_student_leave_the_criterion_usable(made: Case) -> None:
+    trainer = Trainer(made)
+    with trainer.refuses(RuntimeError, "channels"):  # torch's own sentence: the student refuses before the loss
+        trainer.step(made.images[:, :1], made.targets)
+    assert_next_step_is_sound(trainer, made)
+
+
+def test_forward_that_fails_does_not_lend_its_images_to_the_next_loss(made: Case) -> None:
+    trainer = Trainer(made)
+    outputs = trainer.student(made.images)
+    with pytest.raises(RuntimeError):
+        trainer.student(made.images[:, :1])
+    wanted = Trainer(made).step(made.images, made.targets)
+    torch.testing.assert_close(trainer.criterion(outputs, made.targets).detach(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_empty_batch_is_refused(name: str) -> None:
+    made = case(name)
+    for module in made.student.modules():  # an empty batch has no statistics
+        module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    trainer = Trainer(made)
+    with trainer.refuses(ValueError, "at least one image", "empty", "Skip empty batches"):
+        trainer.step(made.images[:0], made.targets[:0])
+    assert_next_step_is_sound(trainer, made)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        (lambda outputs: outputs[:2], r"images \[4, 3, 96, 96\]"),
+        (lambda outputs: torch.cat([outputs, outputs]), r"logits \[8, 7\]"),
+    ],
+    ids=["part", "doubled"],
+)
+def test_part_of_the_output_is_refused(made: Case, change: Any, phrase: str) -> None:
+    trainer = Trainer(made)
+    with trainer.refuses(ValueError, phrase, "whole output of one forward"):
+        trainer.step(made.images, made.targets.repeat(2)[: len(change(made.images))], change)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        (lambda outputs: outputs[None], r"tensor \[1, 4, 7\]"),
+        (lambda outputs: {"features": outputs[None]}, "dict with features"),
+        (lambda outputs: None, "NoneType"),
+    ],
+    ids=["3d", "dict", "none"],
+)
+def test_outputs_without_logits_are_refused(made: Case, change: Any, phrase: str) -> None:
+    trainer = Trainer(made)
+    with trainer.refuses(TypeError, "Expected logits", phrase, "as it came from the model"):
+        trainer.step(made.images, made.targets, change)
+
+
+# Calls
+
+
+def test_criterion_without_a_forward_is_refused(made: Case) -> None:
+    trainer = Trainer(made)
+    logits = torch.randn(4, CLASSES, requires_grad=True)
+    with trainer.refuses(RuntimeError, "without a training forward", r"criterion\(student\(images\), targets\)"):
+        trainer.criterion(logits, made.targets)
+
+
+def test_second_call_for_one_forward_is_refused(made: Case) -> None:
+    trainer = Trainer(made)
+    outputs = trainer.student(made.images)
+    trainer.criterion(outputs, made.targets)
+    with trainer.refuses(RuntimeError, "once per\\s+forward"):
+        trainer.criterion(outputs, made.targets)
+
+
+def test_logits_of_another_model_are_refused(made: Case) -> None:
+    trainer = Trainer(made)
+    other = made.copy()
+    trainer.student(made.images)
+    with trainer.refuses(RuntimeError, "without a training forward", "build E2KDLoss with the module it trains"):
+        trainer.criterion(other(made.images), made.targets)
+
+
+def test_changed_logits_are_refused_or_exact(made: Case) -> None:
+    trainer = Trainer(made, task_weight=0.0, kd_weight=0.0)
+    outputs = trainer.student(made.images)
+    loss = trainer.criterion(outputs * 2, made.targets)  # still this forward: by its graph the map is the doubled one
+    wanted = Trainer(made, task_weight=0.0, kd_weight=0.0).step(made.images, made.targets)
+    torch.testing.assert_close(loss.detach(), wanted)  # cosine does not see the scale
+
+
+def test_logits_of_an_earlier_forward_are_refused_once_forgotten(made: Case) -> None:
+    trainer = Trainer(made)
+    outputs = trainer.student(made.images)
+    trainer.criterion(outputs, made.targets)
+    trainer.student(made.images)
+    with trainer.refuses(RuntimeError, "without a training forward"):
+        trainer.criterion(outputs, made.targets)
+
+
+def test_loss_after_remove_is_refused(made: Case) -> None:
+    trainer = Trainer(made)
+    outputs = trainer.student(made.images)
+    trainer.criterion.remove()
+    with trainer.refuses(RuntimeError, "without a training forward"):
+        trainer.criterion(outputs, made.targets)
+
+
+# Targets
+
+
+def soft(made: Case) -> Tensor:
+    return torch.full((len(made.targets), CLASSES), 1 / CLASSES)
+
+
+def test_soft_labels_where_indices_are_needed_are_refused(made: Case) -> None:
+    trainer = Trainer(made, classes="labels")
+    with trainer.refuses(ValueError, r"class indices \[4\]", r"\[4, 7\] of torch.float32", 'classes="teacher"'):
+        trainer.step(made.images, soft(made))
+    assert_next_step_is_sound(trainer, made)
+
+
+def test_labels_that_did_not_come_are_refused(made: Case) -> None:
+    trainer = Trainer(made, classes="labels", task_weight=0.0)
+    with trainer.refuses(ValueError, r"class indices \[4\]", "got None"):
+        trainer.step(made.images, None)
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1, -100])
+def test_label_outside_the_classes_is_refused(made: Case, label: int) -> None:
+    trainer = Trainer(made, classes="labels", task_weight=0.0)
+    with trainer.refuses((ValueError, IndexError), str(label), f"0 to {CLASSES - 1}"):
+        trainer.step(made.images, made.targets.clone().fill_(label))
+
+
+def test_indices_where_multi_hot_targets_are_needed_are_refused(made: Case) -> None:
+    trainer = Trainer(made, classes="positives")
+    with trainer.refuses(ValueError, r"multi-hot targets \[4, 7\]", r"got \[4\]", 'classes="labels"'):
+        trainer.step(made.images, made.targets)
+
+
+def test_targets_of_another_length_are_refused_by_the_task(made: Case) -> None:
+    trainer = Trainer(made)
+    with trainer.refuses(ValueError, "batch_size"):  # torch's own sentence: the user's criterion speaks
+        trainer.step(made.images, made.targets[:2])
+
+
+def test_pure_distillation_without_targets_is_refused_in_evaluation(made: Case) -> None:
+    trainer = Trainer(made)
+    criterion = e2kd.E2KDLoss(trainer.student, made.teacher)
+    with torch.no_grad(), pytest.raises(ValueError, match="no targets came") as caught:
+        criterion(trainer.student(made.images))
+    assert "Pass targets" in str(caught.value)
+
+
+# Maps
+
+
+def _dead(model: nn.Module) -> nn.Module:
+    """Features that are zero everywhere behind the last ReLU."""
+    with torch.no_grad():
+        model.layer4[-1].bn2.weight.zero_()
+        model.layer4[-1].bn2.bias.fill_(-1e6)
+    return model
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_dead_maps_warn_are_counted_and_give_no_gradient(made: Case, who: str) -> None:
+    teacher = _dead(cnn(5).eval()) if who == "teacher" else None
+    if who == "student":
+        _dead(made.student)
+    trainer = Trainer(made, teacher=teacher, task_weight=0.0, kd_weight=0.0)
+    trainer.student.zero_grad()
+    before = snapshot(trainer.optimizer)
+    with pytest.warns(e2kd.NoEffectWarning, match="100% of the maps are zero everywhere") as caught:
+        loss = trainer.step(made.images, made.targets)
+    assert "layer4" in str(caught[0].message)
+    assert trainer.criterion.parts["zero_maps"] == 4
+    assert trainer.criterion.parts["cosine"] == 0
+    assert loss == 1
+    assert all(p.grad is None or not p.grad.any() for p in trainer.student.parameters())
+    assert identical(before, snapshot(trainer.optimizer))
+
+
+def test_few_dead_maps_are_counted_without_a_warning(made: Case, recwarn: pytest.WarningsRecorder) -> None:
+    class FirstIsZero:
+        layer = None
+
+        def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+            maps = e2kd.GradCAM()(features, gradient)
+            return torch.cat([maps[:1] * 0, maps[1:]])
+
+    trainer = Trainer(made, explainer=FirstIsZero())
+    loss = trainer.step(made.images, made.targets)
+    assert loss.isfinite()
+    assert trainer.criterion.parts["zero_maps"] == 1
+    assert not [w for w in recwarn if issubclass(w.category, e2kd.NoEffectWarning)]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.student.parameters())
+
+
+def test_map_of_one_cell_is_refused() -> None:
+    made = case("cnn")
+    trainer = Trainer(made)
+    small = torch.randn(4, 3, 32, 32)
+    with trainer.refuses(e2kd.UnsupportedModel, "layer4", "one cell", r"larger images", r"GradCAM\(layer=\.\.\.\)"):
+        trainer.step(small, made.targets)
+    assert_next_step_is_sound(trainer, made)
+
+
+def test_map_of_one_cell_in_the_teacher_is_refused_or_named() -> None:
+    class OneCell(nn.Module):
+        layer = None
+
+        def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+            return e2kd.GradCAM()(features, gradient).mean((2, 3), keepdim=True)
+
+    made = case("cnn")
+    trainer = Trainer(made, teacher_explainer=OneCell())
+    with trainer.refuses(e2kd.UnsupportedModel, "teacher", "one cell"):
+        trainer.step(made.images, made.targets)
+
+
+def test_explainers_of_different_channels_are_refused(made: Case) -> None:
+    trainer = Trainer(made, teacher_explainer=e2kd.InputGradient())
+    with trainer.refuses(ValueError, r"\[4, 1, 3, 3\]", r"\[4, 3, 96, 96\]", "same number of channels"):
+        trainer.step(made.images, made.targets)
+
+
+def test_similarity_that_reduces_the_batch_is_refused(made: Case) -> None:
+    trainer = Trainer(made, similarity=lambda a, b: (a * b).mean())
+    with trainer.refuses(ValueError, r"one value per sample, \[4\]", "not over the batch"):
+        trainer.step(made.images, made.targets)
+
+
+# Settings
+
+
+def test_unknown_layer_names_those_that_come_close(made: Case) -> None:
+    before = snapshot(made.student)
+    with pytest.raises(e2kd.UnsupportedModel, match="no layer named 'layer5'") as caught:
+        e2kd.E2KDLoss(made.student, made.teacher, explainer=e2kd.GradCAM("layer5"))
+    assert "layer4" in str(caught.value)
+    assert identical(before, snapshot(made.student))
+    assert not made.student._forward_hooks
+    assert not made.student._forward_pre_hooks
+
+
+@pytest.mark.parametrize("layer", ["fc", "global_pool"])
+def test_layer_without_a_map_is_refused_with_one_to_try(made: Case, layer: str) -> None:
+    with pytest.raises(e2kd.UnsupportedModel, match=f"Layer '{layer}' returned a tensor") as caught:
+        e2kd.E2KDLoss(made.student, made.teacher, explainer=e2kd.GradCAM(layer))
+    assert "layer4" in str(caught.value)
+    assert not made.student._forward_hooks
+
+
+def test_layer_without_gradient_is_refused_with_one_to_try() -> None:
+    made = case("vit")
+    with pytest.raises(e2kd.UnsupportedModel, match="no gradient with respect to the map of layer 'norm'") as caught:
+        e2kd.E2KDLoss(made.student, made.teacher, explainer=e2kd.GradCAM("norm"))
+    assert "blocks.1" in str(caught.value)
+
+
+def test_model_without_a_map_is_refused(made: Case) -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    with pytest.raises(e2kd.UnsupportedModel, match="no layer"):
+        e2kd.E2KDLoss(flat, made.teacher)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in flat.modules())
+
+
+BAD_SETTINGS = [
+    ({"weight": -1.0}, "weight >= 0, but got -1"),
+    ({"weight": float("nan")}, "weight >= 0, but got nan"),
+    ({"weight": float("inf")}, "weight >= 0, but got inf"),
+    ({"kd_weight": -0.5}, "kd_weight >= 0"),
+    ({"task_weight": -0.5}, "task_weight >= 0"),
+    ({"temperature": 0.0}, "temperature > 0, but got 0"),
+    ({"temperature": -1.0}, "temperature > 0"),
+    ({"temperature": float("nan")}, "temperature > 0"),
+    ({"temperature": float("inf")}, "temperature > 0"),
+    ({"fraction": 0.0}, r"fraction in \(0, 1\], but got 0.0. weight=0 switches"),
+    ({"fraction": 1.5}, r"fraction in \(0, 1\]"),
+    ({"fraction": float("nan")}, r"fraction in \(0, 1\]"),
+    ({"every": 0}, "every to be an integer >= 1, but got 0"),
+    ({"every": 1.5}, "every to be an integer >= 1"),
+    ({"resize": "map"}, "resize to be None or \"image\", but got 'map'"),
+    ({"classes": "top"}, "classes to be .* but got 'top'"),
+    ({"classes": 0}, "classes to be .* but got 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD_SETTINGS, ids=lambda v: str(v) if isinstance(v, dict) else "")
+def test_bad_settings_are_refused_when_the_criterion_is_built(made: Case, settings: Any, sentence: str) -> None:
+    before = snapshot(made.student)
+    with pytest.raises(ValueError, match=sentence):
+        e2kd.E2KDLoss(made.student, made.teacher, nn.CrossEntropyLoss(), **settings)
+    assert identical(before, snapshot(made.student))
+    assert not made.student._forward_hooks
+    assert not made.student._forward_pre_hooks
+
+
+@pytest.mark.parametrize("wrong", ["student", "teacher"])
+def test_things_that_are_no_modules_are_refused_when_the_criterion_is_built(made: Case, wrong: str) -> None:
+    models: dict[str, Any] = {"student": made.student, "teacher": made.teacher}
+    models[wrong] = models[wrong].forward
+    with pytest.raises(TypeError, match=wrong):
+        e2kd.E2KDLoss(**models)
+    assert not made.student._forward_hooks
+
+
+def test_teacher_on_another_device_is_refused(made: Case) -> None:
+    trainer = Trainer(made)
+    trainer.criterion = e2kd.E2KDLoss(trainer.student, cnn(5).eval().to("meta"))
+    with trainer.refuses(RuntimeError, "teacher is on meta", r"teacher\.to\('cpu'\)"):
+        trainer.step(made.images, made.targets)

@@ -1,0 +1,323 @@
+"""The demo: its data, its measures, its report, and a tiny run from end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+import e2kd
+from e2kd.demo import run as demo
+from e2kd.demo.data import INK, SIDES, SIZE, Mode, Part, Scenes, all_digits, digits_of, make_scenes, painted, placed
+from e2kd.demo.experiment import Arm, SeedRun, Settings, criterion_for, make_data
+from e2kd.demo.extras import MissingExtra
+from e2kd.demo.measure import Scores, energy_on_mask, evaluate, mean_and_missing, predictions, worst_group
+from e2kd.demo.report import COLUMNS, NAMES, difference_line, results_of, rows
+from e2kd.demo.textures import BLOBS, STRIPES, texture_heights
+from e2kd.demo.train import batches, small_net, train
+
+TINY = Settings(teacher_images=100, teacher_epochs=1, student_images=100, student_epochs=1, test_images=60)
+
+
+def seeded(seed: int) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def correlation(scenes: Scenes) -> float:
+    return float(torch.corrcoef(torch.stack([scenes.labels, scenes.textures]).double())[0, 1])
+
+
+# The data
+
+
+def test_a_seed_fixes_the_scenes_and_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    first, again, other = (make_scenes(Part.TRAIN, Mode.RANDOM, 30, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.images, other.images)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_scenes_have_the_promised_shapes_and_range() -> None:
+    scenes = make_scenes(Part.TRAIN, Mode.RANDOM, 30, 0)
+    assert scenes.images.shape == (30, 3, SIZE, SIZE)
+    assert scenes.images.dtype == torch.float32
+    assert scenes.masks.shape == (30, SIZE, SIZE)
+    assert scenes.masks.dtype == torch.bool
+    assert scenes.images.min() >= 0
+    assert scenes.images.max() <= 1
+
+
+def test_the_label_says_whether_the_digit_is_5_or_more() -> None:
+    scenes = make_scenes(Part.TEST, Mode.RANDOM, 100, 0)
+    assert torch.equal(scenes.labels == 1, all_digits().classes[scenes.places] >= 5)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(Mode.ALIGNED, 1.0), (Mode.REVERSED, -1.0)])
+def test_texture_gives_the_label_away(mode: Mode, expected: float) -> None:
+    assert correlation(make_scenes(Part.TRAIN, mode, 500, 0)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_texture_is_unrelated_to_the_label_in_the_teachers_data() -> None:
+    assert abs(correlation(make_scenes(Part.TRAIN, Mode.RANDOM, 4000, 0))) < 3 / math.sqrt(4000)
+
+
+def test_the_parts_share_no_digit_and_leave_none_out() -> None:
+    places = torch.cat([digits_of(part).places for part in Part])
+    assert torch.equal(places.sort().values, torch.arange(len(all_digits().classes)))
+
+
+def test_the_sets_of_a_run_share_no_digit_between_training_and_measuring() -> None:
+    for part in (Part.VALIDATION, Part.TEST):
+        data = make_data(3, Settings(part=part))
+        trained = set(torch.cat([data.unbiased.places, data.biased.places]).tolist())
+        measured = set(torch.cat([data.aligned.places, data.reversed_.places]).tolist())
+        assert not trained & measured
+        assert measured == set(digits_of(part).places.tolist())
+
+
+def test_digits_are_enlarged_within_bounds_and_lie_whole_on_the_canvas() -> None:
+    """A digit that is ink all over covers a square whose side was drawn from SIDES, cut off nowhere."""
+    masks = placed(torch.ones(300, 8, 8), seeded(0)) > 0.5
+    width, height = masks.any(1).sum(1), masks.any(2).sum(1)
+    assert width.min() >= SIDES[0] - 1
+    assert width.max() <= SIDES[1] + 1
+    assert (width - height).abs().max() <= 1
+    assert (masks.flatten(1).sum(1) > 0.85 * width * height).all()
+    assert width.float().std() > 1
+
+
+def test_the_mask_is_where_the_digit_was_painted() -> None:
+    textures = torch.arange(200) % 2
+    coverage = placed(digits_of(Part.TEST).ink[:200], seeded(0))
+    with_digit = painted(coverage, textures, seeded(1))
+    without = painted(torch.zeros_like(coverage), textures, seeded(1))
+    changed = (with_digit - without).abs().amax(1)
+    assert not changed[coverage == 0].any()
+    mask = coverage > INK
+    assert mask.flatten(1).any(1).all()
+    assert (changed * mask).sum() / changed.sum() > 0.7  # the rest is the digits' soft edge
+
+
+def test_every_texture_has_the_same_histogram() -> None:
+    heights = texture_heights(torch.arange(40) % 2, SIZE, seeded(0)).flatten(1).sort(1).values
+    assert torch.equal(heights, heights[:1].expand_as(heights))
+
+
+def test_colours_tell_nothing_about_the_texture() -> None:
+    scenes = make_scenes(Part.TRAIN, Mode.RANDOM, 4000, 0)
+    for statistic in (scenes.images.mean((2, 3)), scenes.images.std((2, 3))):
+        stripes, blobs = (statistic[scenes.textures == texture] for texture in (STRIPES, BLOBS))
+        error = (stripes.var(0) / len(stripes) + blobs.var(0) / len(blobs)).sqrt()
+        assert ((stripes.mean(0) - blobs.mean(0)).abs() < 3.5 * error).all()
+
+
+def coherence(heights: Tensor) -> Tensor:
+    """How far an image [N, h, w] is made of one direction, in [0, 1]: from its structure tensor."""
+    across, down = (heights - heights.roll(1, dim) for dim in (2, 1))
+    inner = (slice(None), slice(1, None), slice(1, None))
+    xx, yy, xy = ((a[inner] * b[inner]).mean((1, 2)) for a, b in ((across, across), (down, down), (across, down)))
+    return ((xx - yy) ** 2 + 4 * xy**2).sqrt() / (xx + yy)
+
+
+def test_direction_tells_the_textures_apart() -> None:
+    stripes, blobs = (coherence(texture_heights(torch.full((200,), t), SIZE, seeded(0))) for t in (STRIPES, BLOBS))
+    assert stripes.quantile(0.1) > blobs.quantile(0.8)
+
+
+# The measures
+
+
+def test_epg_of_maps_on_the_masks_grid() -> None:
+    maps = torch.tensor([[[[3.0, 1.0], [0.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]], [[[0.0, 2.0], [0.0, 0.0]]]])
+    masks = torch.tensor([[True, False], [False, False]]).expand(3, 2, 2)
+    torch.testing.assert_close(energy_on_mask(maps, masks), torch.tensor([0.75, math.nan, 0.0]), equal_nan=True)
+
+
+def test_epg_of_a_map_brought_to_the_masks_size() -> None:
+    """Bilinear from 2 to 4 cells weighs (1, 3/4, 1/4, 0): inside (7/4)^2 of 2^2."""
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, :2, :2] = True
+    assert energy_on_mask(torch.tensor([[[[5.0, 0.0], [0.0, 0.0]]]]), mask).item() == pytest.approx(49 / 64)
+
+
+def test_zero_maps_are_left_out_and_counted() -> None:
+    assert mean_and_missing(torch.tensor([0.5, math.nan, 1.0, math.nan])) == (0.75, 2)
+    assert math.isnan(mean_and_missing(torch.tensor([math.nan]))[0])
+
+
+def test_worst_group_is_the_lowest_of_class_times_texture() -> None:
+    labels, textures = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
+    correct = torch.tensor([1, 1, 1, 0, 0, 0, 1, 1]).bool()
+    assert worst_group(correct, labels, textures) == 0.0
+    assert worst_group(correct[:4], labels[:4], textures[:4]) == 0.5
+
+
+def test_a_net_measured_against_itself() -> None:
+    """Its own classes are the teacher's: full agreement, one EPG, and accuracies that are shares of its hits."""
+    net = small_net(4, seed=0).eval()
+    data = make_data(0, TINY)
+    own = predictions(net, data.reversed_.images)
+    scores = evaluate(net, data.aligned, data.reversed_, own)
+    assert scores.ood_agreement == 1.0
+    assert (scores.epg, scores.zero_maps) == (scores.epg_teacher_class, scores.zero_maps_teacher_class)
+    assert scores.ood_accuracy == pytest.approx((own == data.reversed_.labels).float().mean().item())
+    assert scores.worst_group_accuracy <= min(scores.id_accuracy, scores.ood_accuracy)
+    assert evaluate(net, data.aligned, data.reversed_, 1 - own).ood_agreement == 0.0
+
+
+# The training
+
+
+def test_students_of_a_seed_are_paired() -> None:
+    """One seed, one start and one order of batches; an epoch sees every image once."""
+    before = torch.get_rng_state()
+    first, again, other = (small_net(3, seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+    assert torch.equal(before, torch.get_rng_state())
+    orders = [torch.cat(batches(100, epochs=2, seed=seed)) for seed in (5, 5, 6)]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+    assert torch.equal(orders[0][:100].sort().values, torch.arange(100))
+
+
+def test_the_arms_differ_in_the_criterion_only() -> None:
+    teacher = small_net(4, seed=0)
+    made = {arm: criterion_for(arm, small_net(3, seed=1), teacher, Settings(weight=0.7)) for arm in list(Arm)[1:]}
+    assert isinstance(made[Arm.CROSS_ENTROPY], nn.CrossEntropyLoss)
+    images, labels = torch.rand(4, 3, SIZE, SIZE, generator=seeded(0)), torch.tensor([0, 1, 0, 1])
+    parts: dict[Arm, dict[str, Tensor]] = {}
+    for arm, weight in ((Arm.KD, 0.0), (Arm.E2KD, 0.7)):
+        student = small_net(3, seed=1)
+        criterion = criterion_for(arm, student, teacher, Settings(weight=0.7))
+        assert isinstance(criterion, e2kd.E2KDLoss)
+        loss = criterion(student(images), labels)
+        parts[arm] = dict(criterion.parts)
+        rest = weight * parts[arm]["explanation"] if weight else torch.tensor(0.0)
+        torch.testing.assert_close(loss.detach(), parts[arm]["kd"] + rest)
+    torch.testing.assert_close(parts[Arm.KD]["kd"], parts[Arm.E2KD]["kd"])
+    assert parts[Arm.E2KD]["explanation"] > 0
+
+
+def test_training_learns() -> None:
+    """A teacher on its own images: the loss falls, the net ends in eval mode, every step is reported."""
+    scenes = make_scenes(Part.TRAIN, Mode.ALIGNED, 100, 0)
+    net, losses, steps = small_net(4, seed=0), [], []
+
+    def criterion(outputs: Tensor, labels: Tensor) -> Tensor:
+        losses.append(nn.functional.cross_entropy(outputs, labels))
+        return losses[-1]
+
+    train(net, criterion, scenes, epochs=10, seed=0, advance=lambda: steps.append(1))
+    assert len(steps) == len(losses) == 20
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert not net.training
+
+
+# The report
+
+
+def fake_runs() -> list[SeedRun]:
+    """Two seeds of scores that are all different, one EPG missing in the second."""
+    runs: list[SeedRun] = []
+    for seed in (0, 1):
+        scores = {}
+        for k, arm in enumerate(Arm):
+            shares = [0.05 + 0.11 * k + 0.013 * n + 0.07 * seed for n in range(6)]
+            scores[arm] = Scores(*shares, 0, 7)
+        if seed:
+            scores[Arm.KD] = scores[Arm.KD]._replace(epg=math.nan)
+        runs.append(SeedRun(seed, scores, dict.fromkeys(Arm, 1.5), {}, None))  # type: ignore[arg-type]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def fake_results() -> dict[str, Any]:
+    found = results_of(fake_runs(), Settings(), "e2kd demo", 3.0)
+    read: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
+    return read
+
+
+def test_the_tables_numbers_are_the_jsons(fake_results: dict[str, Any]) -> None:
+    body = {row[0]: row[1:] for row in rows(fake_results)}
+    for arm in Arm:
+        for column, cell in zip(COLUMNS, body[NAMES[arm.value]], strict=True):
+            if (arm, column.field) == (Arm.TEACHER, "ood_agreement"):
+                assert cell == ""
+                continue
+            each = [seed["scores"][arm.value][column.field] for seed in fake_results["seeds"]]
+            known = [(100 if column.percent else 1) * value for value in each if value is not None]
+            spread = [statistics.stdev(known)] if len(known) > 1 else []
+            shown = [float(number) for number in cell.split(" ±")]
+            assert shown == pytest.approx([statistics.mean(known), *spread], abs=0.051 if column.percent else 0.0051)
+
+
+def test_differences_are_paired_by_seed(fake_results: dict[str, Any]) -> None:
+    seeds, found = fake_results["seeds"], fake_results["e2kd_minus_kd"]
+    expected = [seed["scores"]["e2kd"]["ood_accuracy"] - seed["scores"]["kd"]["ood_accuracy"] for seed in seeds]
+    assert found["ood_accuracy"]["each"] == pytest.approx(expected)
+    assert found["ood_accuracy"]["mean"] == pytest.approx(statistics.mean(expected))
+    assert found["epg"]["each"][1] is None
+    assert "OOD accuracy +11.0 points (+11.0, +11.0)" in difference_line(fake_results)
+
+
+# The command
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("words", [["--seeds", "0"], ["--seeds", "two"], ["--split", "train"]])
+def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingExtra, match=r'needs scikit-learn: pip install "e2kd\[demo\]"'):
+        all_digits.__wrapped__()
+
+
+def test_a_tiny_run_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "QUICK", TINY)
+    threads, out = torch.get_num_threads(), tmp_path / "new" / "folder"
+    assert demo.main(parsed(["--quick", "--seeds", "2", "--out", str(out), "--split", "validation"])) == 0
+    results = json.loads((out / "demo.json").read_text())
+    assert set(results) == {"command", "settings", "versions", "seconds", "seeds", "summary", "e2kd_minus_kd"}
+    assert [seed["seed"] for seed in results["seeds"]] == [0, 1]
+    assert all(set(scores) == set(Scores._fields) for seed in results["seeds"] for scores in seed["scores"].values())
+    assert set(results["summary"]) == {arm.value for arm in Arm}
+    assert results["settings"]["part"] == "validation"
+    assert set(results["versions"]) == {"e2kd", "torch", "python", "platform", "threads"}
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(cell in printed for row in rows(results) for cell in row)
+    assert str(out / "demo.png") in printed
+    again = parsed(shlex.split(results["command"])[2:])
+    assert (again.seeds, again.quick, again.split, again.out) == (2, True, "validation", out)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.slow
+def test_the_quick_demo_shows_e2kd_ahead(tmp_path: Path) -> None:
+    results = demo.run(quick=True, out=tmp_path, part=Part.VALIDATION)
+    gained = results["e2kd_minus_kd"]
+    assert gained["ood_accuracy"]["mean"] > 0.1
+    assert gained["ood_agreement"]["mean"] > 0.1

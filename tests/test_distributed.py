@@ -1,0 +1,91 @@
+"""Two processes give the gradient of one process on the joint batch, or refuse with a sentence."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import GROUPS, RANKS, joint_case, run_group
+from reference import error, reference_loss, reference_step
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_group("ddp", tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_group("fsdp", tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.fixture(scope="module")
+def fsdp_double(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_group("fsdp_double", tmp_path_factory.mktemp("fsdp_double"))
+
+
+@lru_cache
+def expected(name: str, kind: str = "") -> torch.Tensor:
+    """The reference gradient of the joint batch in one process."""
+    made = joint_case(name, eval_norm=kind != "train_batchnorm")
+    student = made.copy()
+    if kind == "dead":  # the second half teaches by task and logits alone
+        losses = [reference_loss(student, made.half(0)), reference_loss(student, made.half(1), weight=0)]
+    elif kind == "train_batchnorm":  # every rank normalises by its own part
+        losses = [reference_loss(student, made.half(rank)) for rank in range(RANKS)]
+    else:
+        return reference_step(student, made)[1]
+    (sum(losses) / RANKS).backward()
+    return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+
+def _wanted(label: str) -> torch.Tensor:
+    name, kind = label.split("-")[:2]
+    return expected(name, "dead" if kind.startswith("dead") else kind if kind == "train_batchnorm" else "")
+
+
+@pytest.mark.parametrize("label", GROUPS["ddp"])
+def test_gradients_under_ddp_are_equal_on_all_ranks_and_those_of_one_process(label: str, ddp: Results) -> None:
+    found = [rank[label] for rank in ddp]
+    assert "refusal" not in found[0], found[0]
+    for step in (0, 1):
+        assert torch.equal(found[0][f"gradient{step}"], found[1][f"gradient{step}"])
+        assert error(found[0][f"gradient{step}"], _wanted(label)) < 1e-5
+
+
+def _head_is_sharded(label: str) -> bool:
+    """Whether what follows the explained layer of a transformer is sharded again when the loss is called."""
+    return label.startswith("vit") and not label.startswith(("vit-shard_trunk", "vit-shard_root-default"))
+
+
+@pytest.mark.parametrize("label", [label for label in GROUPS["fsdp"] if not _head_is_sharded(label)])
+def test_gradients_under_fsdp_are_those_of_one_process(label: str, fsdp: Results) -> None:
+    for rank in (results[label] for results in fsdp):
+        assert "refusal" not in rank, rank
+        assert error(rank["gradient0"], _wanted(label)) < 1e-5
+
+
+def _assert_exact_or_refused(label: str, results: Results) -> None:
+    found = [rank[label] for rank in results]
+    if any("refusal" in rank for rank in found):
+        assert all(rank["refusal"].startswith("UnsupportedModel") for rank in found)
+        assert all("reshard_after_forward=False" in rank["refusal"] for rank in found), found[0]["refusal"]
+        return
+    for rank in found:
+        assert error(rank["gradient0"], _wanted(label)) < 1e-5
+
+
+@pytest.mark.parametrize("label", [label for label in GROUPS["fsdp"] if _head_is_sharded(label)])
+def test_head_sharded_after_forward_is_exact_or_refused_on_all_ranks(label: str, fsdp: Results) -> None:
+    _assert_exact_or_refused(label, fsdp)
+
+
+@pytest.mark.parametrize("label", GROUPS["fsdp_double"])
+def test_double_backward_through_a_sharded_head_is_refused_before_torch_dies_of_it(
+    label: str, fsdp_double: Results
+) -> None:
+    _assert_exact_or_refused(label, fsdp_double)

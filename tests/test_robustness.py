@@ -1,0 +1,832 @@
+"""The one line inside everything a trainer does to a model: each is exact against the slow reference, or refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from reference import (
+    CLASSES,
+    Case,
+    case,
+    cosine,
+    error,
+    freeze_statistics,
+    gradient,
+    identical,
+    reference_loss,
+    reference_step,
+    small,
+    snapshot,
+)
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+import e2kd
+
+EXPLANATION_ONLY = (("task_weight", 0.0), ("kd_weight", 0.0))
+both = pytest.mark.parametrize("name", ["cnn", "vit"])
+
+
+@lru_cache
+def expected(name: str, weights: tuple[tuple[str, float], ...] = (), seed: int | None = None, **settings: Any) -> Any:
+    """A case with its reference loss and gradient. Tests train copies of its student."""
+    frozen = settings.pop("frozen_statistics", False)
+    made = case(name, **settings)
+    if frozen:
+        freeze_statistics(made.student)
+    student = made.copy()
+    if seed is not None:
+        torch.manual_seed(seed)
+    return made, *reference_step(student, made, **dict(weights))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors are several times faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def teach(student: nn.Module, made: Case, **settings: Any) -> e2kd.E2KDLoss:
+    return e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss(), **settings)
+
+
+def assert_exact(student: nn.Module, loss: Tensor, wanted: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(loss.detach(), wanted[0], rtol=tolerance, atol=0)
+    assert error(gradient(student), wanted[1]) < tolerance
+
+
+@both
+def test_reference_gradient_is_far_from_plain_distillation(name: str) -> None:
+    made, _, wanted = expected(name)
+    _, plain = reference_step(made.copy(), made, weight=0)
+    assert error(plain, wanted) > 0.1
+
+
+# Hosts that change how the student runs
+
+
+def _channels_last(student: nn.Module) -> nn.Module:
+    return student.to(memory_format=torch.channels_last)
+
+
+def _timm_checkpointing(student: nn.Module) -> nn.Module:
+    student.set_grad_checkpointing(True)
+    return student
+
+
+def _checkpointed_model(student: nn.Module) -> Callable[[Tensor], Tensor]:
+    return partial(checkpoint, student, use_reentrant=False)
+
+
+def _checkpointed_trunk(student: nn.Module) -> nn.Module:
+    student.forward_features = partial(checkpoint, student.forward_features, use_reentrant=False)
+    return student
+
+
+def _checkpointed_stages(student: nn.Module, implementation: CheckpointImpl) -> nn.Module:
+    """Every stage or block on its own, the explained one and those after it too."""
+    for name in ("layer2", "layer3", "layer4"):
+        if hasattr(student, name):
+            setattr(student, name, checkpoint_wrapper(getattr(student, name), implementation))
+    for index, block in enumerate(getattr(student, "blocks", [])):
+        student.blocks[index] = checkpoint_wrapper(block, implementation)
+    return student
+
+
+HOSTS: dict[str, Callable[[nn.Module], Any]] = {
+    "eager": lambda student: student,
+    "channels_last": _channels_last,
+    "data_parallel": nn.DataParallel,
+    "timm_checkpointing": _timm_checkpointing,
+    "checkpointed_model": _checkpointed_model,
+    "checkpointed_trunk": _checkpointed_trunk,
+    "checkpointed_stages": partial(_checkpointed_stages, implementation=CheckpointImpl.NO_REENTRANT),
+}
+
+
+@both
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("order", ["criterion_first", "host_first"])
+def test_step_in_host_is_exact(name: str, host: str, order: str) -> None:
+    made, *wanted = expected(name)
+    student = made.copy()
+    if order == "criterion_first":
+        criterion = teach(student, made)
+        model = HOSTS[host](student)
+    else:
+        model = HOSTS[host](student)
+        criterion = teach(student, made)
+    for _ in range(2):  # the second step of the same criterion is as good as the first
+        student.zero_grad()
+        loss = criterion(model(made.images), made.targets)
+        loss.backward()
+        assert_exact(student, loss, wanted)
+
+
+@both
+@pytest.mark.parametrize("order", ["criterion_first", "checkpoint_first"])
+def test_reentrant_checkpoint_of_every_stage_is_exact_or_refused(name: str, order: str) -> None:
+    made, *wanted = expected(name)
+    student = made.copy()
+
+    def step() -> Tensor:
+        criterion = teach(student, made) if order == "criterion_first" else None
+        _checkpointed_stages(student, CheckpointImpl.REENTRANT)
+        criterion = criterion or teach(student, made)
+        return criterion(student(made.images), made.targets)
+
+    if name == "vit" and order == "criterion_first":  # the hooks are on the blocks, inside of the checkpoints
+        with pytest.raises((RuntimeError, e2kd.UnsupportedModel), match="use_reentrant=False"):
+            step()
+        return
+    loss = step()  # the hooks are outside, on the pooling or on the checkpointing wrappers
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+@both
+def test_double_precision_step_is_exact_to_rounding(name: str) -> None:
+    made = case(name).to(torch.float64)
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    loss = teach(student, made)(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted, tolerance=1e-12)
+
+
+@both
+def test_reentrant_checkpoint_around_the_whole_model_is_refused(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = checkpoint(student, made.images.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"without a training forward|use_reentrant=False"):
+        criterion(outputs, made.targets)
+
+
+class HeadCheckpointed(nn.Module):
+    """Target layer and pooling in one reentrant checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU())
+        self.top = nn.Sequential(nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(checkpoint(self.top, self.stem(images), use_reentrant=self.training))
+
+
+def test_reentrant_checkpoint_around_target_and_pooling_is_refused() -> None:
+    made = case("cnn")
+    student = HeadCheckpointed()
+    criterion = teach(student, made, explainer=e2kd.GradCAM("top.1"), teacher_explainer=e2kd.GradCAM())
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        criterion(student(made.images), made.targets)
+
+
+# Precision: BatchNorm in eval mode, since in train mode half precision alone turns the gradient of a small batch
+
+
+def _precise(name: str, weights: Any = ()) -> Any:
+    return expected(name, weights, batch=16, frozen_statistics=True)
+
+
+def _low_precision_step(made: Case, dtype: torch.dtype, *, inside: bool, scale: float = 1.0, **weights: float) -> Any:
+    student = made.copy()
+    criterion = teach(student, made, **weights)
+    with torch.autocast("cpu", dtype):
+        outputs = student(made.images)
+        loss = criterion(outputs, made.targets) if inside else None
+    if loss is None:  # half-precision logits would overflow in the task loss itself, so hosts cast them here
+        loss = criterion(outputs.float() if dtype == torch.float16 else outputs, made.targets)
+    (loss * scale).backward()
+    return loss.detach(), gradient(student) / scale
+
+
+@both
+@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_outside"])
+@pytest.mark.parametrize("weights", [(), EXPLANATION_ONLY], ids=["all_terms", "explanation"])
+def test_bfloat16_autocast_step_has_the_float32_direction(name: str, inside: bool, weights: Any) -> None:
+    made, wanted_loss, wanted = _precise(name, weights)
+    loss, found = _low_precision_step(made, torch.bfloat16, inside=inside, **dict(weights))
+    assert loss.dtype == torch.float32
+    assert abs(loss - wanted_loss) < 0.03
+    assert cosine(found, wanted) > 0.999
+
+
+@both
+@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_outside"])
+def test_outputs_cast_to_float32_by_the_host_are_accepted(name: str, inside: bool) -> None:
+    made, _, wanted = _precise(name)  # what accelerate does: the output is float32, the features are not
+    student = made.copy()
+    criterion = teach(student, made)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = student(made.images).float()
+        if inside:
+            criterion(outputs, made.targets).backward()
+    if not inside:
+        criterion(outputs, made.targets).backward()
+    assert cosine(gradient(student), wanted) > 0.999
+
+
+@both
+@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_outside"])
+@pytest.mark.parametrize("weights", [(), EXPLANATION_ONLY], ids=["all_terms", "explanation"])
+def test_float16_autocast_with_loss_scale_65536_stays_finite_and_true(name: str, inside: bool, weights: Any) -> None:
+    made, _, wanted = _precise(name, weights)
+    _, found = _low_precision_step(made, torch.float16, inside=inside, scale=65536.0, **dict(weights))
+    assert found.isfinite().all()
+    assert cosine(found, wanted) > 0.9999
+
+
+@both
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_pure_bfloat16_student_has_the_float32_direction(name: str, teacher_dtype: torch.dtype) -> None:
+    made, _, wanted = _precise(name)
+    student = made.copy().bfloat16()
+    criterion = e2kd.E2KDLoss(student, copy.deepcopy(made.teacher).to(teacher_dtype), nn.CrossEntropyLoss())
+    loss = criterion(student(made.images.bfloat16()), made.targets)
+    loss.backward()
+    assert loss.isfinite()
+    assert cosine(gradient(student), wanted) > 0.99
+
+
+# Loops
+
+
+@both
+def test_two_accumulated_halves_equal_the_whole_batch(name: str) -> None:
+    made = case(name)
+    freeze_statistics(made.student)
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    criterion = teach(student, made)
+    losses = []
+    for which in (0, 1):
+        half = made.half(which)
+        loss = criterion(student(half.images), half.targets) / 2
+        loss.backward()
+        losses.append(loss.detach())
+    assert_exact(student, losses[0] + losses[1], wanted)
+
+
+@both
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1), (1, 0)], ids=str)
+def test_two_forwards_before_the_loss_are_told_apart(name: str, used: tuple[int, ...]) -> None:
+    made = case(name)
+    freeze_statistics(made.student)
+    reference = made.copy()
+    sum(reference_loss(reference, made.half(which)) for which in used).backward()
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = [student(made.half(which).images) for which in (0, 1)]
+    sum(criterion(outputs[which], made.half(which).targets) for which in used).backward()
+    assert error(gradient(student), gradient(reference)) < 1e-5
+
+
+def _pass_under_no_grad(student: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        student(images)
+
+
+def _pass_in_eval(student: nn.Module, images: Tensor) -> None:
+    student.eval()(images)
+    student.train()
+
+
+def _pass_under_inference_mode(student: nn.Module, images: Tensor) -> None:
+    with torch.inference_mode():
+        student.eval()(images)
+    student.train()
+
+
+def _copy_runs(student: nn.Module, images: Tensor) -> None:
+    copy.deepcopy(student).train()(images)
+
+
+def _ema_updates_and_runs(student: nn.Module, images: Tensor) -> None:
+    ema = timm.utils.ModelEmaV3(student)
+    ema.update(student)
+    ema.module.train()(images)
+
+
+def _explain_student(student: nn.Module, images: Tensor) -> None:
+    e2kd.explain(student, images)
+
+
+INTERLUDES = [
+    _pass_under_no_grad,
+    _pass_in_eval,
+    _pass_under_inference_mode,
+    _copy_runs,
+    _ema_updates_and_runs,
+    _explain_student,
+]
+
+
+@both
+@pytest.mark.parametrize("interlude", INTERLUDES, ids=lambda f: f.__name__.strip("_"))
+def test_what_happens_between_forward_and_loss_changes_nothing(name: str, interlude: Any) -> None:
+    made, *wanted = expected(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = student(made.images)
+    interlude(student, made.images.flip(0) * 2)
+    loss = criterion(outputs, made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+@both
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_returns_the_plain_task_loss(name: str, mode: Any) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made, weight=100.0)
+    student.eval()
+    with mode():
+        outputs = student(made.images)
+        loss = criterion(outputs, made.targets)
+    assert loss == nn.functional.cross_entropy(outputs, made.targets)
+    assert not criterion.parts
+
+
+@both
+def test_criterion_in_eval_mode_returns_the_plain_task_loss(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made, weight=100.0).eval()
+    outputs = student(made.images)
+    assert criterion(outputs, made.targets) == nn.functional.cross_entropy(outputs, made.targets)
+
+
+@both
+def test_student_in_eval_with_gradients_warns_and_returns_the_task_loss(name: str) -> None:
+    made = case(name)
+    student = made.copy().eval()
+    criterion = teach(student, made)
+    outputs = student(made.images)
+    with pytest.warns(e2kd.NoEffectWarning, match=r"student\.train\(\)"):
+        loss = criterion(outputs, made.targets)
+    assert loss == nn.functional.cross_entropy(outputs, made.targets)
+
+
+@both
+def test_frozen_backbone_trains_its_head_exactly(name: str) -> None:
+    made = case(name)
+    for parameter in made.student.parameters():
+        parameter.requires_grad_(False)
+    for parameter in made.student.get_classifier().parameters():
+        parameter.requires_grad_(True)
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    loss = teach(student, made)(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+    assert {n for n, p in student.named_parameters() if p.grad is not None} <= {
+        n for n, p in student.named_parameters() if p.requires_grad
+    }
+
+
+@both
+def test_partly_frozen_trunk_is_exact(name: str) -> None:
+    made = case(name)
+    for part in ("conv1", "bn1", "layer1", "patch_embed"):
+        if hasattr(made.student, part):
+            getattr(made.student, part).requires_grad_(False)
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    loss = teach(student, made)(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+# Randomness and state
+
+
+@both
+@pytest.mark.parametrize("part", ["drop_rate", "drop_path_rate"])
+def test_dropout_and_stochastic_depth_are_exact_in_eager(name: str, part: str) -> None:
+    made, *wanted = expected(name, seed=5, **{part: 0.5})
+    student = made.copy()
+    criterion = teach(student, made)
+    torch.manual_seed(5)
+    loss = criterion(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+    torch.manual_seed(6)
+    _, other = reference_step(made.copy(), made)
+    assert error(other, wanted[1]) > 0.01, "the random part took part"
+
+
+@both
+def test_dropout_is_exact_in_every_step_and_for_both_of_two_forwards(name: str) -> None:
+    made = case(name, batch=8, drop_rate=0.5)
+    reference, student = made.copy(), made.copy()
+    criterion = teach(student, made)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        sum(reference_loss(reference, made.half(which)) for which in (0, 1)).backward()
+        torch.manual_seed(seed)
+        outputs = [student(made.half(which).images) for which in (0, 1)]
+        sum(criterion(outputs[which], made.half(which).targets) for which in (0, 1)).backward()
+        assert error(gradient(student), gradient(reference)) < 1e-5
+
+
+@both
+def test_global_random_stream_is_the_same_with_and_without_the_criterion(name: str) -> None:
+    made = case(name, drop_rate=0.3, drop_path_rate=0.3)
+
+    def draws(loss_of: Callable[[nn.Module], Callable[..., Tensor]]) -> Tensor:
+        student = made.copy()
+        torch.manual_seed(11)
+        loss = loss_of(student)
+        found = []
+        for _ in range(2):
+            loss(student(made.images), made.targets).backward()
+            found.append(torch.rand(3))
+        return torch.stack(found)
+
+    with_criterion = draws(lambda student: teach(student, made))
+    assert torch.equal(with_criterion, draws(lambda student: nn.CrossEntropyLoss()))
+
+
+class NormHead(nn.Module):
+    """BatchNorm and a hidden layer after the pooling: no closed form, so the head is replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2))
+        self.norm, self.hidden, self.fc = nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.hidden(self.norm(self.trunk(images).mean((2, 3)))).tanh())
+
+
+def test_batchnorm_statistics_of_a_replayed_head_are_updated_once_per_step() -> None:
+    made = case("cnn")
+    student, plain = NormHead(), NormHead()
+    criterion = teach(student, made)
+    for _ in range(3):
+        loss = criterion(student(made.images), made.targets)
+        loss.backward()
+        plain(made.images)
+    assert identical(list(student.buffers()), list(plain.buffers()))
+    assert student.norm.num_batches_tracked == 3
+    assert student.norm.track_running_stats
+    assert criterion.student.chosen[True] == 1, "the head was replayed"
+
+
+def test_replayed_head_with_batchnorm_is_exact() -> None:
+    made = Case(**{**case("cnn").__dict__, "student": NormHead(), "layer": "trunk"})
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    loss = teach(student, made)(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+@both
+def test_batchnorm_statistics_of_the_student_are_those_of_one_forward(name: str) -> None:
+    made = case(name)
+    student, plain = made.copy(), made.copy()
+    criterion = teach(student, made)
+    assert identical(list(made.student.buffers()), list(student.buffers())), "building changes nothing"
+    criterion(student(made.images), made.targets).backward()
+    plain(made.images)
+    assert identical(list(plain.buffers()), list(student.buffers()))
+
+
+@both
+def test_teacher_is_left_as_it_was(name: str) -> None:
+    made = case(name)
+    teacher = copy.deepcopy(made.teacher).train()
+    teacher.layer1.eval()
+    before, modes = snapshot(teacher), [module.training for module in teacher.modules()]
+    student = made.copy()
+    criterion = e2kd.E2KDLoss(student, teacher, nn.CrossEntropyLoss())
+    loss = criterion(student(made.images), made.targets)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected(name)[1], rtol=1e-5, atol=0)  # it ran in eval mode
+    assert identical(before, snapshot(teacher))
+    assert [module.training for module in teacher.modules()] == modes
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in teacher.modules())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+# Copies, files and lifetime
+
+
+def _pickled(student: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(student, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _ema(student: nn.Module) -> nn.Module:
+    return timm.utils.ModelEmaV3(student).module.train()
+
+
+@both
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _ema])
+def test_copies_of_a_hooked_student_run_and_are_inert(name: str, copied: Any) -> None:
+    made, *wanted = expected(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = student(made.images)
+    twin = copied(student).requires_grad_(True)
+    torch.testing.assert_close(twin(made.images), made.copy()(made.images))
+    with pytest.raises(RuntimeError, match="without a training forward"):
+        criterion(twin(made.images), made.targets)
+    loss = criterion(outputs, made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+@both
+def test_copy_of_a_hooked_student_gets_its_own_criterion(name: str) -> None:
+    made, *wanted = expected(name)
+    first = made.copy()
+    criterion = teach(first, made)
+    second = copy.deepcopy(first)
+    other = teach(second, made)
+    del criterion
+    loss = other(second(made.images), made.targets)
+    loss.backward()
+    assert_exact(second, loss, wanted)
+
+
+@both
+def test_state_dict_and_names_of_the_student_are_untouched(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    criterion(student(made.images), made.targets).backward()
+    assert list(student.state_dict()) == list(made.student.state_dict())
+    assert [n for n, _ in student.named_modules()] == [n for n, _ in made.student.named_modules()]
+    torch.save(student.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    made.copy().load_state_dict(torch.load(file, weights_only=True))
+
+
+@both
+def test_criterion_owns_no_parameter_buffer_or_module(name: str) -> None:
+    made = case(name)
+    criterion = teach(made.copy(), made)
+    criterion.load_state_dict(criterion.state_dict())
+    assert not criterion.state_dict()
+    assert not list(criterion.parameters())
+    assert not list(criterion.buffers())
+    assert all(type(m) in (e2kd.E2KDLoss, nn.CrossEntropyLoss) for m in criterion.modules())
+
+
+def _hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@both
+def test_remove_takes_every_hook_off_and_leaves_mode_and_gradients(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    student.get_classifier().eval()
+    modes = [module.training for module in student.modules()]
+    criterion = teach(student, made)
+    criterion(student(made.images), made.targets).backward()
+    assert _hooks(student) > 0
+    student(made.images)
+    before = snapshot(student)
+    criterion.remove()
+    assert _hooks(student) == 0
+    assert identical(before, snapshot(student))
+    assert [module.training for module in student.modules()] == modes
+    assert set(vars(student)) == set(vars(made.student))
+    with pytest.raises(RuntimeError, match="without a training forward"):
+        criterion(student(made.images), made.targets)
+
+
+@both
+def test_deleting_the_criterion_removes_its_hooks(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    criterion(student(made.images), made.targets).backward()
+    del criterion
+    gc.collect()
+    assert _hooks(student) == 0
+
+
+@both
+def test_student_and_teacher_are_freed_with_the_criterion(name: str) -> None:
+    made = case(name)
+    student, teacher = made.copy(), copy.deepcopy(made.teacher)
+    criterion = e2kd.E2KDLoss(student, teacher, nn.CrossEntropyLoss())
+    criterion(student(made.images), made.targets).backward()
+    alive = weakref.ref(student), weakref.ref(teacher)
+    del student, teacher, criterion
+    gc.collect()
+    assert [ref() is None for ref in alive] == [True, True]
+
+
+class Watch:
+    """Weak references to what a layer returned, call by call."""
+
+    def __init__(self, student: nn.Module, layer: str) -> None:
+        self.seen: list[weakref.ref[Tensor]] = []
+        student.get_submodule(layer).register_forward_hook(lambda m, a, o: self.seen.append(weakref.ref(o)))
+
+    def alive(self) -> list[bool]:
+        gc.collect()
+        return [ref() is not None for ref in self.seen]
+
+
+@both
+def test_forwards_without_a_loss_keep_at_most_one_graph(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    watch = Watch(student, made.layer)
+    for _ in range(3):
+        student(made.images)
+    assert sum(watch.alive()) <= 1
+    assert criterion.training
+
+
+@both
+def test_nothing_is_kept_after_the_loss(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    watch = Watch(student, made.layer)
+    criterion(student(made.images), made.targets).backward()
+    assert watch.alive() == [False]
+
+
+@both
+def test_evaluation_passes_keep_nothing(name: str) -> None:
+    made = case(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    watch = Watch(student, made.layer)
+    with torch.no_grad():
+        criterion(student(made.images), made.targets)
+    student.eval()
+    student(made.images)
+    with torch.inference_mode():
+        criterion(student(made.images), made.targets)
+    assert watch.alive() == [False] * 3
+
+
+# torch.compile
+
+
+def _compiled(student: nn.Module, way: str) -> nn.Module:
+    if way == "function":
+        return torch.compile(student, backend="aot_eager", fullgraph=True)
+    student.compile(backend="aot_eager", fullgraph=True)
+    return student
+
+
+@both
+@pytest.mark.parametrize("way", ["function", "method"])
+@pytest.mark.parametrize("order", ["criterion_first", "compile_first"])
+def test_compiled_student_is_exact_without_graph_breaks(name: str, way: str, order: str) -> None:
+    made, *wanted = expected(name)
+    student = made.copy()
+    if order == "criterion_first":
+        criterion = teach(student, made)
+        model = _compiled(student, way)
+    else:
+        model = _compiled(student, way)
+        criterion = teach(model, made)
+    for _ in range(2):
+        student.zero_grad()
+        loss = criterion(model(made.images), made.targets)
+        loss.backward()
+        assert_exact(student, loss, wanted)
+        with torch.no_grad():
+            model(made.images)
+
+
+@pytest.mark.parametrize("name", ["vit"])
+@pytest.mark.parametrize("way", ["trunk", "blocks", "wrapped_blocks"])
+@pytest.mark.parametrize("order", ["criterion_first", "compile_first"])
+def test_partly_compiled_student_is_exact(name: str, way: str, order: str) -> None:
+    made, *wanted = expected(name)
+    student = made.copy()
+    if order == "criterion_first":
+        criterion = teach(student, made)
+    if way == "trunk":
+        student.forward_features = torch.compile(student.forward_features, backend="aot_eager")
+    else:
+        for index, block in enumerate(student.blocks):
+            if way == "blocks":
+                block.compile(backend="aot_eager")
+            else:
+                student.blocks[index] = torch.compile(block, backend="aot_eager")
+    if order == "compile_first":
+        criterion = teach(student, made)
+    loss = criterion(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+def _small_case() -> Case:
+    return Case(**{**case("cnn").__dict__, "student": small(), "layer": "3"})
+
+
+@pytest.mark.slow
+def test_student_compiled_by_inductor_is_exact() -> None:
+    made = _small_case()
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    criterion = teach(student, made)
+    model = torch.compile(student, fullgraph=True)
+    loss = criterion(model(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+def test_graph_break_before_the_head_is_exact() -> None:
+    made = _small_case()
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    student[4].forward = torch._dynamo.disable(student[4].forward)
+    criterion = teach(student, made)
+    loss = criterion(torch.compile(student, backend="aot_eager")(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+@pytest.mark.parametrize(("name", "part"), [("vit", "drop_path_rate"), ("cnn", "drop_rate")])
+def test_random_head_inside_a_compiled_student_is_refused(name: str, part: str) -> None:
+    made = case(name, **{part: 0.9})
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = torch.compile(student, backend="aot_eager")(made.images)
+    before = snapshot(student)
+    with pytest.raises(e2kd.UnsupportedModel, match="dropout or stochastic depth inside a"):
+        criterion(outputs, made.targets)
+    assert identical(before, snapshot(student))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_two_forwards_of_a_compiled_student_are_exact_or_refused(used: int) -> None:
+    made = _small_case()
+    student = made.copy()
+    criterion = teach(student, made)
+    model = torch.compile(student, backend="aot_eager")
+    outputs = [model(made.half(which).images) for which in (0, 1)]
+    if used == 0:
+        with pytest.raises((RuntimeError, e2kd.UnsupportedModel), match="two forwards"):
+            criterion(outputs[0], made.half(0).targets)
+        return
+    reference = made.copy()
+    wanted = reference_step(reference, made.half(1))
+    loss = criterion(outputs[1], made.half(1).targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+def test_eager_forward_before_a_compiled_one_is_told_apart() -> None:
+    made = _small_case()
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = student(made.images)
+    torch.compile(student, backend="aot_eager")(made.images.flip(0) * 2)
+    loss = criterion(outputs, made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+def test_eager_forward_after_a_compiled_one_makes_the_first_refused() -> None:
+    made = _small_case()
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = torch.compile(student, backend="aot_eager")(made.images)
+    student(made.images.flip(0) * 2)
+    with pytest.raises((RuntimeError, e2kd.UnsupportedModel), match=r"once per forward|two forwards"):
+        criterion(outputs, made.targets)

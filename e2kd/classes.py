@@ -57,6 +57,12 @@ def _labels(teacher_logits: Tensor, targets: Tensor | None) -> Tensor:
             f'classes="labels" needs targets as class indices [{len(teacher_logits)}], but got {came}. '
             'With mixup, soft or multi-hot targets use classes="teacher".'
         )
+    count = teacher_logits.shape[1]
+    if targets.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < count:
+        raise ValueError(
+            f'classes="labels" explains labels from 0 to {count - 1}, but some are {int(targets.min())} or '
+            f'{int(targets.max())}. Labels that are ignored or unknown can\'t be explained: use classes="teacher".'
+        )
     return targets[:, None]
 
 

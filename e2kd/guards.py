@@ -32,6 +32,12 @@ def check_settings(
         raise ValueError(f'Expected resize to be None or "image", but got {resize!r}.')
 
 
+def check_not_empty(logits: Tensor) -> None:
+    """Raise a ValueError for a batch of no images."""
+    if len(logits) == 0:
+        raise ValueError("Expected a batch of at least one image, but got an empty one. Skip empty batches.")
+
+
 def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
     """Raise a ValueError for logits that can't be compared.
 
@@ -43,8 +49,6 @@ def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
             f"The student's logits are {shape(logits.shape)} and the teacher's {shape(teacher_logits.shape)}. "
             "Both must be classifiers of the same classes in the same order."
         )
-    if len(logits) == 0:
-        raise ValueError("Expected a batch of at least one image, but got an empty one. Skip empty batches.")
     if logits.device.type == "cpu":
         for name, values in (("student", logits), ("teacher", teacher_logits)):
             if not values.isfinite().all():
@@ -54,12 +58,12 @@ def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
                 )
 
 
-def check_grid(maps: Tensor, place: str) -> None:
+def check_grid(maps: Tensor, whose: str) -> None:
     """Raise when a map has one cell, where any two positive maps look alike."""
     if maps.shape[2] * maps.shape[3] == 1:
         raise UnsupportedModel(
-            f"The student's maps at {place} have one cell, which says nothing about where it looks. "
-            "Use larger images or name an earlier layer through explainer=GradCAM(layer=...)."
+            f"The {whose} maps have one cell, which says nothing about where it looks. Use larger images, or name an "
+            "earlier layer: explainer=GradCAM(layer=...) for the student, teacher_explainer= for the teacher."
         )
 
 

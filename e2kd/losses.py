@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.classes import Choice, choose
 from e2kd.explainers import Explainer, GradCAM
-from e2kd.guards import check_batch, check_grid, check_settings, warn_dead, warn_eval
+from e2kd.guards import check_batch, check_grid, check_not_empty, check_settings, warn_dead, warn_eval
 from e2kd.logits import kd_loss
 from e2kd.modes import unwrap
 from e2kd.outputs import logits_of
@@ -151,22 +151,9 @@ class E2KDLoss(nn.Module):
         self.task_weight = task_weight if task_weight is not None else float(criterion is not None)
         self.fraction, self.every, self.distillation = fraction, every, distillation
         # Not registered as submodules: neither belongs to the criterion's parameters, state or device.
-        for name, value in (
-            ("student", StudentExplainer(unwrap(student), self.explainer, example)),
-            (
-                "teacher",
-                Teacher(
-                    teacher,
-                    teacher_explainer or self.explainer,
-                    teacher_normalization,
-                    input_normalization,
-                    teacher_size,
-                ),
-            ),
-        ):
-            object.__setattr__(self, name, value)
-        self.student: StudentExplainer
-        self.teacher: Teacher
+        teacher_explainer = teacher_explainer or self.explainer
+        self.teacher = Teacher(teacher, teacher_explainer, teacher_normalization, input_normalization, teacher_size)
+        self.student = StudentExplainer(unwrap(student), self.explainer, example)
         self.step = 0
         self._parts: dict[str, Tensor] = {}
 
@@ -212,6 +199,7 @@ class E2KDLoss(nn.Module):
         return loss if items is None else loss * (len(logits) / items)
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Tensor | None) -> Tensor:
+        check_not_empty(logits)
         record = self.student.record(logits)
         explaining = self.weight != 0 and self.step % self.every == 0
         self.step += 1
@@ -254,7 +242,8 @@ class E2KDLoss(nn.Module):
             for chosen, weight in zip(classes.T, weights.T, strict=True):
                 mine = student.explain(self.explainer, chosen, rows)
                 theirs = teacher.explain(self.teacher.explainer, chosen, rows).detach()
-                check_grid(mine, self.student.place)
+                check_grid(mine, f"student's (at {self.student.place})")
+                check_grid(theirs, "teacher's")
                 weight = weight if rows is None else weight[rows]
                 size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
                 similarity = similarity + weight * _similarities(self.similarity, mine, theirs, size)

@@ -67,11 +67,15 @@ class StudentExplainer:
         self.chosen: dict[bool, int] = {}
         self.checks = 0
         images = example_images(student) if images is None else images
-        if images is not None:
-            self.prepare(images)
-        else:
-            self.tap.first = weakref.WeakMethod(self.prepare)
         weakref.finalize(self, self.tap.remove)
+        if images is None:
+            self.tap.first = weakref.WeakMethod(self.prepare)
+            return
+        try:
+            self.prepare(images)
+        except Exception:
+            self.tap.remove()
+            raise
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""

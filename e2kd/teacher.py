@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.inspection import inspect
 from e2kd.modes import dtype_of, evaluating, unwrap
@@ -45,12 +47,28 @@ class Teacher:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] for the student's images, without a graph."""
-        with torch.no_grad(), evaluating(self.model):
-            return logits_of(self.model(self.prepared(images)))
+        prepared = self.prepared(images)
+        with self._explained(prepared), torch.no_grad(), evaluating(self.model):
+            return logits_of(self.model(prepared))
 
     def view(self, images: Tensor) -> View:
         """Logits and the means to explain any class, for the student's images."""
-        return inspect(self.model, self.prepared(images), self.explainer)
+        prepared = self.prepared(images)
+        with self._explained(prepared):
+            return inspect(self.model, prepared, self.explainer)
+
+    @contextmanager
+    def _explained(self, images: Tensor) -> Iterator[None]:
+        """Says that it was the teacher that could not take the images."""
+        try:
+            yield
+        except UnsupportedModel:
+            raise
+        except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"The teacher {type(self.model).__name__} can't take images {shape(images.shape)}: {error}. "
+                "Give its input size through teacher_size=, or use a teacher for images of this kind."
+            ) from error
 
     def prepared(self, images: Tensor) -> Tensor:
         """The student's images as the teacher expects them: its device, normalisation and size."""

@@ -168,9 +168,9 @@ def shard_head(student: nn.Module, fully: Any, **settings: Any) -> None:
 def accelerate(name: str, *, before: bool) -> Result:
     from accelerate import Accelerator
 
-    made = of_rank(joint_case(name))
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)  # starts the process group
     assert accelerator.num_processes == RANKS
+    made = of_rank(joint_case(name))
     student = made.copy()
     criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss()) if before else None
     model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 0.1))

@@ -38,12 +38,18 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
         return _ones(_labels(teacher_logits, targets), teacher_logits)
     if choice == "positives":
         return _positives(teacher_logits, targets)
-    if isinstance(choice, int) and choice >= 1:
-        top = teacher_logits.topk(min(choice, teacher_logits.shape[1]), dim=1)
-        return top.indices, F.softmax(top.values, dim=1)
-    raise ValueError(
-        f'Expected classes to be "teacher", "labels", "positives", an integer k >= 1 or a function, but got {choice!r}.'
-    )
+    top = teacher_logits.topk(min(choice, teacher_logits.shape[1]), dim=1)
+    return top.indices, F.softmax(top.values, dim=1)
+
+
+def check_choice(choice: object) -> None:
+    """Raise a ValueError for what `choose` does not know."""
+    known = choice in ("teacher", "labels", "positives") or callable(choice)
+    if not known and not (isinstance(choice, int) and choice >= 1):
+        raise ValueError(
+            'Expected classes to be "teacher", "labels", "positives", an integer k >= 1 or a function, '
+            f"but got {choice!r}."
+        )
 
 
 def _ones(classes: Tensor, like: Tensor) -> Chosen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
 
@@ -22,14 +22,20 @@ def check_settings(
     for name, value in (("weight", weight), ("kd_weight", kd_weight), ("task_weight", task_weight or 0.0)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"Expected {name} >= 0, but got {value}.")
-    if not temperature > 0:
-        raise ValueError(f"Expected temperature > 0, but got {temperature}.")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"Expected a finite temperature > 0, but got {temperature}.")
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected fraction in (0, 1], but got {fraction}. weight=0 switches explanations off.")
     if every < 1 or every != int(every):
         raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
     if resize not in (None, "image"):
         raise ValueError(f'Expected resize to be None or "image", but got {resize!r}.')
+
+
+def check_module(value: object, role: str) -> None:
+    """Raise a TypeError for a student or teacher that is no module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"Expected the {role} to be a torch.nn.Module, but got {type(value).__name__}: {value!r:.60}.")
 
 
 def check_not_empty(logits: Tensor) -> None:

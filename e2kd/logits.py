@@ -50,8 +50,8 @@ def kd_loss(
     >>> kd_loss(torch.zeros(3, 2), torch.tensor([[0., 1.]] * 3), temperature=2.0, reduction="none").shape
     torch.Size([3])
     """
-    if not temperature > 0:
-        raise ValueError(f"Expected temperature > 0, but got {temperature}.")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"Expected a finite temperature > 0, but got {temperature}.")
     student, teacher = _checked(student_logits, teacher_logits, reduction)
     log_s, log_t = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
     return _reduced(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1) * temperature**2, reduction)

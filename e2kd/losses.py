@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.classes import Choice, choose
+from e2kd.classes import Choice, check_choice, choose
 from e2kd.explainers import Explainer, GradCAM
-from e2kd.guards import check_batch, check_grid, check_not_empty, check_settings, warn_dead, warn_eval
+from e2kd.guards import check_batch, check_grid, check_module, check_not_empty, check_settings, warn_dead, warn_eval
 from e2kd.logits import kd_loss
 from e2kd.modes import unwrap
 from e2kd.outputs import logits_of
@@ -144,6 +144,10 @@ class E2KDLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(weight, kd_weight, task_weight, temperature, fraction, every, resize)
+        check_choice(classes)
+        check_module(student, "student")
+        if not isinstance(teacher, str):
+            check_module(teacher, "teacher")
         self.criterion = criterion
         self.explainer = explainer or GradCAM()
         self.similarity, self.classes, self.resize = similarity, classes, resize

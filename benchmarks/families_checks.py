@@ -28,7 +28,7 @@ from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan
 
 BATCH = 4
-STEPS = (1e-5, 1e-6, 1e-7, 1e-8)  # of finite differences, relative to each parameter's size
+STEPS = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # of finite differences, relative to each parameter's size
 WAYS = {0: "closed", 1: "replay"}
 CORNERS = ((0, 0), (0, -1), (-1, 0), (-1, -1))
 TRIES = 5  # draws of images until a map is not zero everywhere; the last with noise in a head that begins as zeros

@@ -33,7 +33,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "hgnet_v2": {},
     "hiera": {"image_size": [128, 128], "embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
     "ijepa": TINY,
-    "levit": {"image_size": 128, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 2]},
+    "levit": {"image_size": 256, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 2]},
     "mobilenet_v1": {"image_size": 128, "depth_multiplier": 0.25},
     "mobilenet_v2": {"image_size": 128, "depth_multiplier": 0.35},
     "mobilevit": {"image_size": 128, "hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 8, 16, 24, 32, 48, 64]},

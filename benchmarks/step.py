@@ -1,6 +1,6 @@
 """What one e²KD step costs, as ratios to a plain KD step of the same models in the same run.
 
-python benchmarks/step.py [--quick] [--rounds 7] [--batch 8] [--device cuda] [--compile]
+python -m benchmarks.step [--quick] [--rounds 7] [--batch 8] [--device cuda] [--compile]
 
 Arms, interleaved round by round after a warm-up, median of the per-round ratios:
     kd      a hand-written KD loop: teacher under no_grad, KL, backward, optimizer step
@@ -28,11 +28,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from common import markdown_table, write_results
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import e2kd
+from benchmarks.common import ROOT, markdown_table, write_results
 
 PAIRS = {
     "ResNet-34 -> ResNet-18": ("resnet34", "resnet18", "layer4", "layer4"),
@@ -148,8 +148,19 @@ def time_pair(pair: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def peak(pair: str, arm: str, args: argparse.Namespace) -> float:
     """MiB that one step of an arm adds at its peak, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", pair, arm, "--batch", str(args.batch), "--size", str(args.size)]
-    done = subprocess.run([*command, "--device", args.device], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step",
+        "--peak",
+        pair,
+        arm,
+        "--batch",
+        str(args.batch),
+        "--size",
+        str(args.size),
+    ]
+    done = subprocess.run([*command, "--device", args.device], capture_output=True, text=True, check=True, cwd=ROOT)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -205,7 +216,7 @@ def main() -> None:
     print(table(rows))
     if not args.quick:
         name = f"step_{args.device}{'_compiled' if args.compile else ''}"
-        print(write_results(name, rows, command="python " + " ".join(sys.argv)))
+        print(write_results(name, rows, command="python -m benchmarks.step " + " ".join(sys.argv[1:])))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

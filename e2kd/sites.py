@@ -12,6 +12,7 @@ from e2kd.layout import Layout, layout_of
 from e2kd.probe import Call, Trace, trace
 
 ALIVE = 0.5  # share of a map's cells that must have a gradient
+EARLY = 0.25  # share of a network's calls that is too little for its features to explain it
 JITTER = 0.02
 POOL = re.compile(r"Pool(ing)?(2d)?$")
 
@@ -44,8 +45,9 @@ def find_site(model: nn.Module, images: Tensor, layer: str | None = None) -> tup
     tensor with a grid through which alone the images reach the logits and where most cells have a gradient.
     That is the input of the pooling for convolutional networks and the input of the last block for
     transformers that read a class token, where the patch tokens of the last output have none. Networks that
-    carry their patches in several tensors at once have no such tensor past their first layer: there it is the last
-    map with a gradient, `Site.is_cut` is False, and the map tells of the paths through it, as in any CAM library.
+    carry their patches in several tensors at once, or read several stages, have no such tensor past their first
+    quarter: there it is the last map with a gradient, `Site.is_cut` is False, and the map tells of the paths through
+    it, as in any CAM library.
 
     Raises:
         UnsupportedModel: when there is no such tensor, or the named layer does not exist, has no map or no gradient.
@@ -89,7 +91,7 @@ def _search(model: nn.Module, found: Trace) -> Call:
         return at_head[-1]
     calls = [c for c in reversed(found.calls) if _may_be_site(c)]
     cut = next((c for c in calls if _alive(c, found, model) and c.output is not None and found.is_cut(c.output)), None)
-    if cut is not None and not _is_first_layer(cut, found):
+    if cut is not None and not _is_early(cut, found):
         return cut
     last = next((c for c in calls if _is_feature(c) and _alive(c, found, model)), cut)
     if last is not None:
@@ -100,10 +102,9 @@ def _search(model: nn.Module, found: Trace) -> Call:
     )
 
 
-def _is_first_layer(call: Call, found: Trace) -> bool:
-    """Whether the output comes from the first layer with weights, which shows pixels and not yet features."""
-    before = found.calls[: next(i for i, c in enumerate(found.calls) if c is call) + 1]
-    return sum(any(True for _ in c.module.parameters(recurse=False)) for c in before) <= 1
+def _is_early(call: Call, found: Trace) -> bool:
+    """Whether most of the network comes after a call, so that its output shows edges and not yet what is seen."""
+    return next(i for i, c in enumerate(found.calls) if c.output is call.output) < EARLY * len(found.calls)
 
 
 def _is_feature(call: Call) -> bool:

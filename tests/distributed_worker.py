@@ -40,10 +40,11 @@ Result = dict[str, Any]
 
 
 def joint_case(name: str, *, eval_norm: bool = True, **settings: Any) -> reference.Case:
-    if name in ("small", "hidden"):
+    if name in ("small", "hidden", "branching"):
         made = reference.case("cnn", batch=BATCH)
-        student = reference.small(hidden=name == "hidden")
-        made = reference.Case(**{**made.__dict__, "student": student, "layer": "3"})
+        student = reference.Branching() if name == "branching" else reference.small(hidden=name == "hidden")
+        layer = "trunk" if name == "branching" else "3"
+        made = reference.Case(**{**made.__dict__, "student": student, "layer": layer})
     else:
         made = reference.case(name, batch=BATCH, **settings)
     if eval_norm:
@@ -149,11 +150,16 @@ def shard_layers(student: nn.Module, fully: Any, **settings: Any) -> None:
 
 
 def shard_trunk(student: nn.Module, fully: Any) -> None:
-    """Every layer in its own group; those that the explanation runs again keep their parameters after forward."""
-    *trunk, last = _layers(student)
-    for layer in trunk:
+    """Every layer in its own group but the last, which the root holds with the rest of the head."""
+    for layer in _layers(student)[:-1]:
         fully(layer)
-    fully(last, reshard_after_forward=False)
+    fully(student)
+
+
+def shard_kept(student: nn.Module, fully: Any) -> None:
+    """Every layer in its own group, which keeps its parameters until backward."""
+    for layer in _layers(student):
+        fully(layer, reshard_after_forward=False)
     fully(student, reshard_after_forward=False)
 
 
@@ -225,6 +231,8 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
                 },
             }.items()
         },
+        "branching-plain": partial(ddp, "branching"),
+        "branching-static_graph": partial(ddp, "branching", static_graph=True),
         "small-compiled_inside": partial(ddp, "small", compiled="inside"),
         "small-compiled_outside": partial(ddp, "small", compiled="outside"),
     },
@@ -238,18 +246,25 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
             ("criterion_after", {"before": False}, {}),
         )
     }
-    | {f"{name}-shard_trunk": partial(fsdp, name, shard_trunk) for name in ("cnn", "vit")},
+    | {
+        "cnn-shard_trunk": partial(fsdp, "cnn", shard_trunk),
+        "vit-shard_trunk": partial(fsdp, "vit", shard_trunk),
+        "hidden-shard_root-default": partial(fsdp, "hidden", shard_root),
+        "cnn-shard_kept": partial(fsdp, "cnn", shard_kept),
+    },
     "fsdp_double": {  # torch dies of a double backward through parameters that were sharded in between
         "hidden-shard_root-reshard": partial(fsdp, "hidden", partial(shard_root, reshard_after_forward=True)),
         "vit-shard_root-math": partial(fsdp, "vit", partial(shard_root, reshard_after_forward=True), math=True),
         "vit-shard_layers-math": partial(fsdp, "vit", shard_layers, math=True),
         "vit-shard_head-math": partial(fsdp, "vit", shard_head, math=True),
+        "vit-shard_kept": partial(fsdp, "vit", shard_kept),
     },
-    "accelerate": {
-        "cnn-before": partial(accelerate, "cnn", before=True),
-        "vit-after": partial(accelerate, "vit", before=False),
+    "hosts": {
+        "cnn-accelerate-criterion_first": partial(accelerate, "cnn", before=True),
+        "vit-accelerate-prepare_first": partial(accelerate, "vit", before=False),
+        "cnn-timm": partial(timm_task, "cnn"),
+        "vit-timm": partial(timm_task, "vit"),
     },
-    "timm": {"cnn": partial(timm_task, "cnn"), "vit": partial(timm_task, "vit")},
 }
 
 
@@ -278,7 +293,7 @@ def run_group(group: str, folder: Path, timeout: float = 300) -> list[dict[str, 
 def main(group: str, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if group != "accelerate":
+    if group != "hosts":  # there accelerate does it
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {}
     for name, work in GROUPS[group].items():
@@ -286,7 +301,8 @@ def main(group: str, folder: str) -> None:
             results[name] = work()
         except (RuntimeError, ValueError, NotImplementedError) as refusal:
             results[name] = {"refusal": f"{type(refusal).__name__}: {refusal}"}
-        torch._dynamo.reset()
+        if "compiled" in name:
+            torch._dynamo.reset()
         dist.barrier()
     torch.save(copy.deepcopy(results), Path(folder) / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()

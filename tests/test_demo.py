@@ -18,13 +18,18 @@ from torch import Generator, Tensor, nn
 import e2kd
 from e2kd.demo import run as demo
 from e2kd.demo.data import INK, SIDES, SIZE, Mode, Part, Scenes, all_digits, digits_of, make_scenes, painted, placed
-from e2kd.demo.experiment import Arm, SeedRun, Settings, criterion_for, make_data
+from e2kd.demo.experiment import SeedRun, criterion_for, example_places, make_data
 from e2kd.demo.extras import MissingExtra
 from e2kd.demo.measure import Scores, energy_on_mask, evaluate, mean_and_missing, predictions, worst_group
-from e2kd.demo.report import COLUMNS, NAMES, difference_line, results_of, rows
+from e2kd.demo.report import COLUMNS, NAMES, difference_line, rows
+from e2kd.demo.results import results_of
+from e2kd.demo.settings import Arm, Settings
+from e2kd.demo.show import typical
 from e2kd.demo.textures import BLOBS, STRIPES, texture_heights
 from e2kd.demo.train import batches, small_net, train
 
+# maps of nets that have learnt nothing may be zero, which E2KDLoss rightly warns of
+UNTRAINED = pytest.mark.filterwarnings("ignore::e2kd.errors.NoEffectWarning")
 TINY = Settings(teacher_images=100, teacher_epochs=1, student_images=100, student_epochs=1, test_images=60)
 
 
@@ -191,6 +196,7 @@ def test_students_of_a_seed_are_paired() -> None:
     assert torch.equal(orders[0][:100].sort().values, torch.arange(100))
 
 
+@UNTRAINED
 def test_the_arms_differ_in_the_criterion_only() -> None:
     teacher = small_net(4, seed=0)
     made = {arm: criterion_for(arm, small_net(3, seed=1), teacher, Settings(weight=0.7)) for arm in list(Arm)[1:]}
@@ -271,6 +277,20 @@ def test_differences_are_paired_by_seed(fake_results: dict[str, Any]) -> None:
     assert "OOD accuracy +11.0 points (+11.0, +11.0)" in difference_line(fake_results)
 
 
+def test_the_figure_shows_the_median_seed() -> None:
+    runs = [*fake_runs(), *fake_runs()[:1]]
+    for run, gain in zip(runs, (0.3, 0.1, 0.2), strict=True):
+        run.scores[Arm.E2KD] = run.scores[Arm.E2KD]._replace(ood_accuracy=run.scores[Arm.KD].ood_accuracy + gain)
+    assert typical(runs) is runs[2]
+    assert typical(runs[:2]) is runs[1]
+
+
+def test_the_figures_images_are_the_first_of_each_class_that_the_teacher_gets_right() -> None:
+    labels, taught = torch.tensor([1, 0] * 10), torch.tensor([0, 1] + [1, 0] * 9)
+    assert example_places(labels, taught).tolist() == [3, 5, 7, 9, 2, 4, 6, 8]
+    assert example_places(labels[:6], taught[:6]).tolist() == [3, 5, 1, 2, 4, 0]
+
+
 # The command
 
 
@@ -287,12 +307,14 @@ def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture
     assert words[0] in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingExtra, match=r'needs scikit-learn: pip install "e2kd\[demo\]"'):
-        all_digits.__wrapped__()
+def test_a_missing_package_is_named_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r'^the demo needs matplotlib: pip install "e2kd\[demo\]"$'):
+        demo.run(out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
+@UNTRAINED
 def test_a_tiny_run_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +12,14 @@ from distributed_worker import GROUPS, RANKS, joint_case, run_group
 from reference import error, reference_loss, reference_step
 
 Results = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,16 @@ def _wanted(label: str) -> torch.Tensor:
     return expected(name, "dead" if kind.startswith("dead") else kind if kind == "train_batchnorm" else "")
 
 
-@pytest.mark.parametrize("label", GROUPS["ddp"])
+WRONG_UNDER_STATIC_GRAPH = "branching-static_graph"
+
+
+def test_student_that_needs_its_own_graph_is_refused_under_a_static_graph(ddp: Results) -> None:
+    for rank in ddp:
+        assert rank[WRONG_UNDER_STATIC_GRAPH]["refusal"].startswith("UnsupportedModel")
+        assert "static_graph=False" in rank[WRONG_UNDER_STATIC_GRAPH]["refusal"]
+
+
+@pytest.mark.parametrize("label", [label for label in GROUPS["ddp"] if label != WRONG_UNDER_STATIC_GRAPH])
 def test_gradients_under_ddp_are_equal_on_all_ranks_and_those_of_one_process(label: str, ddp: Results) -> None:
     found = [rank[label] for rank in ddp]
     assert "refusal" not in found[0], found[0]
@@ -73,7 +91,7 @@ def _assert_exact_or_refused(label: str, results: Results) -> None:
     found = [rank[label] for rank in results]
     if any("refusal" in rank for rank in found):
         assert all(rank["refusal"].startswith("UnsupportedModel") for rank in found)
-        assert all("reshard_after_forward=False" in rank["refusal"] for rank in found), found[0]["refusal"]
+        assert all("fully_shard" in rank["refusal"] for rank in found), found[0]["refusal"]
         return
     for rank in found:
         assert error(rank["gradient0"], _wanted(label)) < 1e-5

@@ -234,7 +234,7 @@ def test_hf_trainer_options_keep_the_gradient(settings: dict[str, Any], tmp_path
         made, tmp_path, made.copy(), max_steps=1, per_device_train_batch_size=8, **settings
     )
     trainer.train()
-    assert cosine(gradients[0], wanted) > 0.998
+    assert cosine(gradients[0], wanted) > 0.99
     if "bf16" not in settings:
         assert error(gradients[0], wanted) < 1e-5
 
@@ -387,13 +387,16 @@ def test_teacher_of_another_library_is_explained_as_the_reference_explains_it(na
 # Two processes
 
 
-@pytest.mark.parametrize("host", ["accelerate", "timm"])
-def test_host_on_two_processes_gives_equal_gradients_of_the_joint_batch(host: str, tmp_path: Path) -> None:
-    ranks = run_group(host, tmp_path)
-    for label in GROUPS[host]:
-        made = joint_case(label.split("-")[0])
-        _, wanted = reference_step(made.copy(), made)
-        found = [rank[label] for rank in ranks]
-        assert "refusal" not in found[0], found[0]
-        assert torch.equal(found[0]["gradient0"], found[1]["gradient0"])
-        assert error(found[0]["gradient0"], wanted) < 1e-5
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_group("hosts", tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.mark.parametrize("label", GROUPS["hosts"])
+def test_host_on_two_processes_gives_equal_gradients_of_the_joint_batch(label: str, ranks: Any) -> None:
+    made = joint_case(label.split("-")[0])
+    _, wanted = reference_step(made.copy(), made)
+    found = [rank[label] for rank in ranks]
+    assert "refusal" not in found[0], found[0]
+    assert torch.equal(found[0]["gradient0"], found[1]["gradient0"])
+    assert error(found[0]["gradient0"], wanted) < 1e-5

@@ -15,6 +15,7 @@ import timm
 import torch
 from reference import (
     CLASSES,
+    Branching,
     Case,
     case,
     cosine,
@@ -202,6 +203,31 @@ def test_reentrant_checkpoint_around_target_and_pooling_is_refused() -> None:
     criterion = teach(student, made, explainer=e2kd.GradCAM("top.1"), teacher_explainer=e2kd.GradCAM())
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         criterion(student(made.images), made.targets)
+
+
+def _branching_case() -> Case:
+    return Case(**{**case("cnn").__dict__, "student": Branching(), "layer": "trunk"})
+
+
+def test_head_that_cannot_be_followed_is_exact_by_the_trainers_own_graph() -> None:
+    made = _branching_case()
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    criterion = teach(student, made)
+    loss = criterion(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+    assert criterion.student.plan is not None
+    assert criterion.student.plan.head is None
+
+
+def test_head_that_cannot_be_followed_is_refused_inside_a_compiled_student() -> None:
+    made = _branching_case()
+    student = made.copy()
+    criterion = teach(student, made)
+    outputs = torch.compile(student, backend="aot_eager")(made.images)
+    with pytest.raises(e2kd.UnsupportedModel, match="compile only the trunk"):
+        criterion(outputs, made.targets)
 
 
 # Precision: BatchNorm in eval mode, since in train mode half precision alone turns the gradient of a small batch

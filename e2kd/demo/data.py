@@ -16,7 +16,6 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from e2kd.demo.extras import needs
 from e2kd.demo.textures import blend, texture_heights, uniform
 
 SIZE = 32  # side of a canvas, pixels
@@ -66,8 +65,8 @@ class Scenes(NamedTuple):
 @cache
 def all_digits() -> Digits:
     """scikit-learn's 1797 digits, in its order."""
-    with needs("scikit-learn"):
-        from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits
+
     ink, classes = load_digits(return_X_y=True)
     return Digits(torch.tensor(ink).float().view(-1, 8, 8) / 16, torch.tensor(classes), torch.arange(len(classes)))
 

@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import e2kd
 from e2kd.demo.data import Mode, Part, Scenes, make_scenes
 from e2kd.demo.measure import Scores, evaluate, predictions
 from e2kd.demo.progress import Tracker
+from e2kd.demo.settings import Arm, Settings
 from e2kd.demo.train import Criterion, batches, small_net, train
 
 TEACHER_WIDTH, STUDENT_WIDTH = 24, 12
-
-
-class Arm(Enum):
-    """A row of the table: the teacher, or a student by its criterion. The value is its name in the JSON."""
-
-    TEACHER = "teacher"
-    CROSS_ENTROPY = "cross_entropy"
-    KD = "kd"
-    E2KD = "e2kd"
-
-
-# seconds per image and pass on two cores: for the progress bars alone
-COST = {Arm.TEACHER: 5.5e-4, Arm.CROSS_ENTROPY: 2.7e-4, Arm.KD: 4e-4, Arm.E2KD: 4.3e-4}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every seed does, teacher and students alike in every arm; `weight` is λ, `temperature` τ."""
-
-    part: Part = Part.TEST
-    weight: float = 1.0
-    temperature: float = 2.0
-    teacher_images: int = 4000
-    teacher_epochs: int = 8
-    student_images: int = 2000
-    student_epochs: int = 10
-    test_images: int = 2000
-
-    def cost(self, arm: Arm) -> float:
-        """Seconds that training the arm takes on two cores, roughly."""
-        if arm is Arm.TEACHER:
-            return COST[arm] * self.teacher_images * self.teacher_epochs
-        return COST[arm] * self.student_images * self.student_epochs
-
-
-QUICK = Settings(teacher_images=4000, teacher_epochs=5, student_images=2000, student_epochs=6, test_images=1000)
+EXAMPLES = 4  # images of each class that the figure shows
 
 
 class SeedData(NamedTuple):
@@ -64,13 +29,13 @@ class SeedData(NamedTuple):
 
 
 class SeedRun(NamedTuple):
-    """What one seed leaves: scores and seconds per arm, the trained nets, and the data."""
+    """What one seed leaves: scores and seconds per arm, the trained nets, and a few images to show them with."""
 
     seed: int
     scores: dict[Arm, Scores]
     seconds: dict[Arm, float]
     nets: dict[Arm, nn.Module]
-    data: SeedData
+    examples: Scenes
 
 
 def make_data(seed: int, settings: Settings) -> SeedData:
@@ -128,5 +93,20 @@ def run_seed(seed: int, settings: Settings, tracker: Tracker) -> SeedRun:
             nets[arm] = train_student(arm, seed, data, nets[Arm.TEACHER], settings, tracker)
         seconds[arm] = time.perf_counter() - start
     classes = predictions(nets[Arm.TEACHER], data.reversed_.images)
-    scores = {arm: evaluate(net, data.aligned, data.reversed_, classes) for arm, net in nets.items()}
-    return SeedRun(seed, scores, seconds, nets, data)
+    scores = {}
+    with tracker.stage(f"seed {seed}: measuring", len(nets), settings.test_cost()) as advance:
+        for arm, net in nets.items():
+            scores[arm] = evaluate(net, data.aligned, data.reversed_, classes)
+            advance()
+    shown = example_places(data.reversed_.labels, classes)
+    return SeedRun(seed, scores, seconds, nets, Scenes(*(field[shown] for field in data.reversed_)))
+
+
+def example_places(labels: Tensor, teacher_classes: Tensor) -> Tensor:
+    """The first EXAMPLES images of each class that the teacher gets right, whatever the students say about them.
+
+    >>> example_places(torch.tensor([1, 0, 1, 0]), torch.tensor([0, 0, 1, 0]))
+    tensor([1, 3, 2, 0])
+    """
+    order = (labels != teacher_classes).int().argsort(stable=True)  # those it gets wrong last
+    return torch.cat([order[labels[order] == label][:EXAMPLES] for label in (0, 1)])

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
+
+PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 
 class MissingExtra(ImportError):
     """A package of the extra `demo` is not installed."""
 
 
-@contextmanager
-def needs(package: str) -> Iterator[None]:
-    """Turns a failing import of the package into one sentence that says what to install.
-
-    >>> with needs("a-package"):
-    ...     raise ImportError
-    Traceback (most recent call last):
-    e2kd.demo.extras.MissingExtra: the demo needs a-package: pip install "e2kd[demo]"
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise MissingExtra(f'the demo needs {package}: pip install "e2kd[demo]"') from error
+def require_extras() -> None:
+    """Raises at the start, not after minutes of training, when a package of the extra is missing."""
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise MissingExtra(f'the demo needs {", ".join(missing)}: pip install "e2kd[demo]"')

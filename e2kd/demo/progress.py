@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from e2kd.demo.extras import needs
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -35,8 +33,8 @@ class Tracker:
 @contextmanager
 def tracking(console: Console, cost: float) -> Iterator[Tracker]:
     """Shows the bars of a job of the whole cost; where there is no terminal, nothing but what is printed."""
-    with needs("rich"):
-        from rich import progress as bars
+    from rich import progress as bars
+
     columns = (
         bars.TextColumn("{task.description:<22}"),
         bars.BarColumn(),

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from e2kd.demo.data import Part
-from e2kd.demo.experiment import QUICK, Arm, SeedRun, Settings, run_seed
-from e2kd.demo.extras import needs
+from e2kd.demo.experiment import SeedRun, run_seed
+from e2kd.demo.extras import require_extras
 from e2kd.demo.progress import tracking
-from e2kd.demo.report import difference_line, results_of, sentence, table_of
+from e2kd.demo.report import NOTE, difference_line, sentence, table_of
+from e2kd.demo.results import results_of
+from e2kd.demo.settings import QUICK, Arm, Settings
 from e2kd.demo.show import draw
 
 if TYPE_CHECKING:
@@ -69,14 +71,22 @@ def run(
 
     Args:
         seeds: how many; None is 3, or 1 when quick. They are 0, 1, ...
-        quick: smaller training sets and fewer epochs, for all arms alike.
+        quick: fewer epochs, for all students alike, and fewer test images.
         out: folder for `demo.json` and `demo.png`; made if need be.
         part: digits to measure on. Settings are tried on `Part.VALIDATION` and reported on `Part.TEST`.
         weight: λ.
         temperature: τ.
+
+    Raises:
+        ValueError: for less than one seed.
+        MissingExtra: when a package of the extra `demo` is not installed; says which, and how to get it.
     """
     settings = replace(QUICK if quick else Settings(), part=part, weight=weight, temperature=temperature)
-    seeds = seeds or (1 if quick else 3)
+    seeds = (1 if quick else 3) if seeds is None else seeds
+    if seeds < 1:
+        raise ValueError(f"Expected at least one seed, but got {seeds}.")
+    require_extras()
+    out.mkdir(parents=True, exist_ok=True)
     console = console_of()
     start = time.perf_counter()
     with threads(THREADS):
@@ -89,9 +99,9 @@ def run(
 
 def console_of() -> Console:
     """Where the demo prints."""
-    with needs("rich"):
-        from rich.console import Console
-    return Console(highlight=False)
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False)
 
 
 @contextmanager
@@ -107,7 +117,7 @@ def threads(count: int) -> Iterator[None]:
 
 def run_seeds(seeds: int, settings: Settings, console: Console) -> list[SeedRun]:
     """All seeds, under progress bars, with a line for each that is done."""
-    cost = seeds * sum(settings.cost(arm) for arm in Arm)
+    cost = seeds * (sum(settings.cost(arm) for arm in Arm) + settings.test_cost())
     runs = []
     with tracking(console, cost) as tracker:
         for seed in range(seeds):
@@ -133,17 +143,15 @@ def command_of(seeds: int, quick: bool, out: Path, settings: Settings) -> str:
 
 
 def write(results: dict[str, Any], runs: list[SeedRun], out: Path) -> list[Path]:
-    """Writes the JSON and the figure; returns their paths."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Writes the JSON and the figure into the folder; returns their paths."""
     table, figure = out / "demo.json", out / "demo.png"
     table.write_text(json.dumps(results, indent=1) + "\n")
-    draw(runs[0], results, figure)
+    draw(runs, results, figure)
     return [table, figure]
 
 
 def tell(console: Console, results: dict[str, Any], files: list[Path]) -> None:
     """Prints the table, the paired differences, what they mean, and where the files are."""
-    console.print(table_of(results))
-    console.print(difference_line(results))
+    console.print("", table_of(results), NOTE, "", difference_line(results), sep="\n")
     console.print(sentence(results))
     console.print(f"{results['seconds']:.0f} s. Written: {', '.join(map(str, files))}", soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,47 +12,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2kd.demo.data import SIZE, Scenes, all_digits
-from e2kd.demo.experiment import Arm, SeedRun
-from e2kd.demo.extras import needs
+from e2kd.demo.experiment import EXAMPLES, SeedRun
 from e2kd.demo.measure import maps_of, predictions
+from e2kd.demo.settings import Arm
 from e2kd.demo.show_scores import RIGHT, WRONG, draw_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-PER_CLASS = 4  # images shown of each class
 FINE = 4 * SIZE  # side to which images and maps are brought, pixels
 COLORMAP = "inferno"
 ROWS = {Arm.TEACHER: "teacher", Arm.KD: "KD", Arm.E2KD: "e²KD"}
 CLASSES = ("0-4", "5-9")
 TITLE = "Where each network looks when the background misleads"
 SUBTITLE = (
-    "In training, the students saw 0-4 on stripes and 5-9 on blobs. Here it is the other way round.\n"
-    "Colour: GradCAM of the class that the network predicts, named below; black is zero. White: the digit's outline."
+    "In training, students saw 0-4 on stripes and 5-9 on blobs. Here it is the other way round. First images that the\n"
+    "teacher gets right. Colour: GradCAM of the predicted class, named below; dark is zero. White: the digit's outline."
 )
 
 
-def draw(run: SeedRun, results: dict[str, Any], path: Path) -> None:
-    """Writes the figure: maps of one seed's nets, scores of all seeds."""
-    with needs("matplotlib"):
-        from matplotlib.figure import Figure
+def draw(runs: Sequence[SeedRun], results: dict[str, Any], path: Path) -> None:
+    """Writes the figure: maps of the typical seed's nets, scores of all seeds."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12.2, 6.0), dpi=200, facecolor="white")
     parts = figure.subfigures(1, 2, width_ratios=[9.1, 3.1], squeeze=False)[0]
-    draw_maps(parts[0], run)
+    draw_maps(parts[0], typical(runs))
     draw_scores(parts[1], results)
     figure.savefig(path)
 
 
-def chosen(scenes: Scenes) -> Tensor:
-    """Places of the images shown: the first of each class, whatever the nets say about them."""
-    return torch.cat([(scenes.labels == label).nonzero()[:PER_CLASS, 0] for label in (0, 1)])
+def typical(runs: Sequence[SeedRun]) -> SeedRun:
+    """The run whose e²KD student gains the median over its KD student, out of distribution."""
+    gains = [run.scores[Arm.E2KD].ood_accuracy - run.scores[Arm.KD].ood_accuracy for run in runs]
+    return runs[gains.index(median_low(gains))]
 
 
 def draw_maps(figure: SubFigure, run: SeedRun) -> None:
     """Images in columns; in rows the image itself, and the map of each net."""
-    scenes = Scenes(*(field[chosen(run.data.reversed_)] for field in run.data.reversed_))
-    axes = panels(figure)
+    scenes, axes = run.examples, panels(figure)
     draw_images(axes[0], scenes)
     for row, arm in zip(axes[1:], ROWS, strict=True):
         draw_row(row, run.nets[arm], scenes)
@@ -58,17 +59,17 @@ def draw_maps(figure: SubFigure, run: SeedRun) -> None:
         row[0].set_ylabel(name, fontsize=11, rotation=0, ha="right", va="center", labelpad=8)
     figure.text(0.1, 0.975, TITLE, fontsize=13, weight="bold", va="top")
     figure.text(0.1, 0.93, SUBTITLE, fontsize=9, color="0.35", va="top", linespacing=1.4)
-    for first, title in ((0, "0-4 on blobs"), (PER_CLASS, "5-9 on stripes")):
-        ends = axes[0][first].get_position(), axes[0][first + PER_CLASS - 1].get_position()
+    for first, title in ((0, "0-4 on blobs"), (EXAMPLES, "5-9 on stripes")):
+        ends = axes[0][first].get_position(), axes[0][first + EXAMPLES - 1].get_position()
         figure.text((ends[0].x0 + ends[1].x1) / 2, ends[0].y1 + 0.012, title, fontsize=10, ha="center")
 
 
 def panels(figure: SubFigure) -> list[list[Axes]]:
     """A row of axes for the images and for each net, with a gap between the classes."""
-    widths = [1.0] * PER_CLASS + [0.12] + [1.0] * PER_CLASS
+    widths = [1.0] * EXAMPLES + [0.12] + [1.0] * EXAMPLES
     room = {"left": 0.1, "right": 0.985, "top": 0.815, "bottom": 0.055, "wspace": 0.07, "hspace": 0.25}
     grid = figure.add_gridspec(1 + len(ROWS), len(widths), width_ratios=widths, **room)
-    columns = [k for k in range(len(widths)) if k != PER_CLASS]
+    columns = [k for k in range(len(widths)) if k != EXAMPLES]
     return [[figure.add_subplot(grid[row, column]) for column in columns] for row in range(1 + len(ROWS))]
 
 

@@ -31,7 +31,15 @@ def draw_lines(axis: Axes, results: dict[str, Any], field: str) -> None:
     """One measure of the students in percent, by seed and in the mean, and the teacher's mean."""
     names = list(STUDENTS.values())
     for seed in results["seeds"]:
-        axis.plot(names, [percent(seed["scores"][arm][field]) for arm in STUDENTS], color=RIGHT, alpha=0.45, lw=1)
+        axis.plot(
+            names,
+            [percent(seed["scores"][arm][field]) for arm in STUDENTS],
+            color=RIGHT,
+            alpha=0.45,
+            lw=1,
+            marker=".",
+            ms=4,
+        )
     means = [percent(results["summary"][arm][field]["mean"]) for arm in STUDENTS]
     axis.plot(names, means, "o", color=RIGHT, ms=6)
     for name, mean in zip(names, means, strict=True):
@@ -39,7 +47,7 @@ def draw_lines(axis: Axes, results: dict[str, Any], field: str) -> None:
             axis.annotate(f"{mean:.0f}", (name, mean), (-7, 6), textcoords="offset points", ha="right", fontsize=9)
     teacher = percent(results["summary"]["teacher"][field]["mean"])
     axis.axhline(teacher, color=GREY, ls=(0, (4, 3)), lw=1)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.12 * axis.get_ylim()[1])  # room for the numbers
     axis.margins(x=0.2)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=9)

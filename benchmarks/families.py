@@ -43,6 +43,7 @@ REFERENCE, DIFFERENCE = 1e-4, 1e-3  # largest relative errors of gradients that 
 MAPS = 1e-3  # the same for the teacher's maps, in float32
 ALIVE = 0.9  # share of the parameter tensors before the site that get a gradient
 MOVES = 0.02  # of the image's side: how far the centre of what a corner cell sees must move to the next corner
+COMMON = 0.6  # share of their dependence that all corner cells have in common, from which they can't be told apart
 REFUSED = "refused"
 
 
@@ -96,9 +97,16 @@ def judge(row: Row) -> tuple[str, str | None]:
         return "wrong", "the student's gradients differ from the reference and from finite differences"
     if not max(row["maps_error"], row["logits_error"]) <= MAPS:
         return "wrong", "the teacher's maps or logits differ from the reference"
-    if row["layout"] != "NCHW" and not row["along"] >= max(MOVES, 2 * row["across"]):
+    if placed(row) == "wrong":
         return "misplaced", f"cells and pixels disagree: {row['corners']}, {row['along']}, {row['across']}"
     return "works", None
+
+
+def placed(row: Row) -> str:
+    """Whether the cells of the map lie where their pixels do: "right", "wrong" or "unclear"."""
+    if row["along"] >= max(MOVES, 2 * row["across"]):
+        return "right"
+    return "unclear" if row["layout"] == "NCHW" or row.get("common", 0) >= COMMON else "wrong"
 
 
 def _child(section: str, family: str, known: Row | None, answer: Connection) -> None:
@@ -176,8 +184,10 @@ against central finite differences of the whole procedure (at most {DIFFERENCE:g
 GradCAM is taken without its final ReLU, and parameters that begin as zeros get small noise. *Teacher*: relative error
 of the maps of `e2kd.explain`, float32. *Corners*: smallest share, over the four corner cells, of a cell's dependence on
 the pixels in its own quadrant of the image (a quarter by chance; small where the network mixes all cells or pads on one
-side). *Moves*: how far, as a share of the image's side, the centre of that dependence moves with the cell; for layouts
-other than NCHW, whose axes could be mistaken, at least {MOVES:g} and twice its movement in the other direction."""
+side). *Moves*: how far, as a share of the image's side, the centre of that dependence moves with the cell: at least
+{MOVES:g} and twice its movement in the other direction. Where it does not (marked ?), an NCHW layout still has no axes
+to mistake; another layout fails unless the four corner cells have {COMMON:.0%} of their dependence in common, as in
+random networks that mix all cells evenly."""
 HEADER = [
     "family", "model", "input", "site", "layout", "grid", "way", "zero", "alive", "reference", "differences", "teacher",
     "corners", "moves", "step s", "verdict",
@@ -195,11 +205,15 @@ def _cells(row: Row) -> list[Any]:
         row.get("difference_error"),
         row.get("maps_error"),
         corner,
-        row.get("along"),
+        _moves(row),
         row.get("step_seconds"),
         row["verdict"],
     ]
     return [row.get(key) for key in keys] + last
+
+
+def _moves(row: Row) -> str | None:
+    return f"{row['along']:.2g}{'' if placed(row) == 'right' else '?'}" if {"along", "layout"} <= set(row) else None
 
 
 def summary(rows: Iterable[Row]) -> str:

@@ -185,7 +185,7 @@ def _hooked(model: nn.Module, name: str, prologue: Head | None) -> Iterator[list
         assert features is not None
         if prologue is not None and not torch.equal(given := prologue.prologue(features), features):
             kept.append(given)
-            return given
+            return given.clone()  # which the ReLU may change in place
         kept.append(features if features.requires_grad else features.requires_grad_())
         return None
 
@@ -280,7 +280,8 @@ def check_teacher(subject: Subject, student: nn.Module) -> dict[str, Any]:
 def corner_shares(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Any]:
     """On which pixels the four corner cells depend: energy of the gradient of random projections of their features.
 
-    `corners` is the share of each in its own quadrant of the image. `along` is how far the centre of that energy moves
+    `corners` is the share of each in its own quadrant of the image, `common` what all four share, quadrant by quadrant:
+    1 where every cell sees the same. `along` is how far the centre of that energy moves
     from the left cells to the right ones and from the top ones to the bottom ones, as a share of the image's side;
     `across` how far it moves the other way, which a transposed grid would swap.
     """
@@ -300,8 +301,10 @@ def corner_shares(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Any
         energies.append(energy / energy.sum())
     a, b, c, d = (_centre(energy) for energy in energies)
     right, down = (b + d - a - c) / 2, (c + d - a - b) / 2
+    quadrants = torch.stack([_quadrants(energy) for energy in energies])
     return {
-        "corners": [round(_own_quadrant(e, *corner), 3) for e, corner in zip(energies, CORNERS, strict=True)],
+        "corners": [round(float(q[corner]), 3) for q, corner in zip(quadrants, CORNERS, strict=True)],
+        "common": round(float(quadrants.amin(0).sum()), 3),
         "along": round(float(min(right[1], down[0])), 4),
         "across": round(float(max(right[0].abs(), down[1].abs())), 4),
     }
@@ -312,10 +315,11 @@ def _centre(energy: Tensor) -> Tensor:
     return torch.stack([energy.sum(1 - axis) @ torch.linspace(0, 1, energy.shape[axis]).double() for axis in (0, 1)])
 
 
-def _own_quadrant(energy: Tensor, row: int, column: int) -> float:
-    half = energy.shape[-1] // 2  # of an odd side the middle belongs to none
-    rows = energy[:half] if row == 0 else energy[-half:]
-    return float((rows[:, :half] if column == 0 else rows[:, -half:]).sum())
+def _quadrants(energy: Tensor) -> Tensor:
+    """What lies in each quadrant of the image, [2, 2]; of an odd side the middle belongs to none."""
+    half = energy.shape[-1] // 2
+    rows = torch.stack([energy[:half], energy[-half:]]).sum(1)
+    return torch.stack([rows[:, :half], rows[:, -half:]], 1).sum(2)
 
 
 def silence() -> None:

@@ -194,6 +194,8 @@ def torchvision_subject(family: str) -> Subject:
     builder = torchvision.models.get_model_builder(name)
     size = {"vision_transformer": 96, "maxvit": 224, "alexnet": 128, "vgg": 96}.get(family, 128)
     options: dict[str, Any] = {"image_size": size} if family == "vision_transformer" else {}
+    if "aux_logits" in inspect.signature(builder).parameters or family in ("googlenet", "inception"):
+        options["aux_logits"] = False
     if "init_weights" in inspect.signature(builder).parameters:
         options["init_weights"] = True
     return Subject(family, name, size, lambda: builder(weights=None, num_classes=CLASSES, **options), options)

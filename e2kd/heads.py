@@ -95,6 +95,10 @@ class _OfModel:
         assert model is not None
         return model
 
+    def follows(self) -> bool:
+        """Whether the code after the site can be followed in the model's present mode, train or eval."""
+        return True
+
     def prologue(self, captured: Tensor) -> Tensor:
         """From the captured tensor to the explained one: the same, unless the head begins with a bare activation."""
         return captured
@@ -118,6 +122,14 @@ class TracedHead(_OfModel):
         if training not in self.graphs:
             self.graphs[training] = _split(_Logits(self.model), self.site)
         return self.graphs[training]
+
+    def follows(self) -> bool:
+        """Train mode may run other code than the eval mode the head was found in."""
+        try:
+            self._graphs()
+        except NotTraceable:
+            return False
+        return True
 
     def __call__(self, features: Tensor) -> Tensor:
         """Explained features -> logits [B, K]."""

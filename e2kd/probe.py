@@ -50,13 +50,19 @@ class Trace:
         return [call.name for call in reversed(self.calls) if call.output is tensor and call.name and call.made]
 
     def consumers(self, tensor: Tensor) -> list[tuple[str, int]]:
-        """Modules that were given this very tensor, with its position among the arguments."""
-        return [
-            (call.name, position)
+        """Modules that were given this very tensor, with its position among the arguments.
+
+        Not those inside another such module, unless that is a plain sequence: with images of another size,
+        a module may pool its argument before it hands it on.
+        """
+        given = [
+            (call, position)
             for call in self.calls
             for position, value in enumerate(call.inputs)
             if value is tensor and call.name
         ]
+        outer = [call.name + "." for call, _ in given if not isinstance(call.module, nn.Sequential)]
+        return [(call.name, position) for call, position in given if not call.name.startswith(tuple(outer))]
 
     def is_cut(self, tensor: Tensor) -> bool:
         """Whether the logits depend on the images through this tensor alone."""

@@ -108,14 +108,14 @@ class StudentExplainer:
         training = self.student.training
         first = self.chosen.get(training, 0)
         error = 0.0
-        for way, view in self._ways(record, logits, plan):
-            if way < first:
-                continue
-            if not self._must_check(record) or (error := _difference(view.logits, logits)) <= _tolerance(
-                record, logits
-            ):
-                self.chosen[training] = way
-                return view
+        with self.tap.silent():
+            for way, view in self._ways(record, logits, plan):
+                if way < first:
+                    continue
+                error = _difference(view.logits, logits) if self._must_check(record) else 0.0
+                if error <= _tolerance(record, logits):
+                    self.chosen[training] = way
+                    return view
         return self._graph_view(record, logits, plan, error)
 
     @property
@@ -136,7 +136,7 @@ class StudentExplainer:
         return self.plan
 
     def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[int, View]]:
-        if plan.head is None or self._sharded(plan):
+        if plan.head is None or self._sharded(plan) or not plan.head.follows():
             return
         size = (record.images.shape[-2], record.images.shape[-1])
         if plan.linear is not None and record.features is not None:
@@ -155,7 +155,7 @@ class StudentExplainer:
         source = source.to(dtype_of(self.student))
         if not source.requires_grad:  # the images, or the features of a frozen trunk
             source = source.detach().requires_grad_()
-        with self.tap.silent(), replaying(list(self.student.modules()), source.device, record.rng):
+        with replaying(list(self.student.modules()), source.device, record.rng):
             captured = plan.head.prologue(source)
             return autograd_view(captured, plan.head(captured), plan, size, create_graph=True)
 

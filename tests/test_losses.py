@@ -294,3 +294,34 @@ def test_a_step_that_explains_nothing_and_distils_nothing_is_the_hosts_own(x: Te
     criterion = e2kd.E2KDLoss(student, teacher, nn.CrossEntropyLoss(), weight=0, kd_weight=0, example=x)
     logits = student(x)
     assert criterion(logits, Y).item() == F.cross_entropy(logits, Y).item()
+
+
+class FunctionalTail(nn.Module):
+    """As torchvision's DenseNet: an in-place ReLU by function between the last module and the pooling."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.features, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(F.relu(self.features(images), inplace=True), 1).flatten(1))
+
+
+@pytest.mark.parametrize("built_in_train_mode", [True, False])
+def test_a_functional_relu_is_explained_after_it_whatever_mode_the_criterion_was_built_in(
+    built_in_train_mode: bool,
+) -> None:
+    student, teacher, images = FunctionalTail(0), FunctionalTail(3), torch.rand(3, 3, 16, 16)
+    criterion = e2kd.E2KDLoss(student.train(built_in_train_mode), teacher, kd_weight=0, example=images)
+    loss = criterion(student.train()(images))
+    assert criterion.student.way == "closed"
+    theirs = e2kd.explain(teacher, images)
+    rows = student.head.weight[theirs.classes] / 49
+    maps = F.relu((F.relu(student.features(images)) * rows[:, :, None, None]).sum(1, keepdim=True))
+    expected = 1 - e2kd.cosine(maps, theirs.maps).mean()
+    torch.testing.assert_close(loss, expected)
+    actual, wanted = (
+        torch.autograd.grad(value, list(student.parameters()), allow_unused=True) for value in (loss, expected)
+    )
+    torch.testing.assert_close(actual[:3], wanted[:3])

@@ -27,8 +27,8 @@ ROWS = {Arm.TEACHER: "teacher", Arm.KD: "KD", Arm.E2KD: "e²KD"}
 CLASSES = ("0-4", "5-9")
 TITLE = "Where each network looks when the background misleads"
 SUBTITLE = (
-    "In training, students saw 0-4 on stripes and 5-9 on blobs. Here it is the other way round. First images that the\n"
-    "teacher gets right. Colour: GradCAM of the predicted class, named below; dark is zero. White: the digit's outline."
+    "In training, students saw 0-4 on stripes and 5-9 on blobs. Here it is the other way round. Colour: GradCAM of\n"
+    "the predicted class, named below; dark is zero. First images that the teacher gets right; seed of median gain."
 )
 
 

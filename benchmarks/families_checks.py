@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +178,7 @@ def _relative(mine: list[Tensor], expected: list[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, name: str, prologue: Head | None) -> Iterator[list[Tensor]]:
-    """Collects what a module returns; where a bare ReLU follows it, that ReLU is applied before (it is idempotent)."""
+    """Collects what a module returns; where a bare ReLU follows it, what that ReLU makes of it."""
     kept: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -185,13 +186,19 @@ def _hooked(model: nn.Module, name: str, prologue: Head | None) -> Iterator[list
         assert features is not None
         if prologue is not None and not torch.equal(given := prologue.prologue(features), features):
             kept.append(given)
-            return given.clone()  # which the ReLU may change in place
+            return given
         kept.append(features if features.requires_grad else features.requires_grad_())
         return None
 
+    plain = F.relu
+
+    def relu_once(x: Tensor, inplace: bool = False) -> Tensor:
+        return x if any(x is k for k in kept) else plain(x, inplace)
+
     handle = model.get_submodule(name).register_forward_hook(hook)
     try:
-        yield kept
+        with mock.patch.object(F, "relu", relu_once):
+            yield kept
     finally:
         handle.remove()
 

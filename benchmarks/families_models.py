@@ -136,16 +136,18 @@ def _options(name: str, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _cells(model: Any, images: Tensor) -> int:
-    """Cells of the last grid, from the features before the head."""
+    """Cells of the last grid, from the features before the head; the smallest if there are several."""
     if not hasattr(model, "forward_features"):
         return CELLS
-    return max((_positions(tuple(t.shape)) for t in _tensors(model.forward_features(images))), default=CELLS)
+    shapes = [tuple(t.shape) for t in _tensors(model.forward_features(images))]
+    grids = [s for s in shapes if len(s) == 4] or [s for s in shapes if len(s) == 3]
+    return min(map(_positions, grids), default=CELLS)
 
 
 def _positions(shape: tuple[int, ...]) -> int:
     if len(shape) == 4:
         return min(shape[1] * shape[2], shape[2] * shape[3])
-    return shape[1] if len(shape) == 3 else 1
+    return shape[1]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -147,7 +147,7 @@ def _cells(model: Any, images: Tensor) -> int:
 def _positions(shape: tuple[int, ...]) -> int:
     if len(shape) == 4:
         return min(shape[1] * shape[2], shape[2] * shape[3])
-    return shape[1]
+    return min(shape[1:])  # tokens first or last, and fewer than channels in small images
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -35,8 +35,7 @@ def demo() -> str:
     lines = [
         markdown_table(header, report.rows(found)),
         "",
-        f"{len(found['seeds'])} paired seeds, {found['seconds'] / 60:.0f} minutes on {found['versions']['threads']} "
-        f"cores: `{found['command']}`. e²KD - KD in points, mean and each seed: {'; '.join(differences)}.",
+        f"Percent, mean ± sd of {len(found['seeds'])} paired seeds: `{found['command']}`. e²KD - KD in points, mean and each seed: {'; '.join(differences)}.",
     ]
     return "\n".join(lines)
 

@@ -151,7 +151,7 @@ class Tap:
         self.static_graph = bool(ddp is not None and ddp.static_graph)
         if images is not None:
             device = images.device
-            self.autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+            self.autocast = _autocast_type(device)
             self.rng = rng_state(device) if self.at_images else None
 
     def _produced(self, args: tuple[Any, ...], output: Any) -> None:
@@ -167,6 +167,7 @@ class Tap:
             return
         if self.open:
             self.features, self.rng = features, rng_state(features.device)
+            self.autocast = _autocast_type(features.device)  # hosts may put it inside of the student's forward
 
     def _leave(self, args: tuple[Any, ...], output: Any) -> None:
         if self.paused or torch.compiler.is_compiling() or not self.open:
@@ -188,6 +189,10 @@ class Tap:
                 )
             )
         self._clear()
+
+
+def _autocast_type(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 class _Consumed:

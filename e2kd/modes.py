@@ -44,7 +44,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_written(modules: list[nn.Module]) -> Iterator[None]:
-    """Modules run as their authors wrote them: not compiled, no activation checkpointing.
+    """Modules run as their authors wrote them: not compiled, no activation checkpointing, no autocast put around.
 
     A compiled part has no second derivative and can't be traced; a checkpointed one is recomputed outside of the
     contexts of its first run. Knows torch.compile in all its forms, torch's checkpoint_wrapper and the flags of timm
@@ -73,6 +73,8 @@ def _written(module: nn.Module) -> dict[str, Any]:
             found[name] = _call
         elif callable(original := getattr(value, "_torchdynamo_orig_callable", None)):
             found[name] = original
+    if callable(original := vars(module).get("_original_forward")) and "forward" in vars(module):
+        found["forward"] = original  # Accelerate's mixed precision
     if isinstance(inner := module._modules.get("_orig_mod"), nn.Module) and "forward" in vars(module):
         found["forward"] = inner.__call__
     return found

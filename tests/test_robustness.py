@@ -768,6 +768,16 @@ def test_compiled_student_is_exact_without_graph_breaks(name: str, way: str, ord
             model(made.images)
 
 
+def test_compiled_student_under_autocast_with_outputs_cast_by_the_host_has_the_float32_direction() -> None:
+    made, _, wanted = _precise("vit")
+    student = made.copy()
+    criterion = teach(student, made)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = torch.compile(student, backend="aot_eager")(made.images).float()
+    criterion(outputs, made.targets).backward()
+    assert cosine(gradient(student), wanted) > 0.999
+
+
 @pytest.mark.parametrize("name", ["vit"])
 @pytest.mark.parametrize("way", ["trunk", "blocks", "wrapped_blocks"])
 @pytest.mark.parametrize("order", ["criterion_first", "compile_first"])

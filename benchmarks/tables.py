@@ -35,7 +35,8 @@ def demo() -> str:
     lines = [
         markdown_table(header, report.rows(found)),
         "",
-        f"Percent, mean ± sd of {len(found['seeds'])} paired seeds: `{found['command']}`. e²KD - KD in points, mean and each seed: {'; '.join(differences)}.",
+        f"Percent, mean ± sd of {len(found['seeds'])} paired seeds: `{found['command']}`. "
+        f"e²KD - KD in points, mean and each seed: {'; '.join(differences)}.",
     ]
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from e2kd.modes import as_written, evaluating
 
-SIZES = (224, 32, 64, 96, 128, 256, 299, 28, 384)
+SIZES = (224, 256, 299, 384, 192, 160, 128, 96, 64, 32, 28)  # large first: small images hide late layers
 
 
 def example_images(model: nn.Module) -> Tensor | None:

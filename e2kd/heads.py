@@ -298,6 +298,11 @@ def _reproduces(head: Head, captured: Tensor, found: Trace) -> bool:
     return logits.shape == found.logits.shape and torch.allclose(logits, found.logits, rtol=1e-4, atol=1e-5)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer that computes what its name says: fully_shard changes the class, adapters the forward."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
     """The name of the classifier of a head that is average pooling and a linear layer, for which CAM has a closed form.
 
@@ -307,7 +312,7 @@ def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
     maps = site.layout.to_maps(head.prologue(captured) if head else captured, found.image_size)
     for call in reversed(found.calls):
         linear = call.module
-        if type(linear) is nn.Linear and call.output is not None and call.output.shape == found.logits.shape:
+        if _is_linear(linear) and call.output is not None and call.output.shape == found.logits.shape:
             pooled = first_tensor(call.inputs)
             if pooled is None or pooled.shape != maps.shape[:2] or not torch.equal(call.output, found.logits):
                 return None

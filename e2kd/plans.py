@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from e2kd.explainers import Explainer, reads_images
 from e2kd.heads import Head, WholeModel, find_head, find_linear
 from e2kd.layout import Layout
+from e2kd.probe import Trace
 from e2kd.sites import Site, find_site
 
 
@@ -21,11 +22,13 @@ class Plan:
         site: the tensor to read; None for explainers of the images themselves.
         head: the rest of the model from there; None when it can only be differentiated in place.
         linear: name of the classifier after average pooling, if the head is just that.
+        after: names of the modules that run after the site.
     """
 
     site: Site | None
     head: Head | None
     linear: str | None
+    after: tuple[str, ...] = ()
 
     def maps(self, captured: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The tensor the site holds, as maps [B, C, h, w]."""
@@ -48,7 +51,7 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
         UnsupportedModel: when the model can't be explained there.
     """
     if reads_images(explainer):
-        return Plan(None, WholeModel(model), None)
+        return Plan(None, WholeModel(model), None, tuple(name for name, _ in model.named_modules()))
     known = _plans.setdefault(model, {})
     key = (explainer.layer, hash(tuple(map(id, model.modules()))))
     if key not in known:
@@ -60,4 +63,10 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
 def _make_plan(model: nn.Module, layer: str | None, images: Tensor) -> Plan:
     site, found = find_site(model, images[:2], layer)
     head = find_head(model, site, found)
-    return Plan(site, head, find_linear(site, head, found))
+    return Plan(site, head, find_linear(site, head, found), _after(site, found))
+
+
+def _after(site: Site, found: Trace) -> tuple[str, ...]:
+    last = max(n for n, call in enumerate(found.calls) if call.name == site.tensor_of)
+    names = dict.fromkeys(call.name for call in found.calls[last + 1 :])
+    return tuple(name for name in names if name and not site.tensor_of.startswith(name + "."))

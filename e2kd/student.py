@@ -44,6 +44,11 @@ NO_SECOND_DERIVATIVE = (
     "The head after layer {layer!r} can't be run again on its own, and {node} in the student's graph has no second "
     "derivative. Run the student under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or name a layer through layer=."
 )
+SHARDED = (
+    "The student is sharded by fully_shard in groups, or its parameters after {place} are sharded when the criterion "
+    "is called; torch crashes when it differentiates twice through such a head. Call fully_shard on the whole student "
+    "alone (its root keeps its parameters until backward), or use DistributedDataParallel."
+)
 GRAPH_REFUSED = (
     "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "
     "compiled region, two forwards before one loss, or code that can't be followed. And differentiating through "
@@ -136,7 +141,7 @@ class StudentExplainer:
         return self.plan
 
     def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[int, View]]:
-        if plan.head is None or self._sharded(plan) or not plan.head.follows():
+        if self._sharded(plan) or plan.head is None or not plan.head.follows():
             return
         size = (record.images.shape[-2], record.images.shape[-1])
         if plan.linear is not None and record.features is not None:
@@ -160,9 +165,17 @@ class StudentExplainer:
             return autograd_view(captured, plan.head(captured), plan, size, create_graph=True)
 
     def _sharded(self, plan: Plan) -> bool:
-        """Whether parameters the head needs are shards now (FSDP2), so that it can't be run outside of the forward."""
-        module = self.student if plan.linear is None else self.student.get_submodule(plan.linear)
-        return any(hasattr(p, "placements") for p in module.parameters())
+        """Whether the classifier of a pooled head is a shard now (FSDP2): then the trainer's own graph is used.
+
+        Other heads can't be run, or differentiated twice, while their parameters are sharded: torch crashes.
+        """
+        if plan.linear is not None:
+            return any(hasattr(p, "placements") for p in self.student.get_submodule(plan.linear).parameters())
+        groups = any(hasattr(m, "reshard") for m in self.student.modules() if m is not self.student)
+        after = (p for name in plan.after for p in self.student.get_submodule(name).parameters(recurse=False))
+        if groups or any(hasattr(p, "placements") for p in after):
+            raise UnsupportedModel(SHARDED.format(place=plan.place))
+        return False
 
     def _must_check(self, record: Record) -> bool:
         self.checks += 1

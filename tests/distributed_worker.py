@@ -250,6 +250,7 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "cnn-shard_trunk": partial(fsdp, "cnn", shard_trunk),
         "vit-shard_trunk": partial(fsdp, "vit", shard_trunk),
         "hidden-shard_root-default": partial(fsdp, "hidden", shard_root),
+        "convnext-shard_root-default": partial(fsdp, "convnext", shard_root),
         "cnn-shard_kept": partial(fsdp, "cnn", shard_kept),
     },
     "fsdp_double": {  # torch dies of a double backward through parameters that were sharded in between

@@ -85,7 +85,13 @@ class Branching(nn.Module):
         return self.fc(pooled if pooled.sum() > 0 else -pooled)
 
 
-STUDENTS = {"cnn": (cnn, "layer4"), "vit": (vit, "blocks.1")}
+def convnext(seed: int = 1, **settings: Any) -> nn.Module:
+    """A norm between pooling and classifier: no closed form, and timm's own `forward_head`."""
+    torch.manual_seed(seed)
+    return lively(timm.create_model("test_convnext", num_classes=CLASSES, **settings), seed).train()
+
+
+STUDENTS = {"cnn": (cnn, "layer4"), "vit": (vit, "blocks.1"), "convnext": (convnext, "stages")}
 
 
 def case(name: str, *, batch: int = 4, seed: int = 4, **settings: Any) -> Case:

@@ -138,6 +138,7 @@ class Tap:
             return
         if torch.compiler.is_compiling():
             self.images, self.features, self.compiled = images_in(args, kwargs), None, True
+            self.autocast = None if self.images is None else _autocast_type(self.images.device)
             return
         if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
             return
@@ -164,6 +165,7 @@ class Tap:
         if torch.compiler.is_compiling():
             if self.student.training:
                 self.features, self.compiled = features, True
+                self.autocast = _autocast_type(features.device)
             return
         if self.open:
             self.features, self.rng = features, rng_state(features.device)

@@ -17,6 +17,7 @@ from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_statistics, rng_state, set_rng_state, unwrap
 from e2kd.plans import plan_for
 from e2kd.similarity import is_zero
+from e2kd.teacher import Teacher
 
 WAYS = {
     "closed": "closed form (pooling and one linear layer)",
@@ -126,6 +127,7 @@ def check(
 
 def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
     """Layers, grids and zero maps of both models in eval mode, for the teacher's top classes."""
+    assert isinstance(criterion.teacher, Teacher)
     prepared = criterion.teacher.prepared(images)
     theirs = explain(criterion.teacher.model, prepared, explainer=criterion.teacher.explainer)
     model = criterion.student.student

@@ -23,10 +23,12 @@ NAMES = {
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version"],
-    ["similarity", "layout", "outputs", "modes"],
-    ["logits"],
-    ["probe", "probing", "explainers", "classes", "tasks", "guards"],
+    ["errors", "version", "taught"],
+    ["similarity", "layout", "outputs", "modes", "warping"],
+    ["logits", "comparing"],
+    ["probe", "probing", "explainers", "classes", "tasks"],
+    ["lessons"],
+    ["guards"],
     ["sites"],
     ["heads"],
     ["plans"],

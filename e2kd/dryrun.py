@@ -104,6 +104,11 @@ def check(
     >>> report.student.layer, report.student.grid, report.way, report.ok
     ('1', (14, 14), 'closed', True)
     """
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(
+            f"check tries two live models, but the teacher is a {type(teacher).__name__}. For a frozen one use "
+            "FrozenTeacher.verify."
+        )
     student, teacher = unwrap(student), unwrap(teacher)
     report = Report(Side(type(student).__name__), Side(type(teacher).__name__))
     with warnings.catch_warnings():

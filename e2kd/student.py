@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
-from e2kd.heads import WholeModel
+from e2kd.heads import Head, WholeModel
 from e2kd.modes import as_written, dtype_of, replaying
+from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
 from e2kd.views import View, autograd_view, closed_view
 
-WAYS = ("closed", "replay", "graph")
+WAYS = ("closed", "narrow", "replay", "graph")
 FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
@@ -111,24 +113,27 @@ class StudentExplainer:
         if plan.site is not None and record.features is None:
             raise RuntimeError(NO_FEATURES.format(layer=plan.site.layer))
         training = self.student.training
-        first = self.chosen.get(training, 0)
         error = 0.0
         with self.tap.silent():
-            for way, view in self._ways(record, logits, plan):
-                if way < first:
+            for way, make in self._ways(record, logits, plan):
+                if WAYS.index(way) < self.chosen.get(training, 0):
+                    continue
+                try:
+                    view = make()
+                except NotNarrow:
                     continue
                 error = _difference(view.logits, logits) if self._must_check(record) else 0.0
                 if error <= _tolerance(record, logits):
-                    self.chosen[training] = way
+                    self.chosen[training] = WAYS.index(way)
                     return view
         return self._graph_view(record, logits, plan, error)
 
     @property
     def way(self) -> str:
-        """How training forwards are explained: "closed", "replay" or "graph"."""
-        if self._plan().head is None:
-            return "graph"
-        return WAYS[max(self.chosen.get(True, 0), 0 if self._plan().linear else 1)]
+        """How training forwards are explained: "closed", "narrow", "replay" or "graph"."""
+        plan = self._plan()
+        first = "graph" if plan.head is None else "closed" if plan.linear else "narrow" if plan.narrow else "replay"
+        return WAYS[max(self.chosen.get(True, 0), WAYS.index(first))]
 
     @property
     def place(self) -> str:
@@ -140,20 +145,25 @@ class StudentExplainer:
             raise RuntimeError(NO_RECORD)
         return self.plan
 
-    def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[int, View]]:
+    def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[str, Callable[[], View]]]:
+        """The ways that need no graph of the trainer's, cheapest first."""
         if self._sharded(plan) or plan.head is None or not plan.head.follows():
             return
-        size = (record.images.shape[-2], record.images.shape[-1])
         if plan.linear is not None and record.features is not None:
-            captured = plan.head.prologue(record.features)
-            linear = self.student.get_submodule(plan.linear)
-            view = closed_view(captured, logits, plan, linear, size)
-            with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
-                pooled = linear(view.features.mean((2, 3)).to(dtype_of(linear)))
-            yield 0, View(pooled, view.features, view.gradient)
-        yield 1, self._replay(record, plan, size)
+            yield "closed", partial(self._closed, record.features, logits, plan, plan.head, _size(record))
+        if plan.narrow is not None:
+            yield "narrow", partial(self._replay, record, plan, plan.narrow)
+        yield "replay", partial(self._replay, record, plan, plan.head)
 
-    def _replay(self, record: Record, plan: Plan, size: tuple[int, int]) -> View:
+    def _closed(self, features: Tensor, logits: Tensor, plan: Plan, head: Head, size: tuple[int, int]) -> View:
+        assert plan.linear is not None
+        captured, linear = head.prologue(features), self.student.get_submodule(plan.linear)
+        view = closed_view(captured, logits, plan, linear, size)
+        with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
+            pooled = linear(view.features.mean((2, 3)).to(dtype_of(linear)))
+        return View(pooled, view.features, view.gradient)
+
+    def _replay(self, record: Record, plan: Plan, run: Head | NarrowHead) -> View:
         assert plan.head is not None
         source = record.images if isinstance(plan.head, WholeModel) else record.features
         assert source is not None
@@ -162,7 +172,7 @@ class StudentExplainer:
             source = source.detach().requires_grad_()
         with replaying(list(self.student.modules()), source.device, record.rng):
             captured = plan.head.prologue(source)
-            return autograd_view(captured, plan.head(captured), plan, size, create_graph=True)
+            return autograd_view(captured, run(captured), plan, _size(record), create_graph=True)
 
     def _sharded(self, plan: Plan) -> bool:
         """Whether the classifier of a pooled head is a shard now (FSDP2): then the trainer's own graph is used.
@@ -192,8 +202,11 @@ class StudentExplainer:
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
         self.chosen[self.student.training] = WAYS.index("graph")
-        size = (record.images.shape[-2], record.images.shape[-1])
-        return autograd_view(record.features, logits, plan, size, create_graph=True)
+        return autograd_view(record.features, logits, plan, _size(record), create_graph=True)
+
+
+def _size(record: Record) -> tuple[int, int]:
+    return (record.images.shape[-2], record.images.shape[-1])
 
 
 def fused_attention_between(logits: Tensor, features: Tensor) -> str | None:

@@ -29,6 +29,7 @@ LAYERS = [
     ["probe", "probing", "explainers", "classes", "tasks", "guards"],
     ["sites"],
     ["heads"],
+    ["narrow"],
     ["plans"],
     ["views"],
     ["capture", "inspection"],

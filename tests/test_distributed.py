@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -11,15 +10,8 @@ import torch
 from distributed_worker import GROUPS, RANKS, joint_case, run_group
 from reference import error, reference_loss, reference_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Results = list[dict[str, Any]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import e2kd
 from e2kd.narrow import NotNarrow
 from e2kd.plans import Plan, plan_for
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 64
 TINY = {"img_size": SIDE, "depth": 3, "embed_dim": 48, "num_classes": CLASSES}
 

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 import e2kd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXPLANATION_ONLY = (("task_weight", 0.0), ("kd_weight", 0.0))
 both = pytest.mark.parametrize("name", ["cnn", "vit"])
 
@@ -49,15 +50,6 @@ def expected(name: str, weights: tuple[tuple[str, float], ...] = (), seed: int |
     if seed is not None:
         torch.manual_seed(seed)
     return made, *reference_step(student, made, **dict(weights))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors are several times faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,15 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether fully_shard holds only a part of a parameter here, at this moment.
+
+    >>> is_sharded(torch.zeros(3))
+    False
+    """
+    return hasattr(parameter, "placements")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode afterwards."""

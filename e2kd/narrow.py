@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from e2kd.heads import Head
-from e2kd.modes import evaluating, replaying
+from e2kd.modes import evaluating, is_sharded, replaying
 from e2kd.probe import Trace, noisy
 from e2kd.sites import JITTER, Site
 
@@ -124,13 +124,17 @@ def find_narrow(head: Head | None, site: Site, found: Trace, after: tuple[str, .
     """
     if head is None or site.layout.order != "NLC" or site.layout.prefix == 0:
         return None
+    modules = [(f"model.{name}.", head.model.get_submodule(name)) for name in after]
+    parameters = [(name + p, value) for name, m in modules for p, value in m.named_parameters(recurse=False)]
+    if any(is_sharded(value) for _, value in parameters):
+        return None
     narrow = NarrowHead(head, site.layout.prefix)
     features = head.prologue(found.output_of(site.producers[0]).detach())
     try:
-        mine = _probed(_Running(head.model, narrow), features, after)
+        mine = _probed(_Running(head.model, narrow), features, parameters)
     except NotNarrow:
         return None
-    pairs = zip(mine, _probed(_Running(head.model, head), features, after), strict=True)
+    pairs = zip(mine, _probed(_Running(head.model, head), features, parameters), strict=True)
     return narrow if all(_same(own, full) for own, full in pairs) else None
 
 
@@ -145,11 +149,9 @@ class _Running(nn.Module):
         return self.run(features)
 
 
-def _probed(running: _Running, features: Tensor, after: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def _probed(running: _Running, features: Tensor, parameters: list[tuple[str, nn.Parameter]]) -> tuple[Tensor, Tensor]:
     """Logits [B, K] and the gradient of a random combination of them with respect to the features."""
     model, features = running.model, features.clone().requires_grad_()
-    modules = [(name, model.get_submodule(name)) for name in after]
-    parameters = [(f"model.{name}.{p}", value) for name, m in modules for p, value in m.named_parameters(recurse=False)]
     with torch.enable_grad(), evaluating(model), replaying(list(model.modules()), features.device, None):
         logits = torch.func.functional_call(running, noisy(parameters, JITTER), (features,))
     along = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)

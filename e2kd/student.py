@@ -13,7 +13,7 @@ from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.heads import Head, WholeModel
-from e2kd.modes import as_written, dtype_of, replaying
+from e2kd.modes import as_written, dtype_of, is_sharded, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
@@ -47,9 +47,9 @@ NO_SECOND_DERIVATIVE = (
     "derivative. Run the student under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or name a layer through layer=."
 )
 SHARDED = (
-    "The student is sharded by fully_shard in groups, or its parameters after {place} are sharded when the criterion "
-    "is called; torch crashes when it differentiates twice through such a head. Call fully_shard on the whole student "
-    "alone (its root keeps its parameters until backward), or use DistributedDataParallel."
+    "A module after {place} is sharded by fully_shard in a group of its own, or its parameters are sharded when the "
+    "criterion is called; torch crashes when it differentiates twice through such a head. Leave what comes after "
+    "{place} to the root's fully_shard (which keeps its parameters until backward), or use DistributedDataParallel."
 )
 GRAPH_REFUSED = (
     "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "
@@ -171,7 +171,7 @@ class StudentExplainer:
         if not source.requires_grad:  # the images, or the features of a frozen trunk
             source = source.detach().requires_grad_()
         with replaying(list(self.student.modules()), source.device, record.rng):
-            captured = plan.head.prologue(source)
+            captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
             return autograd_view(captured, run(captured), plan, _size(record), create_graph=True)
 
     def _sharded(self, plan: Plan) -> bool:
@@ -180,10 +180,11 @@ class StudentExplainer:
         Other heads can't be run, or differentiated twice, while their parameters are sharded: torch crashes.
         """
         if plan.linear is not None:
-            return any(hasattr(p, "placements") for p in self.student.get_submodule(plan.linear).parameters())
-        groups = any(hasattr(m, "reshard") for m in self.student.modules() if m is not self.student)
-        after = (p for name in plan.after for p in self.student.get_submodule(name).parameters(recurse=False))
-        if groups or any(hasattr(p, "placements") for p in after):
+            return any(map(is_sharded, self.student.get_submodule(plan.linear).parameters()))
+        head = [self.student.get_submodule(name) for name in plan.after]
+        after = (p for module in head for p in module.parameters(recurse=False))
+        groups = any(hasattr(module, "reshard") for module in head if module is not self.student)
+        if groups or any(map(is_sharded, after)):
             raise UnsupportedModel(SHARDED.format(place=plan.place))
         return False
 

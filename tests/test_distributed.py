@@ -68,8 +68,8 @@ def test_gradients_under_ddp_are_equal_on_all_ranks_and_those_of_one_process(lab
 
 
 def _head_is_sharded(label: str) -> bool:
-    """Whether a transformer is sharded in groups, or what follows the explained layer when the loss is called."""
-    return label.startswith("vit") and not label.startswith("vit-shard_root-default")
+    """Whether what follows the explained layer of a transformer is sharded when the loss is called."""
+    return label.startswith("vit") and not label.startswith(("vit-shard_root-default", "vit-shard_trunk"))
 
 
 @pytest.mark.parametrize("label", [label for label in GROUPS["fsdp"] if not _head_is_sharded(label)])

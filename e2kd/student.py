@@ -13,6 +13,7 @@ from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.heads import Head, WholeModel
+from e2kd.kernels import fused_attention_between
 from e2kd.modes import as_written, dtype_of, is_sharded, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.plans import Plan, plan_for
@@ -90,6 +91,8 @@ class StudentExplainer:
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.first = None
         self.tap.read(self.plan.site)
+        if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
+            self.tap.under_math(self.plan.after)
 
     def record(self, logits: Tensor) -> Record:
         """The forward that made these logits.
@@ -208,20 +211,6 @@ class StudentExplainer:
 
 def _size(record: Record) -> tuple[int, int]:
     return (record.images.shape[-2], record.images.shape[-1])
-
-
-def fused_attention_between(logits: Tensor, features: Tensor) -> str | None:
-    """The name of a fused attention kernel in the graph from features to logits, if there is one."""
-    queue, seen = [logits.grad_fn], {features.grad_fn, None}
-    for node in queue:
-        if node in seen:
-            continue
-        seen.add(node)
-        assert node is not None
-        if node.name().startswith("ScaledDotProduct"):
-            return node.name()
-        queue.extend(parent for parent, _ in node.next_functions)
-    return None
 
 
 def _difference(replayed: Tensor, logits: Tensor) -> float:

@@ -24,7 +24,7 @@ NAMES = {
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version"],
-    ["similarity", "layout", "outputs", "modes"],
+    ["similarity", "layout", "outputs", "modes", "kernels"],
     ["logits"],
     ["probe", "probing", "explainers", "classes", "tasks", "guards"],
     ["sites"],

@@ -30,7 +30,6 @@ from e2kd.plans import Plan
 
 BATCH = 4
 STEPS = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # of finite differences, relative to each parameter's size
-WAYS = {0: "closed", 1: "replay"}
 CORNERS = ((0, 0), (0, -1), (-1, 0), (-1, -1))
 TRIES = 5  # draws of images until a map is not zero everywhere; the last with noise in a head that begins as zeros
 
@@ -127,7 +126,7 @@ def _first_step(subject: Subject, student: nn.Module, teacher: nn.Module) -> dic
         "is_cut": plan.site.is_cut,
         "layout": plan.site.layout.order + (f"+{plan.site.layout.prefix}" if plan.site.layout.prefix else ""),
         "head": type(plan.head).__name__ if plan.head else None,
-        "way": _way(criterion, plan),
+        "way": criterion.student.way,
         "zero_maps": rates[-1],
         "draws": len(rates),
         "head_begins_as_zeros": len(rates) == TRIES,
@@ -136,10 +135,6 @@ def _first_step(subject: Subject, student: nn.Module, teacher: nn.Module) -> dic
     }
     criterion.remove()
     return site
-
-
-def _way(criterion: e2kd.E2KDLoss, plan: Plan) -> str:
-    return WAYS.get(criterion.student.chosen.get(True, -1), "graph") if plan.head is not None else "graph"
 
 
 def _gradients(subject: Subject, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
+from e2kd.kernels import MathKernel
 from e2kd.modes import rng_state
 from e2kd.outputs import first_tensor, images_in, logits_of
 from e2kd.sites import Site
@@ -88,6 +89,13 @@ class Tap:
             action = _Consumed(self, position)
             self._add(self.site_handles, self.student.get_submodule(name), action, pre=True)
 
+    def under_math(self, names: tuple[str, ...]) -> None:
+        """Run these modules under the math kernel of attention, so that they can be differentiated twice."""
+        for name in names:  # every one, since a checkpoint may run a part again without what is around it
+            module, kernel = self.student.get_submodule(name), MathKernel(self.student)
+            self._add(self.site_handles, module, kernel.enter, pre=True)
+            self._add(self.site_handles, module, kernel.leave, always=True)
+
     def remove(self) -> None:
         """Take every hook off the student and forget what was recorded."""
         self._drop(self.handles)
@@ -116,13 +124,20 @@ class Tap:
         return found
 
     def _add(
-        self, handles: list[Any], module: nn.Module, action: Any, *, pre: bool = False, kwargs: bool = False
+        self,
+        handles: list[Any],
+        module: nn.Module,
+        action: Any,
+        *,
+        pre: bool = False,
+        kwargs: bool = False,
+        always: bool = False,
     ) -> None:
         hook = _Hook(module, action)
         if pre:
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs))
         else:
-            handles.append(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(hook, always_call=always))
 
     def _drop(self, handles: list[Any]) -> None:
         for handle in handles:

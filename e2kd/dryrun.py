@@ -21,12 +21,15 @@ from e2kd.teacher import Teacher
 
 WAYS = {
     "closed": "closed form (pooling and one linear layer)",
+    "narrow": "head run again on the live features, past its attention for the tokens it reads",
     "replay": "head run again on the live features",
     "graph": "the trainer's own graph",
 }
+REPLAYED = "student may be compiled, whole or in parts; no dropout or stochastic depth after the layer then"
 COMPILE = {
     "closed": "student may be compiled, whole or in parts",
-    "replay": "student may be compiled, whole or in parts; no dropout or stochastic depth after the layer then",
+    "narrow": REPLAYED,
+    "replay": REPLAYED,
     "graph": "don't compile the student and don't use DistributedDataParallel(static_graph=True): both are refused",
 }
 

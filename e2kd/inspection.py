@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, GradCAM
 from e2kd.modes import as_written, dtype_of, evaluating, replaying, unwrap
+from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
 from e2kd.views import View, autograd_view, closed_view
@@ -93,7 +94,15 @@ def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
             return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
     captured = captured.to(dtype_of(model)).requires_grad_()
     with torch.enable_grad(), replaying(list(model.modules()), images.device, None):
-        return autograd_view(captured, plan.head(captured), plan, size, create_graph=False)
+        return autograd_view(captured, _logits(plan, captured), plan, size, create_graph=False)
+
+
+def _logits(plan: Plan, captured: Tensor) -> Tensor:
+    assert plan.head is not None
+    with suppress(NotNarrow):
+        if plan.narrow is not None:
+            return plan.narrow(captured)
+    return plan.head(captured)
 
 
 def _inspect_in_place(model: nn.Module, images: Tensor, plan: Plan) -> View:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,17 +30,26 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether fully_shard holds only a part of a parameter here, at this moment.
+
+    >>> is_sharded(torch.zeros(3))
+    False
+    """
+    return hasattr(parameter, "placements")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
         module.training = False
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -63,20 +73,20 @@ def as_written(modules: list[nn.Module]) -> Iterator[None]:
 
 def _written(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that stand between a caller and its code, with what to put in their place."""
-    found: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name == "_compiled_call_impl" and value is not None:
-            found[name] = None
-        elif name in ("grad_checkpointing", "gradient_checkpointing") and value is True:
-            found[name] = False
-        elif name == "checkpoint_fn" and callable(value):
-            found[name] = _call
-        elif callable(original := getattr(value, "_torchdynamo_orig_callable", None)):
+    own, found = vars(module), dict[str, Any]()
+    if own.get("_compiled_call_impl") is not None:
+        found["_compiled_call_impl"] = None
+    if callable(own.get("checkpoint_fn")):
+        found["checkpoint_fn"] = _call
+    found |= {name: False for name in ("grad_checkpointing", "gradient_checkpointing") if own.get(name) is True}
+    for name, value in own.items():
+        if isinstance(value, FunctionType) and callable(original := getattr(value, "_torchdynamo_orig_callable", None)):
             found[name] = original
-    if callable(original := vars(module).get("_original_forward")) and "forward" in vars(module):
-        found["forward"] = original  # Accelerate's mixed precision
-    if isinstance(inner := module._modules.get("_orig_mod"), nn.Module) and "forward" in vars(module):
-        found["forward"] = inner.__call__
+    if "forward" in own:
+        if callable(original := own.get("_original_forward")):
+            found["forward"] = original  # Accelerate's mixed precision
+        if isinstance(inner := own["_modules"].get("_orig_mod"), nn.Module):
+            found["forward"] = inner.__call__
     return found
 
 

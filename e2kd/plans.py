@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from e2kd.explainers import Explainer, reads_images
 from e2kd.heads import Head, WholeModel, find_head, find_linear
 from e2kd.layout import Layout
+from e2kd.narrow import NarrowHead, find_narrow
 from e2kd.probe import Trace
 from e2kd.sites import Site, find_site
 
@@ -23,12 +24,14 @@ class Plan:
         head: the rest of the model from there; None when it can only be differentiated in place.
         linear: name of the classifier after average pooling, if the head is just that.
         after: names of the modules that run after the site.
+        narrow: the head without its work on tokens that nobody reads, where it has such.
     """
 
     site: Site | None
     head: Head | None
     linear: str | None
     after: tuple[str, ...] = ()
+    narrow: NarrowHead | None = None
 
     def maps(self, captured: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The tensor the site holds, as maps [B, C, h, w]."""
@@ -62,8 +65,9 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
 
 def _make_plan(model: nn.Module, layer: str | None, images: Tensor) -> Plan:
     site, found = find_site(model, images[:2], layer)
-    head = find_head(model, site, found)
-    return Plan(site, head, find_linear(site, head, found), _after(site, found))
+    head, after = find_head(model, site, found), _after(site, found)
+    linear = find_linear(site, head, found)
+    return Plan(site, head, linear, after, None if linear else find_narrow(head, site, found, after))
 
 
 def _after(site: Site, found: Trace) -> tuple[str, ...]:

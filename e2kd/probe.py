@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,12 +162,13 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
 def _run(model: nn.Module, images: Tensor, jitter: float) -> Any:
     if not jitter:
         return model(images)
+    return torch.func.functional_call(model, noisy(model.named_parameters(), jitter), (images,))
+
+
+def noisy(parameters: Iterable[tuple[str, Tensor]], jitter: float) -> dict[str, Tensor]:
+    """Named parameters with normal noise of standard deviation `jitter`, always the same."""
     generator = torch.Generator().manual_seed(0)
-    noisy = {
-        name: p.detach() + jitter * torch.randn(p.shape, generator=generator).to(p)
-        for name, p in model.named_parameters()
-    }
-    return torch.func.functional_call(model, noisy, (images,))
+    return {name: p.detach() + jitter * torch.randn(p.shape, generator=generator).to(p) for name, p in parameters}
 
 
 def _fill_gradients(found: Trace) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
-from e2kd.heads import WholeModel
-from e2kd.modes import as_written, dtype_of, replaying
+from e2kd.heads import Head, WholeModel
+from e2kd.kernels import fused_attention_between
+from e2kd.modes import as_written, dtype_of, is_sharded, replaying
+from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
 from e2kd.views import View, autograd_view, closed_view
 
-WAYS = ("closed", "replay", "graph")
+WAYS = ("closed", "narrow", "replay", "graph")
 FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
@@ -45,9 +48,9 @@ NO_SECOND_DERIVATIVE = (
     "derivative. Run the student under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or name a layer through layer=."
 )
 SHARDED = (
-    "The student is sharded by fully_shard in groups, or its parameters after {place} are sharded when the criterion "
-    "is called; torch crashes when it differentiates twice through such a head. Call fully_shard on the whole student "
-    "alone (its root keeps its parameters until backward), or use DistributedDataParallel."
+    "A module after {place} is sharded by fully_shard in a group of its own, or its parameters are sharded when the "
+    "criterion is called; torch crashes when it differentiates twice through such a head. Leave what comes after "
+    "{place} to the root's fully_shard (which keeps its parameters until backward), or use DistributedDataParallel."
 )
 GRAPH_REFUSED = (
     "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "
@@ -88,6 +91,8 @@ class StudentExplainer:
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.first = None
         self.tap.read(self.plan.site)
+        if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
+            self.tap.under_math(self.plan.after)
 
     def record(self, logits: Tensor) -> Record:
         """The forward that made these logits.
@@ -111,24 +116,27 @@ class StudentExplainer:
         if plan.site is not None and record.features is None:
             raise RuntimeError(NO_FEATURES.format(layer=plan.site.layer))
         training = self.student.training
-        first = self.chosen.get(training, 0)
         error = 0.0
         with self.tap.silent():
-            for way, view in self._ways(record, logits, plan):
-                if way < first:
+            for way, make in self._ways(record, logits, plan):
+                if WAYS.index(way) < self.chosen.get(training, 0):
+                    continue
+                try:
+                    view = make()
+                except NotNarrow:
                     continue
                 error = _difference(view.logits, logits) if self._must_check(record) else 0.0
                 if error <= _tolerance(record, logits):
-                    self.chosen[training] = way
+                    self.chosen[training] = WAYS.index(way)
                     return view
         return self._graph_view(record, logits, plan, error)
 
     @property
     def way(self) -> str:
-        """How training forwards are explained: "closed", "replay" or "graph"."""
-        if self._plan().head is None:
-            return "graph"
-        return WAYS[max(self.chosen.get(True, 0), 0 if self._plan().linear else 1)]
+        """How training forwards are explained: "closed", "narrow", "replay" or "graph"."""
+        plan = self._plan()
+        first = "graph" if plan.head is None else "closed" if plan.linear else "narrow" if plan.narrow else "replay"
+        return WAYS[max(self.chosen.get(True, 0), WAYS.index(first))]
 
     @property
     def place(self) -> str:
@@ -140,20 +148,25 @@ class StudentExplainer:
             raise RuntimeError(NO_RECORD)
         return self.plan
 
-    def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[int, View]]:
+    def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[str, Callable[[], View]]]:
+        """The ways that need no graph of the trainer's, cheapest first."""
         if self._sharded(plan) or plan.head is None or not plan.head.follows():
             return
-        size = (record.images.shape[-2], record.images.shape[-1])
         if plan.linear is not None and record.features is not None:
-            captured = plan.head.prologue(record.features)
-            linear = self.student.get_submodule(plan.linear)
-            view = closed_view(captured, logits, plan, linear, size)
-            with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
-                pooled = linear(view.features.mean((2, 3)).to(dtype_of(linear)))
-            yield 0, View(pooled, view.features, view.gradient)
-        yield 1, self._replay(record, plan, size)
+            yield "closed", partial(self._closed, record.features, logits, plan, plan.head, _size(record))
+        if plan.narrow is not None:
+            yield "narrow", partial(self._replay, record, plan, plan.narrow)
+        yield "replay", partial(self._replay, record, plan, plan.head)
 
-    def _replay(self, record: Record, plan: Plan, size: tuple[int, int]) -> View:
+    def _closed(self, features: Tensor, logits: Tensor, plan: Plan, head: Head, size: tuple[int, int]) -> View:
+        assert plan.linear is not None
+        captured, linear = head.prologue(features), self.student.get_submodule(plan.linear)
+        view = closed_view(captured, logits, plan, linear, size)
+        with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
+            pooled = linear(view.features.mean((2, 3)).to(dtype_of(linear)))
+        return View(pooled, view.features, view.gradient)
+
+    def _replay(self, record: Record, plan: Plan, run: Head | NarrowHead) -> View:
         assert plan.head is not None
         source = record.images if isinstance(plan.head, WholeModel) else record.features
         assert source is not None
@@ -161,8 +174,8 @@ class StudentExplainer:
         if not source.requires_grad:  # the images, or the features of a frozen trunk
             source = source.detach().requires_grad_()
         with replaying(list(self.student.modules()), source.device, record.rng):
-            captured = plan.head.prologue(source)
-            return autograd_view(captured, plan.head(captured), plan, size, create_graph=True)
+            captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
+            return autograd_view(captured, run(captured), plan, _size(record), create_graph=True)
 
     def _sharded(self, plan: Plan) -> bool:
         """Whether the classifier of a pooled head is a shard now (FSDP2): then the trainer's own graph is used.
@@ -170,10 +183,11 @@ class StudentExplainer:
         Other heads can't be run, or differentiated twice, while their parameters are sharded: torch crashes.
         """
         if plan.linear is not None:
-            return any(hasattr(p, "placements") for p in self.student.get_submodule(plan.linear).parameters())
-        groups = any(hasattr(m, "reshard") for m in self.student.modules() if m is not self.student)
-        after = (p for name in plan.after for p in self.student.get_submodule(name).parameters(recurse=False))
-        if groups or any(hasattr(p, "placements") for p in after):
+            return any(map(is_sharded, self.student.get_submodule(plan.linear).parameters()))
+        head = [self.student.get_submodule(name) for name in plan.after]
+        after = (p for module in head for p in module.parameters(recurse=False))
+        groups = any(hasattr(module, "reshard") for module in head if module is not self.student)
+        if groups or any(map(is_sharded, after)):
             raise UnsupportedModel(SHARDED.format(place=plan.place))
         return False
 
@@ -192,22 +206,11 @@ class StudentExplainer:
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
         self.chosen[self.student.training] = WAYS.index("graph")
-        size = (record.images.shape[-2], record.images.shape[-1])
-        return autograd_view(record.features, logits, plan, size, create_graph=True)
+        return autograd_view(record.features, logits, plan, _size(record), create_graph=True)
 
 
-def fused_attention_between(logits: Tensor, features: Tensor) -> str | None:
-    """The name of a fused attention kernel in the graph from features to logits, if there is one."""
-    queue, seen = [logits.grad_fn], {features.grad_fn, None}
-    for node in queue:
-        if node in seen:
-            continue
-        seen.add(node)
-        assert node is not None
-        if node.name().startswith("ScaledDotProduct"):
-            return node.name()
-        queue.extend(parent for parent, _ in node.next_functions)
-    return None
+def _size(record: Record) -> tuple[int, int]:
+    return (record.images.shape[-2], record.images.shape[-1])
 
 
 def _difference(replayed: Tensor, logits: Tensor) -> float:

@@ -248,7 +248,8 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
     }
     | {
         "cnn-shard_trunk": partial(fsdp, "cnn", shard_trunk),
-        "vit-shard_trunk": partial(fsdp, "vit", shard_trunk),
+        "vit-shard_trunk-default": partial(fsdp, "vit", shard_trunk),
+        "vit-shard_trunk-criterion_after": partial(fsdp, "vit", shard_trunk, before=False),
         "hidden-shard_root-default": partial(fsdp, "hidden", shard_root),
         "convnext-shard_root-default": partial(fsdp, "convnext", shard_root),
         "cnn-shard_kept": partial(fsdp, "cnn", shard_kept),

@@ -24,15 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import e2kd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 both = pytest.mark.parametrize("name", ["cnn", "vit"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

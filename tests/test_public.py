@@ -25,7 +25,7 @@ NAMES = {
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught"],
-    ["similarity", "layout", "outputs", "modes", "regions", "kernels"],
+    ["similarity", "layout", "outputs", "modes", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment"],
     ["probe", "probing", "explainers", "classes", "tasks"],

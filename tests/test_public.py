@@ -24,7 +24,7 @@ NAMES = {
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught"],
-    ["similarity", "layout", "outputs", "modes", "warping"],
+    ["similarity", "layout", "outputs", "modes", "warping", "distance", "perturb"],
     ["logits", "comparing"],
     ["probe", "probing", "explainers", "classes", "tasks"],
     ["lessons"],
@@ -35,7 +35,7 @@ LAYERS = [
     ["views"],
     ["capture", "inspection"],
     ["student", "teacher"],
-    ["losses"],
+    ["losses", "transfer"],
     ["dryrun"],
     ["demo", "cli"],
 ]

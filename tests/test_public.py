@@ -23,7 +23,7 @@ NAMES = {
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version"],
+    ["errors", "version", "graph"],
     ["similarity", "layout", "outputs", "modes", "kernels"],
     ["logits"],
     ["probe", "probing", "explainers", "classes", "tasks", "guards"],

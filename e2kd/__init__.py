@@ -3,6 +3,8 @@
 `criterion = e2kd.E2KDLoss(student, teacher, criterion)` in an existing trainer is all it takes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from e2kd.dryrun import check
 from e2kd.errors import NoEffectWarning, UnsupportedModel
 from e2kd.explainers import Explainer, GradCAM, HiResCAM, InputGradient, LayerCAM
@@ -10,25 +12,52 @@ from e2kd.inspection import Explanation, explain
 from e2kd.logits import KDLoss, MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.losses import E2KDLoss, ExplanationLoss
 from e2kd.similarity import cosine
+from e2kd.taught import Taught
 from e2kd.version import __version__
 
+if TYPE_CHECKING:
+    from e2kd.augment import JointAugmentation
+    from e2kd.frozen import CanonicalView, FrozenDataset, FrozenTeacher, freeze
+
 __all__ = [
+    "CanonicalView",
     "E2KDLoss",
     "Explainer",
     "Explanation",
     "ExplanationLoss",
+    "FrozenDataset",
+    "FrozenTeacher",
     "GradCAM",
     "HiResCAM",
     "InputGradient",
+    "JointAugmentation",
     "KDLoss",
     "LayerCAM",
     "MultiLabelKDLoss",
     "NoEffectWarning",
+    "Taught",
     "UnsupportedModel",
     "__version__",
     "check",
     "cosine",
     "explain",
+    "freeze",
     "kd_loss",
     "multilabel_kd_loss",
 ]
+
+_LATER = {  # what needs more than torch loads when it is asked for
+    "CanonicalView": "frozen",
+    "FrozenDataset": "frozen",
+    "FrozenTeacher": "frozen",
+    "JointAugmentation": "augment",
+    "freeze": "frozen",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'e2kd' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"e2kd.{_LATER[name]}"), name)

@@ -17,6 +17,7 @@ from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_statistics, rng_state, set_rng_state, unwrap
 from e2kd.plans import plan_for
 from e2kd.similarity import is_zero
+from e2kd.teacher import Teacher
 
 WAYS = {
     "closed": "closed form (pooling and one linear layer)",
@@ -107,6 +108,11 @@ def check(
     >>> report.student.layer, report.student.grid, report.way, report.ok
     ('1', (14, 14), 'closed', True)
     """
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(
+            f"check tries two live models, but the teacher is a {type(teacher).__name__}. For a frozen one use "
+            "FrozenTeacher.verify."
+        )
     student, teacher = unwrap(student), unwrap(teacher)
     report = Report(Side(type(student).__name__), Side(type(teacher).__name__))
     with warnings.catch_warnings():
@@ -130,6 +136,7 @@ def check(
 
 def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
     """Layers, grids and zero maps of both models in eval mode, for the teacher's top classes."""
+    assert isinstance(criterion.teacher, Teacher)
     prepared = criterion.teacher.prepared(images)
     theirs = explain(criterion.teacher.model, prepared, explainer=criterion.teacher.explainer)
     model = criterion.student.student

@@ -7,6 +7,8 @@ import warnings
 from torch import Tensor, nn
 
 from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
+from e2kd.explainers import Explainer
+from e2kd.lessons import Prepared
 
 
 def check_settings(
@@ -30,6 +32,31 @@ def check_settings(
         raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
     if resize not in (None, "image"):
         raise ValueError(f'Expected resize to be None or "image", but got {resize!r}.')
+
+
+def check_prepared(
+    teacher: Prepared, explainer: Explainer | None, classes: object, weight: float, settings: tuple[object, ...]
+) -> None:
+    """Raise a ValueError for settings that a frozen teacher decided when it was frozen."""
+    if any(value is not None for value in settings):
+        raise ValueError(
+            "teacher_explainer, teacher_normalization, input_normalization and teacher_size were settled when the "
+            "teacher was frozen. Leave them out, or freeze again with other ones."
+        )
+    if weight != 0 and not teacher.explains:
+        raise ValueError(
+            f"Expected explanations for weight={weight}, but the cache holds logits alone. Pass weight=0 for plain KD, "
+            "or freeze the teacher with an explainer."
+        )
+    if weight != 0 and explainer is None and teacher.explainer is None:
+        raise ValueError(
+            "The cached maps were made by an explainer of your own. Pass it for the student as well: explainer=..."
+        )
+    if weight != 0 and classes != teacher.choice:
+        raise ValueError(
+            f"The cached maps explain classes={teacher.choice!r}, but the criterion was asked for {classes!r}. Pass "
+            f"classes={teacher.choice!r}, or freeze again with the other choice."
+        )
 
 
 def check_module(value: object, role: str) -> None:

@@ -8,20 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e2kd.capture import Record
 from e2kd.classes import Choice, check_choice, choose
-from e2kd.explainers import Explainer, GradCAM
-from e2kd.guards import check_batch, check_grid, check_module, check_not_empty, check_settings, warn_dead, warn_eval
+from e2kd.comparing import Similarity, compare
+from e2kd.explainers import Explainer, GradCAM, reads_images
+from e2kd.guards import (
+    check_batch,
+    check_grid,
+    check_module,
+    check_not_empty,
+    check_prepared,
+    check_settings,
+    warn_dead,
+    warn_eval,
+)
+from e2kd.lessons import Lesson, Prepared, lesson_of
 from e2kd.logits import kd_loss
 from e2kd.modes import unwrap
 from e2kd.outputs import logits_of
-from e2kd.similarity import check_maps, cosine, is_zero, resize
+from e2kd.similarity import cosine, pooled
 from e2kd.student import StudentExplainer
 from e2kd.tasks import default_task, task_input
+from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher
 from e2kd.views import View
 
-Similarity = Callable[[Tensor, Tensor], Tensor]
 Distillation = Callable[[Tensor, Tensor], Tensor]
+
+TAUGHT_FOR_LIVE = (
+    "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live one. Build it "
+    "with the cache, E2KDLoss(student, FrozenTeacher.open(path), ...), or pass `targets.labels`."
+)
 
 
 class ExplanationLoss(nn.Module):
@@ -47,21 +64,8 @@ class ExplanationLoss(nn.Module):
 
     def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
         """Maps [B, C, H, W] and [B, C, h, w] -> [] or [B]."""
-        values = 1 - _similarities(self.similarity, student_maps, teacher_maps, self.size)
+        values = 1 - compare(self.similarity, student_maps, teacher_maps, self.size)[0]
         return values.mean() if self.reduction == "mean" else values
-
-
-def _similarities(similarity: Similarity, student: Tensor, teacher: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Similarity [B] of maps brought to one grid: `size`, or the student's."""
-    check_maps(student, teacher)
-    size = size or (student.shape[-2], student.shape[-1])
-    values = similarity(resize(student, size), resize(teacher, size))
-    if values.shape != student.shape[:1]:
-        raise ValueError(
-            f"Expected a similarity that returns one value per sample, [{len(student)}], but it returned "
-            f"{tuple(values.shape)}. Reduce over channels and space, not over the batch."
-        )
-    return values
 
 
 class E2KDLoss(nn.Module):
@@ -83,7 +87,8 @@ class E2KDLoss(nn.Module):
 
     Args:
         student: the module being trained, before or after it is wrapped by its trainer.
-        teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode.
+        teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode. Or a
+            `FrozenTeacher`, whose lessons come with the batch in the targets' place.
         criterion: the criterion you had; None is pure distillation, the paper's setting.
         explainer: the student's; None is `GradCAM()` at the layer found for the model.
         teacher_explainer: the teacher's; None is the student's.
@@ -122,7 +127,7 @@ class E2KDLoss(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | str,
+        teacher: nn.Module | str | Prepared,
         criterion: Callable[..., Tensor] | None = None,
         *,
         explainer: Explainer | None = None,
@@ -146,19 +151,25 @@ class E2KDLoss(nn.Module):
         check_settings(weight, kd_weight, task_weight, temperature, fraction, every, resize)
         check_choice(classes)
         check_module(student, "student")
-        if not isinstance(teacher, str):
-            check_module(teacher, "teacher")
         self.criterion = criterion
-        self.explainer = explainer or GradCAM()
         self.similarity, self.classes, self.resize = similarity, classes, resize
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
         self.task_weight = task_weight if task_weight is not None else float(criterion is not None)
         self.fraction, self.every, self.distillation = fraction, every, distillation
         # Not registered as submodules: neither belongs to the criterion's parameters, state or device.
-        teacher_explainer = teacher_explainer or self.explainer
-        self.teacher = Teacher(teacher, teacher_explainer, teacher_normalization, input_normalization, teacher_size)
+        settings = (teacher_normalization, input_normalization, teacher_size)
+        self.teacher: Teacher | Prepared
+        if isinstance(teacher, Prepared):
+            check_prepared(teacher, explainer, classes, weight, (teacher_explainer, *settings))
+            self.explainer = explainer or teacher.explainer or GradCAM()
+            self.teacher = teacher
+        else:
+            if not isinstance(teacher, str):
+                check_module(teacher, "teacher")
+            self.explainer = explainer or GradCAM()
+            self.teacher = Teacher(teacher, teacher_explainer or self.explainer, *settings)
         self.student = StudentExplainer(unwrap(student), self.explainer, example)
-        self.step = 0
+        self.step, self.seed = 0, torch.initial_seed()
         self._parts: dict[str, Tensor] = {}
 
     @property
@@ -171,19 +182,24 @@ class E2KDLoss(nn.Module):
         self.student.tap.remove()
 
     def forward(
-        self, outputs: Any, targets: Tensor | None = None, *, num_items_in_batch: Tensor | int | None = None, **_: Any
+        self,
+        outputs: Any,
+        targets: Tensor | Taught | None = None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
     ) -> Tensor:
         """The loss [] for the student's outputs.
 
         Args:
             outputs: what the student returned: logits [B, K], or a tuple, dict or ModelOutput with them.
-            targets: what the criterion takes; None for pure distillation.
+            targets: what the criterion takes, None for pure distillation; `Taught` from a `FrozenDataset`.
             num_items_in_batch: samples of the whole accumulated batch (Hugging Face Trainer); the loss is
                 then the batch's sum divided by it.
         """
         logits = logits_of(outputs)
         if not self._teaching(logits):
-            return self._task(outputs, logits, targets)
+            return self._task(outputs, logits, labels_of(targets))
         return self._scaled(self._teach(outputs, logits, targets), logits, num_items_in_batch)
 
     def _teaching(self, logits: Tensor) -> bool:
@@ -194,75 +210,95 @@ class E2KDLoss(nn.Module):
             return False
         return True
 
-    def _task(self, outputs: Any, logits: Tensor, targets: Tensor | None) -> Tensor:
+    def _task(self, outputs: Any, logits: Tensor, labels: Tensor | None) -> Tensor:
         if self.criterion is None:
-            return default_task(logits, targets)
-        return self.criterion(task_input(outputs, logits), targets)
+            return default_task(logits, labels)
+        return self.criterion(task_input(outputs, logits), labels)
 
     def _scaled(self, loss: Tensor, logits: Tensor, items: Tensor | int | None) -> Tensor:
         return loss if items is None else loss * (len(logits) / items)
 
-    def _teach(self, outputs: Any, logits: Tensor, targets: Tensor | None) -> Tensor:
+    def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
         record = self.student.record(logits)
+        taught = self._taught(targets)
+        labels = targets if taught is None else taught.labels
         explaining = self.weight != 0 and self.step % self.every == 0
         self.step += 1
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")} | {"cosine": zero + torch.nan}
         loss = zero
         if self.task_weight != 0:
-            parts["task"] = self._task(outputs, logits, targets)
+            parts["task"] = self._task(outputs, logits, labels)
             loss = loss + self.task_weight * parts["task"]
         if explaining or self.kd_weight != 0:
-            with torch.autocast(logits.device.type, record.autocast, enabled=record.autocast is not None):
-                view = self.teacher.view(record.images) if explaining else None
-                teacher_logits = view.logits if view is not None else self.teacher.logits(record.images)
-            teacher_logits = teacher_logits.detach()
-            check_batch(logits, teacher_logits)
-            parts["agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
+            lesson = self._lesson(record, explaining) if taught is None else lesson_of(taught)
+            check_batch(logits, lesson.logits)
+            parts["agreement"] = (logits.argmax(1) == lesson.logits.argmax(1)).float().mean()
             if self.kd_weight != 0:
-                parts["kd"] = self._distill(logits, teacher_logits)
+                parts["kd"] = self._distill(logits, lesson.logits)
                 loss = loss + self.kd_weight * parts["kd"]
-            if view is not None:
-                student = self.student.view(record, logits)
-                parts |= self._explain(student, view, teacher_logits, targets, record.images)
+            if explaining:
+                parts |= self._explain(self.student.view(record, logits), lesson, labels, record.images)
                 loss = loss + self.weight * parts["explanation"]
         self._parts = {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
         return loss
+
+    def _taught(self, targets: Any) -> Taught | None:
+        """The lesson that came with the batch, None where the teacher is asked now."""
+        if isinstance(self.teacher, Prepared):
+            return self.teacher.taught(targets)
+        if isinstance(targets, Taught):
+            raise ValueError(TAUGHT_FOR_LIVE)
+        return None
+
+    def _lesson(self, record: Record, explaining: bool) -> Lesson:
+        assert isinstance(self.teacher, Teacher)
+        with torch.autocast(record.images.device.type, record.autocast, enabled=record.autocast is not None):
+            return self.teacher.lesson(record.images, explaining=explaining)
 
     def _distill(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         if self.distillation is not None:
             return self.distillation(logits, teacher_logits)
         return kd_loss(logits, teacher_logits, self.temperature)
 
-    def _explain(
-        self, student: View, teacher: View, teacher_logits: Tensor, targets: Tensor | None, images: Tensor
-    ) -> dict[str, Tensor]:
+    def _explain(self, student: View, lesson: Lesson, labels: Tensor | None, images: Tensor) -> dict[str, Tensor]:
         """The explanation term, unbiased over steps and batch, with what is reported of it."""
-        classes, weights = choose(self.classes, teacher_logits, targets)
+        assert lesson.explain is not None
+        classes, weights = self._choose(lesson, labels)
         rows = self._rows(len(images), images.device)
+        valid = lesson.valid
+        if rows is not None:
+            weights, valid = weights[rows], None if valid is None else valid[rows]
+        if valid is not None:  # an image half of which left the frame counts half
+            weights = weights * valid.mean((1, 2, 3))[:, None]
+        size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
         similarity = dead = torch.zeros((), device=images.device)
         with torch.autocast(images.device.type, enabled=False):
             for chosen, weight in zip(classes.T, weights.T, strict=True):
-                mine = student.explain(self.explainer, chosen, rows)
-                theirs = teacher.explain(self.teacher.explainer, chosen, rows).detach()
+                mine, theirs = student.explain(self.explainer, chosen, rows), lesson.explain(chosen, rows)
                 check_grid(mine, f"student's (at {self.student.place})")
                 check_grid(theirs, "teacher's")
-                weight = weight if rows is None else weight[rows]
-                size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
-                similarity = similarity + weight * _similarities(self.similarity, mine, theirs, size)
-                dead = dead + (is_zero(mine) | is_zero(theirs)) * weight
-        total = (weights if rows is None else weights[rows]).sum(1)
+                if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged
+                    mine = pooled(mine, (theirs.shape[-2], theirs.shape[-1]))
+                alike, zero = compare(self.similarity, mine, theirs, size, valid)
+                similarity, dead = similarity + weight * alike, dead + weight * zero
+        total = weights.sum(1)
         warn_dead(dead, total, self.student.place)
-        explanation = (total - similarity).mean()
         return {
-            "explanation": explanation * self.every,
+            "explanation": (total - similarity).mean() * self.every,
             "cosine": similarity.sum() / total.sum(),
             "zero_maps": ((dead > 0.5 * total) & (total > 0)).sum(),
         }
 
+    def _choose(self, lesson: Lesson, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        if lesson.classes is None:
+            return choose(self.classes, lesson.logits, labels)
+        return lesson.classes[:, None], torch.ones_like(lesson.logits[:, :1])
+
     def _rows(self, batch: int, device: torch.device) -> Tensor | None:
-        """Indices of the samples to explain, None for all."""
+        """Indices of the samples to explain, None for all; the trainer's own random numbers stay what they were."""
         if self.fraction == 1:
             return None
-        return torch.randperm(batch)[: max(1, round(self.fraction * batch))].to(device)
+        generator = torch.Generator().manual_seed((self.seed + self.step) % 2**63)
+        return torch.randperm(batch, generator=generator)[: max(1, round(self.fraction * batch))].to(device)

@@ -27,6 +27,16 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
+def pooled(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps averaged to at most `size`; coarser ones stay as they are.
+
+    >>> pooled(torch.ones(1, 6, 224, 224), (56, 56)).shape, pooled(torch.ones(1, 1, 7, 7), (56, 56)).shape
+    (torch.Size([1, 6, 56, 56]), torch.Size([1, 1, 7, 7]))
+    """
+    height, width = min(size[0], maps.shape[-2]), min(size[1], maps.shape[-1])
+    return maps if (height, width) == tuple(maps.shape[-2:]) else F.adaptive_avg_pool2d(maps, (height, width))
+
+
 def check_maps(student: Tensor, teacher: Tensor) -> None:
     """Raise unless both are maps [B, C, h, w] of one batch with equal channels."""
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[:2] != teacher.shape[:2]:

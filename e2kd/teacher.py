@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.inspection import inspect
+from e2kd.lessons import Lesson
 from e2kd.modes import dtype_of, evaluating, unwrap
 from e2kd.outputs import logits_of
-from e2kd.views import View
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 
@@ -49,13 +49,20 @@ class Teacher:
         """Logits [B, K] for the student's images, without a graph."""
         prepared = self.prepared(images)
         with self._explained(prepared), torch.no_grad(), evaluating(self.model):
-            return logits_of(self.model(prepared))
+            return logits_of(self.model(prepared)).detach()
 
-    def view(self, images: Tensor) -> View:
-        """Logits and the means to explain any class, for the student's images."""
+    def lesson(self, images: Tensor, *, explaining: bool) -> Lesson:
+        """Logits for the student's images and, if explaining, the means to explain any class."""
+        if not explaining:
+            return Lesson(self.logits(images))
         prepared = self.prepared(images)
         with self._explained(prepared):
-            return inspect(self.model, prepared, self.explainer)
+            view = inspect(self.model, prepared, self.explainer)
+
+        def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
+            return view.explain(self.explainer, classes, rows).detach()
+
+        return Lesson(view.logits.detach(), explain)
 
     @contextmanager
     def _explained(self, images: Tensor) -> Iterator[None]:
@@ -118,13 +125,18 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1]))
 
 
+def expected_normalization(model: nn.Module, given: Normalization | None) -> Normalization | None:
+    """(mean, std) that a model expects: what was said, else what a timm model knows of itself."""
+    configuration = _configuration(model)
+    known = (configuration["mean"], configuration["std"]) if "mean" in configuration else None
+    return known if given is None else given
+
+
 def _rescale(
     model: nn.Module, wanted: Normalization | None, given: Normalization | None
 ) -> tuple[Tensor, Tensor] | None:
     """Factor and offset [C, 1, 1] from the images' normalisation to the teacher's."""
-    configuration = _configuration(model)
-    if wanted is None and "mean" in configuration:
-        wanted = (configuration["mean"], configuration["std"])
+    wanted = expected_normalization(model, wanted)
     if given is None or wanted is None:
         return None
     (mean_in, std_in), (mean, std) = (tuple(torch.tensor(v, dtype=torch.float64) for v in n) for n in (given, wanted))

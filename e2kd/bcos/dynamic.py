@@ -1,0 +1,160 @@
+"""Products with dynamic weights: weights that an explanation holds fixed although they depend on the input.
+
+Each function takes part in three derivatives. Ordinary gradients see everything. The gradient that
+`ExplanationMode.weights` takes does not enter the dynamic weights. The derivative of that gradient does, and is
+written out where autograd would keep more tensors than the formula needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from e2kd.bcos.mode import ExplanationMode, current_mode
+
+
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    """x * weight, the weight being dynamic.
+
+    Args:
+        x: any shape.
+        weight: broadcasts to x; in at least float32 it may be, the result has the type of x.
+
+    >>> import torch
+    >>> from e2kd.bcos import explanation_mode
+    >>> x = torch.tensor([2., 3.], requires_grad=True)
+    >>> with explanation_mode() as mode:
+    ...     y = scaled(x, x.abs())
+    >>> mode.weights(y, x, retain_graph=True), torch.autograd.grad(y.sum(), x)[0]
+    (tensor([2., 3.]), tensor([4., 6.]))
+    """
+    return _typed(_Scaled.apply(x, weight, current_mode()))
+
+
+def aligned(linear: Tensor, norm: Tensor) -> Tensor:
+    """linear * |linear| / norm: the B-cos transform for b = 2, with the dynamic weight |linear| / norm = |cos|.
+
+    Args:
+        linear: products with unit weights, any shape.
+        norm: of the inputs, > 0; broadcasts to `linear`.
+
+    >>> import torch
+    >>> aligned(torch.tensor([3., -4.]), torch.tensor(5.))
+    tensor([ 1.8000, -3.2000])
+    """
+    return _typed(_Aligned.apply(linear, norm, current_mode()))
+
+
+def attended(attention: Tensor, values: Tensor) -> Tensor:
+    """attention @ values, the attention being dynamic.
+
+    Args:
+        attention: [..., N, M], rows sum to 1.
+        values: [..., M, d].
+
+    Returns:
+        [..., N, d].
+
+    >>> import torch
+    >>> attended(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.], [3.]]))
+    tensor([[2.]])
+    """
+    return _typed(_Attended.apply(attention.to(values.dtype), values, current_mode()))
+
+
+def _typed(result: Any) -> Tensor:
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _fixed(mode: ExplanationMode | None) -> bool:
+    return mode is not None and mode.fixes()
+
+
+class _Scaled(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, mode: ExplanationMode | None) -> Tensor:
+        return (x * weight).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, ExplanationMode | None], output: Tensor) -> None:
+        x, weight, ctx.mode = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        x, weight = ctx.saved_tensors
+        by_x = (g * weight).to(x.dtype)
+        if _fixed(ctx.mode) or not ctx.needs_input_grad[1]:
+            return by_x, None, None
+        return by_x, (g.to(weight.dtype) * x).sum_to_size(weight.shape), None
+
+
+class _Aligned(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(linear: Tensor, norm: Tensor, mode: ExplanationMode | None) -> Tensor:
+        return (linear.abs() / norm * linear).to(linear.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, ExplanationMode | None], output: Tensor) -> None:
+        linear, norm, ctx.mode = inputs
+        ctx.save_for_backward(linear, norm)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        linear, norm = ctx.saved_tensors
+        by_linear = _Cosine.apply(g, linear, norm)
+        if _fixed(ctx.mode):
+            return by_linear, None, None
+        by_norm = -(by_linear * linear / norm).sum_to_size(norm.shape) if ctx.needs_input_grad[1] else None
+        return 2 * by_linear, by_norm, None
+
+
+class _Cosine(Function):
+    """g |linear| / norm, keeping its arguments alone for the second derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, linear: Tensor, norm: Tensor) -> Tensor:
+        return (linear.abs() / norm * g).to(linear.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (v,) = gradients
+        g, linear, norm = ctx.saved_tensors
+        by_g = linear.abs() / norm * v
+        by_norm = -(by_g * g / norm).sum_to_size(norm.shape)
+        return by_g.to(g.dtype), (linear.sign() / norm * (v * g)).to(linear.dtype), by_norm
+
+
+class _Attended(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(attention: Tensor, values: Tensor, mode: ExplanationMode | None) -> Tensor:
+        return attention @ values
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, ExplanationMode | None], output: Tensor) -> None:
+        attention, values, ctx.mode = inputs
+        ctx.save_for_backward(attention, values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        attention, values = ctx.saved_tensors
+        g = gradients[0].to(values.dtype)
+        by_values = attention.transpose(-1, -2) @ g
+        return None if _fixed(ctx.mode) else g @ values.transpose(-1, -2), by_values, None

@@ -1,0 +1,1 @@
+"""The commands of `e2kd`: their options, and how they call the library."""

@@ -1,0 +1,71 @@
+"""`e2kd check`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.commands.models import make_model
+
+CLASSES = 1000
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `e2kd check`."""
+    parser.add_argument("--student", required=True, help="timm name")
+    parser.add_argument("--teacher", required=True, help="timm name")
+    parser.add_argument("--student-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the student")
+    parser.add_argument("--teacher-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the teacher")
+    parser.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights for the teacher")
+    parser.add_argument("--num-classes", type=int, default=CLASSES)
+    parser.add_argument("--images", type=Path, help="folder of images to look at; noise if not given")
+    parser.add_argument("--size", type=int, help="side of the images; the student's own by default")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--student-layer", help="dotted name; found if not given")
+    parser.add_argument("--teacher-layer", help="dotted name; found if not given")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the report; 1 if something stands in the way of training."""
+    from e2kd.dryrun import check
+    from e2kd.explainers import GradCAM
+
+    student = make_model(args.student, args.num_classes, args.student_checkpoint, pretrained=False)
+    teacher = make_model(args.teacher, args.num_classes, args.teacher_checkpoint, pretrained=args.pretrained)
+    report = check(
+        student,
+        teacher,
+        _images(args, student),
+        explainer=GradCAM(args.student_layer),
+        teacher_explainer=GradCAM(args.teacher_layer),
+    )
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _images(args: argparse.Namespace, student: nn.Module) -> Tensor:
+    from e2kd.probing import example_images
+
+    example = example_images(student)
+    side = args.size or (example.shape[-1] if example is not None else 224)
+    if args.images is None:
+        return torch.randn(args.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return _photos(args.images, args.batch, side, getattr(student, "pretrained_cfg", {}))
+
+
+def _photos(folder: Path, count: int, side: int, configuration: dict[str, tuple[float, ...]]) -> Tensor:
+    from PIL import Image
+
+    from e2kd.frozen.views import CanonicalView
+
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:count]
+    if not paths:
+        raise FileNotFoundError(f"Expected images ({', '.join(SUFFIXES)}) in {folder}, but found none.")
+    view = CanonicalView((side, side))
+    images = torch.stack([view(Image.open(path)) for path in paths]).float() / 255
+    mean, std = (torch.tensor(configuration.get(name, (0.5,) * 3))[:, None, None] for name in ("mean", "std"))
+    return (images - mean) / std

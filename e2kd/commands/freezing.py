@@ -1,0 +1,54 @@
+"""`e2kd freeze`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
+
+EXPLAINERS = ("gradcam", "hirescam", "layercam", "inputgradient", "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `e2kd freeze`."""
+    add_data(parser)
+    add_teacher(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cache; an unfinished one is completed")
+    parser.add_argument("--view", type=int, default=256, help="side that images are brought to before anything random")
+    parser.add_argument("--fit", choices=("crop", "squash"), default="crop", help="cut to a square, or squeeze")
+    parser.add_argument("--teacher-size", type=int, help="side the teacher expects; a timm model's own if not given")
+    parser.add_argument("--explainer", choices=EXPLAINERS, default="gradcam", help="none: logits alone")
+    parser.add_argument("--layer", help="dotted name; found if not given")
+    parser.add_argument("--classes", choices=("teacher", "labels"), default="teacher", help="which class to explain")
+    parser.add_argument("--top", type=int, help="store the largest logits alone, and the probability of the rest")
+    parser.add_argument("--map-type", choices=("float16", "int8", "uint8"), help="by the maps' size if not given")
+    parser.add_argument("--shard-rows", type=int, help="images that a kill can lose; about a 64th if not given")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Freezes; under a launcher each process its share."""
+    from e2kd import explainers
+    from e2kd.frozen.views import CanonicalView
+    from e2kd.frozen.writing import freeze
+
+    kinds = {c.__name__.lower(): c for c in (explainers.HiResCAM, explainers.LayerCAM, explainers.GradCAM)}
+    explainer = kinds[args.explainer](args.layer) if args.explainer in kinds else explainers.InputGradient()
+    dataset = make_dataset(args)
+    frozen = freeze(
+        make_teacher(args, dataset),
+        dataset,
+        args.out,
+        explainer=explainer,
+        maps=args.explainer != "none",
+        classes=args.classes,
+        view=CanonicalView((args.view, args.view), args.fit),
+        teacher_size=args.teacher_size,
+        top=args.top,
+        map_type=args.map_type,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        shard_rows=args.shard_rows,
+    )
+    print(frozen if frozen is not None else "This process is done; the cache is complete when the others are.")
+    return 0

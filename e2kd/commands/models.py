@@ -1,0 +1,85 @@
+"""Models and data sets from the words of a command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def make_model(name: str, classes: int | None, checkpoint: Path | None, *, pretrained: bool) -> nn.Module:
+    """A timm model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError('models are made by timm: pip install "e2kd[timm]"') from error
+    head: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **head)
+    if checkpoint is not None:
+        model.load_state_dict(read_state(checkpoint))
+    return model
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state_dict from safetensors, or from a checkpoint that holds nothing but tensors and plain values."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(path))
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    return dict(loaded.get("state_dict", loaded))
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The options that name a data set."""
+    parser.add_argument("--data", type=Path, required=True, help="folder with one folder of images for each class")
+    parser.add_argument("--dataset", help="instead a data set that timm knows, such as hfds/NAME; --data is its root")
+    parser.add_argument("--split", default="train", help="of --dataset")
+
+
+def make_dataset(args: argparse.Namespace) -> Any:
+    """The data set of `add_data`, without a transform."""
+    if args.dataset is not None:
+        from timm.data.dataset_factory import create_dataset
+
+        return create_dataset(args.dataset, args.data, split=args.split)
+    from torchvision.datasets import ImageFolder
+
+    return ImageFolder(str(args.data))
+
+
+def add_teacher(parser: argparse.ArgumentParser) -> None:
+    """The options that name a teacher."""
+    parser.add_argument("--teacher", required=True, help="timm name; with pretrained weights if no checkpoint is given")
+    parser.add_argument("--teacher-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the teacher")
+    parser.add_argument(
+        "--num-classes", type=int, help="of the teacher; those of the data set for a checkpoint"
+    )
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+
+
+def make_teacher(args: argparse.Namespace, dataset: Any) -> nn.Module:
+    """The teacher of `add_teacher`, on its device: its process's own under a launcher."""
+    from e2kd.frozen.samples import class_names_of
+
+    classes = args.num_classes
+    if classes is None and args.teacher_checkpoint is not None:
+        names = class_names_of(dataset)
+        classes = None if names is None else len(names)
+    model = make_model(args.teacher, classes, args.teacher_checkpoint, pretrained=args.teacher_checkpoint is None)
+    return model.to(_device(args.device)).eval()
+
+
+def _device(wanted: str | None) -> torch.device:
+    import os
+
+    if wanted is not None:
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,0 +1,126 @@
+"""A data set whose labels carry what the frozen teacher says about each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from e2kd.frozen.geometry import follow, framed, geometry
+from e2kd.frozen.matching import match_rows
+from e2kd.frozen.recording import Recorder
+from e2kd.frozen.samples import image_and_label, pixel_hash
+from e2kd.frozen.teacher import FrozenTeacher
+from e2kd.taught import Taught
+
+NOT_RECORDED = (
+    "pack=True needs the whole transform here, where it is followed: {came}. Give FrozenDataset transform=, up to a "
+    "tensor or an array, or let timm's create_loader set it (without aug_splits and input_size_choices, which change "
+    "images elsewhere)."
+)
+
+
+class FrozenDataset(Dataset[tuple[Any, Any]]):
+    """(image, `Taught`) for every sample: read, verified against its crc and matched by the sample's name.
+
+    Without a transform, images come as they were frozen, deterministic and of one size: [C, H, W], uint8 unless the
+    data set has floating-point tensors. What is random, `JointAugmentation` then does to the whole batch, image and
+    map alike. With a transform of torchvision or timm the data set's own images are augmented one by one, in
+    the loader's workers, just as the transform alone would, and the maps follow them: cells from outside of the
+    canonical view, or from what was filled or erased, are not valid.
+
+    Args:
+        dataset: the data set that was frozen, or a `Subset` of it, without random transforms.
+        frozen: the teacher.
+        ids: names of the samples, if `freeze` was given names.
+        match: "position" wants the data set as it was frozen (a `Subset` finds its rows through its
+            indices); "id" finds rows by the samples' names, so that a shorter or re-ordered list works.
+        transform: what would be the data set's own transform; see `e2kd.frozen.recording.Recorder`. May be set later,
+            as timm's `create_loader` does.
+        pack: give the lessons as int64 [L], for loaders that carry whole numbers alone in the labels' place, as
+            timm's do. `E2KDLoss` unpacks them.
+
+    Raises:
+        ValueError: for a data set with other samples, another order, other classes, and for a transform that can't be
+            followed; says which.
+
+    >>> import tempfile
+    >>> from e2kd.frozen import freeze
+    >>> net = torch.nn.Sequential(
+    ...     torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+    ...     torch.nn.Linear(4, 5))
+    >>> data = torch.utils.data.TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 5)
+    >>> frozen = freeze(net, data, tempfile.mkdtemp(), progress=False)
+    >>> image, taught = FrozenDataset(data, frozen)[3]
+    >>> image.shape, taught.logits.shape, taught.maps.shape
+    (torch.Size([3, 16, 16]), torch.Size([5]), torch.Size([1, 14, 14]))
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        frozen: FrozenTeacher,
+        *,
+        ids: Sequence[str] | None = None,
+        match: str = "position",
+        transform: Any = None,
+        pack: bool = False,
+    ) -> None:
+        self.dataset, self.frozen, self.pack = dataset, frozen, pack
+        self.matched = match_rows(dataset, frozen, ids, match)
+        self.transform = transform
+
+    @property
+    def transform(self) -> Any:
+        """What images go through; None gives canonical images."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self._recorder = None if transform is None else Recorder(transform)
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.matched.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Sample {index} of a data set of {len(self)}.")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any]]:
+        """Several samples with one read of the cache; what `DataLoader` calls."""
+        places = [int(i) % len(self) for i in indices]
+        pairs = [image_and_label(self.dataset[i]) for i in places]
+        originals, labels = [image for image, _ in pairs], [label for _, label in pairs]
+        names = self.matched.names
+        views = [] if names is not None and self._recorder else [self.frozen.view(image) for image in originals]
+        lessons = self.frozen.rows(self.matched.rows[places])
+        found = np.array([pixel_hash(i) for i in views], np.uint64) if names is None else names[places]
+        self.matched.check(found, lessons.ids, places)
+        images, maps, valid = self._augmented(originals, views, lessons.maps)
+        taught = map(Taught, labels, lessons.logits, maps, valid, lessons.classes)
+        return [
+            (image, self._packed(one, image) if self.pack else one) for image, one in zip(images, taught, strict=True)
+        ]
+
+    def _augmented(self, originals: list[Any], views: list[Tensor], maps: Tensor) -> tuple[list[Any], Tensor, Tensor]:
+        """The images, their maps and what of them is known."""
+        everywhere = torch.ones(len(maps), 1, *maps.shape[-2:])
+        if self._recorder is None:
+            return views, maps, everywhere
+        frames = [framed(self.frozen.view, image) for image in originals]
+        images, steps = zip(*map(self._recorder, originals), strict=True)
+        if not maps.numel():
+            return list(images), maps, everywhere
+        return list(images), *follow(maps, list(map(geometry, steps, frames)))
+
+    def _packed(self, taught: Taught, image: Any) -> Tensor:
+        if self._recorder is None or not isinstance(image, (Tensor, np.ndarray)):
+            came = "there is none" if self._recorder is None else f"this one gives {type(image).__name__}"
+            raise ValueError(NOT_RECORDED.format(came=came))
+        return self.frozen.packing.pack(taught, image)

@@ -1,0 +1,115 @@
+"""Which row of a cache belongs to which sample of a data set, and what is wrong where they don't match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+
+from e2kd.frozen.samples import class_names_of, hashes_of, names_of
+from e2kd.frozen.teacher import FrozenTeacher
+
+MATCHES = ("position", "id")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Rows [N] of a cache for the samples of a data set, and the names' hashes [N]; None if pixels are the name."""
+
+    rows: np.ndarray
+    names: np.ndarray | None
+
+    def check(self, found: np.ndarray, stored: np.ndarray, places: Sequence[int]) -> None:
+        """Raise a ValueError unless the rows read were frozen for these very samples; all [B]."""
+        wrong = np.flatnonzero(found != stored)
+        if len(wrong):
+            place = places[int(wrong[0])]
+            raise ValueError(
+                f"Sample {place} is not the one that row {int(self.rows[place])} of the cache was frozen for: the data "
+                "set was re-ordered or changed, its images are decoded differently here, or it has a random transform. "
+                "Freeze it again as it is now."
+            )
+
+
+def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, match: str) -> Matched:
+    """The rows for a data set, or a ValueError that says how it differs from the one that was frozen."""
+    if match not in MATCHES:
+        raise ValueError(f"Expected match to be one of {MATCHES}, but got {match!r}.")
+    _check_classes(class_names_of(dataset), frozen.class_names)
+    names = list(ids) if ids is not None else names_of(dataset) if frozen.named else None
+    if names is None:
+        return _by_pixels(dataset, frozen, match)
+    if len(names) != len(dataset):
+        raise ValueError(f"Expected one id for each of the {len(dataset)} samples, but got {len(names)}.")
+    hashes, stored = hashes_of(names), frozen.ids()
+    if len(hashes) == len(stored) and bool((hashes == stored).all()):
+        return Matched(np.arange(len(stored)), hashes)
+    if match == "id" or isinstance(dataset, Subset):
+        return Matched(_look_up(names, hashes, stored), hashes)
+    raise ValueError(_difference(names, hashes, stored))
+
+
+def _by_pixels(dataset: Any, frozen: FrozenTeacher, match: str) -> Matched:
+    """Positions, which every read proves by the pixels' hash."""
+    if frozen.named or match == "id":
+        raise ValueError(
+            "The samples have no names to find their rows by. Pass ids=, the names that were given to freeze."
+            if frozen.named
+            else 'match="id" needs names, but the data set was frozen without. Freeze it with ids=.'
+        )
+    rows, root = np.arange(len(dataset)), dataset
+    while isinstance(root, Subset) and len(root) != len(frozen):
+        rows = np.asarray(root.indices)[rows]
+        root = root.dataset
+    if len(root) != len(frozen):
+        raise ValueError(
+            f"The cache has {len(frozen)} rows but the data set has {len(root)} samples: it has grown or shrunk since. "
+            "Freeze it again, or pass a torch.utils.data.Subset of the data set that was frozen."
+        )
+    return Matched(rows, None)
+
+
+def _look_up(names: list[str], hashes: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    order = np.argsort(stored)
+    places = np.minimum(np.searchsorted(stored[order], hashes), len(stored) - 1)
+    rows = order[places]
+    missing = np.flatnonzero(stored[rows] != hashes)
+    if len(missing):
+        raise ValueError(
+            f"{len(missing)} of {len(names)} samples are not in the cache, the first being {names[int(missing[0])]!r}. "
+            "Freeze the data set again as it is now."
+        )
+    return rows
+
+
+def _difference(names: list[str], hashes: np.ndarray, stored: np.ndarray) -> str:
+    new = np.flatnonzero(~np.isin(hashes, stored))
+    gone = int((~np.isin(stored, hashes)).sum())
+    if not len(new) and not gone:
+        first = int(np.flatnonzero(hashes != stored)[0])
+        return (
+            f"The data set lists the same {len(names)} samples in another order than the cache, first at {first} "
+            f'({names[first]!r}). Restore the order, or pass match="id" to find the rows by name.'
+        )
+    said = [f"{len(new)} samples are new, the first being {names[int(new[0])]!r}"] if len(new) else []
+    said += [f"{gone} that were frozen are gone"] if gone else []
+    return (
+        f"The data set is not the one that was frozen ({len(names)} samples now, {len(stored)} then): "
+        f"{'; '.join(said)}. Freeze it again"
+        + ("." if len(new) else ', or pass match="id" to use the rows of those that are left.')
+    )
+
+
+def _check_classes(now: list[str] | None, then: list[str] | None) -> None:
+    if now is None or then is None or now == then:
+        return
+    differing = [k for k, (a, b) in enumerate(zip(now, then, strict=False)) if a != b]
+    where = f"; class {differing[0]} is {now[differing[0]]!r} but was {then[differing[0]]!r}" if differing else ""
+    raise ValueError(
+        f"The data set has other classes than the one that was frozen, or in another order ({len(now)} now, "
+        f"{len(then)} then{where}). The teacher's logits would be for the wrong classes: restore the classes, or "
+        "freeze again."
+    )

@@ -1,0 +1,71 @@
+"""The plan of a cache: everything that decides its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from e2kd.explainers import Explainer
+from e2kd.frozen.asking import Asked
+from e2kd.frozen.fingerprints import hash_ids, hash_weights
+from e2kd.frozen.records import Record
+from e2kd.frozen.samples import class_names_of
+from e2kd.frozen.sources import Source
+from e2kd.modes import dtype_of
+from e2kd.plans import plan_for
+
+
+def plan_of(
+    asked: Asked, source: Source, example: Tensor, record: Record, shard_rows: int, batch_size: int, *, given: bool
+) -> dict[str, Any]:
+    """What is frozen and how, as JSON holds it; `example` is a canonical image [C, H, W]."""
+    return {
+        "teacher": teacher_of(asked),
+        "explainer": explainer_of(asked, example),
+        "classes": asked.classes,
+        "view": source.view.to_json() | {"image": list(example.shape), "type": str(example.dtype).split(".")[-1]},
+        "dataset": {
+            "samples": len(source),
+            "ids": "pixels" if source.hashes is None else "given" if given else "names",
+            "ids_hash": None if source.hashes is None else hash_ids(source.hashes),
+            "class_names": class_names_of(source.dataset),
+        },
+        "record": record.to_json(),
+        "shard_rows": shard_rows,
+        "batch_size": batch_size,
+    }
+
+
+def teacher_of(asked: Asked) -> dict[str, Any]:
+    """The teacher: its name, its weights' hash, and how it is given the images."""
+    size = asked.teacher.size
+    return {
+        "name": name_of(asked.model),
+        "weights": hash_weights(asked.model),
+        "type": str(dtype_of(asked.model)).split(".")[-1],
+        "normalization": asked.normalization,
+        "size": None if size is None else list(size),
+    }
+
+
+def name_of(model: nn.Module) -> str:
+    """timm's name of a model, else its class."""
+    configuration = getattr(model, "pretrained_cfg", None) or {}
+    return str(configuration.get("architecture") or type(model).__name__)
+
+
+def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:
+    """The explainer, the layer it reads in this teacher, and the size to which maps were averaged."""
+    explainer: Explainer | None = asked.explainer
+    if explainer is None:
+        return None
+    images = asked.teacher.prepared(asked.prepared(example[None].expand(2, -1, -1, -1)))
+    site = plan_for(asked.model, explainer, images).site
+    return {
+        "name": type(explainer).__name__,
+        "settings": repr(explainer) if is_dataclass(explainer) else type(explainer).__qualname__,
+        "layer": None if site is None else site.layer,
+        "map_size": list(asked.map_size),
+    }

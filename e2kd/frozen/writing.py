@@ -1,0 +1,180 @@
+"""`freeze`: one pass of a teacher over a data set, on one process or many, resumable."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from e2kd.errors import NoEffectWarning
+from e2kd.explainers import Explainer, GradCAM
+from e2kd.frozen.asking import LARGEST, Answers, Asked
+from e2kd.frozen.encoding import Array
+from e2kd.frozen.forecast import check_space
+from e2kd.frozen.planning import plan_of
+from e2kd.frozen.progress import progress_bar
+from e2kd.frozen.records import Record
+from e2kd.frozen.samples import hashes_of, names_of
+from e2kd.frozen.sources import Batch, Source, Unreadable, batches, check_deterministic, unreadable_message
+from e2kd.frozen.store import Writer
+from e2kd.frozen.teacher import FrozenTeacher
+from e2kd.frozen.views import CanonicalView, view_of
+from e2kd.teacher import Normalization
+
+SMALL = 4096  # values of a map up to which 16 bits are not worth saving
+
+
+def freeze(
+    teacher: nn.Module | str,
+    dataset: Any,
+    path: str | Path,
+    *,
+    explainer: Explainer | None = None,
+    maps: bool = True,
+    classes: str = "teacher",
+    view: int | tuple[int, int] | CanonicalView | None = None,
+    normalization: Normalization | None = None,
+    teacher_size: int | tuple[int, int] | None = None,
+    top: int | None = None,
+    map_type: str | None = None,
+    map_size: int | tuple[int, int] = LARGEST,
+    ids: Sequence[str] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    shard_rows: int | None = None,
+    rank: int | None = None,
+    world: int | None = None,
+    progress: bool = True,
+) -> FrozenTeacher | None:
+    """Ask a teacher once about every image, and keep its logits and explanations on disk.
+
+    Shards are written whole or not at all: killed at any moment and started again, freeze computes what is missing and
+    ends with the same bytes. Under `accelerate launch` or `torchrun` every process takes its share of the shards
+    and the last to end completes the cache.
+
+    Args:
+        teacher: a module on its device, or a timm name; it is run in eval mode and left as it was.
+        dataset: (image, label) or dicts with them, without random transforms: images as PIL images, arrays
+            [H, W, C] or tensors [C, H, W], uint8, or floating-point as the teacher takes them.
+        path: the cache's folder.
+        explainer: `GradCAM()` if None.
+        maps: False stores logits alone, for plain KD.
+        classes: the class a map explains: "teacher" (its top class) or "labels".
+        view: side, (H, W) or `CanonicalView` that images are brought to; None if they are of one size already.
+        normalization: (mean, std) the teacher expects of images in [0, 1]; timm models know theirs.
+        teacher_size: side or (H, W) the teacher expects; the whole view is resized to it.
+        top: store the largest logits alone, and the probability of the rest.
+        map_type: "float16", "int8" or "uint8"; by the maps' size if None.
+        map_size: side or (h, w) to which finer maps are averaged.
+        ids: a name for each sample, where the data set has none by which it should be known again.
+        batch_size, workers: of the pass.
+        shard_rows: rows of a shard, the unit of work that a kill can lose.
+        rank, world: which process of how many this is; found in RANK and WORLD_SIZE if None.
+        progress: show a bar with throughput and time left.
+
+    Returns:
+        The frozen teacher; None in a process that ended before the others.
+
+    Raises:
+        ValueError: for settings that can't be frozen, another cache's folder, samples that could not be read (finished
+            shards are kept).
+        OSError: when the disk is full; finished shards are kept.
+
+    >>> import tempfile, torch
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> data = torch.utils.data.TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 5)
+    >>> freeze(net, data, tempfile.mkdtemp(), progress=False)
+    FrozenTeacher(Sequential, 8 images, 5 classes, maps [1, 14, 14] float16)
+    """
+    rank, world = _place(rank, world)
+    names = list(ids) if ids is not None else names_of(dataset)
+    if names is not None and len(names) != len(dataset):
+        raise ValueError(f"Expected one id for each of the {len(dataset)} samples, but got {len(names)}.")
+    source = Source(dataset, view_of(view), None if names is None else hashes_of(names))
+    first = check_deterministic(source)
+    size = (map_size, map_size) if isinstance(map_size, int) else map_size
+    asked = Asked(teacher, first.image, (explainer or GradCAM()) if maps else None, classes, normalization,
+                  teacher_size, size)  # fmt: skip
+    record = _record(asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2), top, map_type)
+    rows = shard_rows or _shard_rows(len(dataset), batch_size)
+    forecast = check_space(record, len(dataset), Path(path))
+    plan = plan_of(asked, source, first.image, record, rows, batch_size, given=ids is not None)
+    writer = Writer(path, plan, record, rank=rank, world=world)
+    todo = {shard: writer.rows(shard) for shard in writer.todo()}
+    with progress_bar(f"freezing {forecast}", sum(map(len, todo.values())), shown=progress) as advance:
+        _write(writer, asked, batches(source, todo, batch_size, workers), advance)
+    if not writer.finish():
+        return None
+    frozen = FrozenTeacher.open(path)
+    _warn_dead(frozen)
+    return frozen
+
+
+def _place(rank: int | None, world: int | None) -> tuple[int, int]:
+    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    if not 0 <= rank < world:
+        raise ValueError(f"Expected a rank from 0 to world - 1, but got rank {rank} of {world}.")
+    return rank, world
+
+
+def _record(answers: Answers, top: int | None, map_type: str | None) -> Record:
+    maps = answers.maps
+    shape = None if maps is None else (maps.shape[1], maps.shape[2], maps.shape[3])
+    if maps is not None and map_type is None:
+        map_type = "float16" if maps[0].numel() <= SMALL else "int8"
+    return Record(answers.logits.shape[1], top, shape, map_type or "float16")
+
+
+def _shard_rows(count: int, batch: int) -> int:
+    """Whole batches, about 64 shards for small data sets, and no more than 4096 rows."""
+    rows = max(1, min(4096, count // 64))
+    return -(-rows // batch) * batch
+
+
+def _write(writer: Writer, asked: Asked, found: Iterator[Batch], advance: Callable[[int], None]) -> None:
+    """Encode batches and write each shard that is complete; what could not be read is raised at the end."""
+    unreadable: list[Unreadable] = []
+    parts: list[dict[str, Array]] = []
+    for batch, last in _with_last(found):
+        unreadable += batch.unreadable
+        parts.append({} if batch.unreadable else _encoded(writer.record, asked, batch))
+        advance(len(batch.labels))
+        if last:
+            if all(parts):
+                writer.write(batch.shard, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+            parts = []
+    if unreadable:
+        raise ValueError(unreadable_message(unreadable, len(writer.done()), writer.shards))
+
+
+def _with_last(found: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, with whether it is the last of its shard."""
+    before: Batch | None = None
+    for batch in found:
+        if before is not None:
+            yield before, before.shard != batch.shard
+        before = batch
+    if before is not None:
+        yield before, True
+
+
+def _encoded(record: Record, asked: Asked, batch: Batch) -> dict[str, Array]:
+    answers = asked(batch.images, batch.labels)
+    return record.encode(answers.logits, answers.maps, answers.classes, batch.ids)
+
+
+def _warn_dead(frozen: FrozenTeacher) -> None:
+    zero = frozen.store.zero_maps
+    if zero > 0.5 * len(frozen):
+        warnings.warn(
+            f"{zero} of {len(frozen)} cached maps are zero everywhere and teach nothing. Is the teacher trained, and "
+            "are the images normalised as it expects? Else name another layer or explainer.",
+            NoEffectWarning,
+            stacklevel=3,
+        )

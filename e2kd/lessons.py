@@ -1,0 +1,59 @@
+"""What a teacher, live or frozen, gives to one step of distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from e2kd.explainers import Explainer
+from e2kd.taught import Taught
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One batch as the teacher sees it; nothing in it has a gradient.
+
+    Attributes:
+        logits: [B, K].
+        explain: classes [B] and rows (indices of samples, None for all) -> maps [B, C, h, w]; None in a step that
+            explains nothing.
+        classes: the only classes there are maps of, [B]; None when any class can be explained.
+        valid: share of each cell of the maps that is known, [B, 1, h, w]; None when all are.
+    """
+
+    logits: Tensor
+    explain: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    classes: Tensor | None = None
+    valid: Tensor | None = None
+
+
+def lesson_of(taught: Taught) -> Lesson:
+    """The lesson that came with the batch."""
+
+    def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
+        return taught.maps if rows is None else taught.maps[rows]
+
+    return Lesson(taught.logits, explain if taught.explains else None, taught.classes, taught.valid)
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A teacher whose lessons were prepared: what `E2KDLoss` asks of `FrozenTeacher`."""
+
+    @property
+    def explains(self) -> bool:
+        """Whether it has maps."""
+
+    @property
+    def explainer(self) -> Explainer | None:
+        """What a student is explained with to be compared with its maps; None where the user has to say."""
+
+    @property
+    def choice(self) -> str:
+        """Which class its maps explain, in the words of `E2KDLoss`: "teacher" or "labels"."""
+
+    def taught(self, targets: Any) -> Taught:
+        """The lessons that came with a batch in the labels' place."""

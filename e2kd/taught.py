@@ -1,0 +1,74 @@
+"""What a frozen teacher says about images, in the place of their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class _Fields(NamedTuple):
+    labels: Any
+    logits: Tensor
+    maps: Tensor
+    valid: Tensor
+    classes: Tensor
+
+
+class Taught(_Fields):
+    """Labels with what the teacher said, as one value that travels where labels travel.
+
+    A named tuple of tensors with `.to()`: `default_collate` stacks it, Accelerate, timm and Hugging Face move it. An
+    `E2KDLoss` with a frozen teacher takes it as its targets and gives `labels` on to the criterion.
+
+    Attributes:
+        labels: [B], or whatever the data set has.
+        logits: the teacher's, [B, K] float32.
+        maps: its explanations in the frame of the image they come with, [B, C, h, w] float32;
+            [B, 0, 0, 0] from a cache of logits alone.
+        valid: share in [0, 1] of each cell for which the teacher's map is known, [B, 1, h, w]: augmentations move
+            cells out of the frame.
+        classes: which class the maps explain, [B] int64.
+
+    >>> import torch
+    >>> one = Taught(torch.tensor(3), torch.zeros(5), torch.zeros(1, 7, 7), torch.ones(1, 7, 7), torch.tensor(2))
+    >>> batch = torch.utils.data.default_collate([one, one])
+    >>> type(batch).__name__, batch.logits.shape, batch.to(torch.float64).maps.dtype
+    ('Taught', torch.Size([2, 5]), torch.float64)
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, labels: Any, *rest: Tensor) -> Taught:
+        """All five fields; or one iterable of them, as hosts rebuild tuples (Hugging Face Trainer)."""
+        rebuilt = not rest and isinstance(labels, Iterable) and not isinstance(labels, Tensor)
+        fields = tuple(labels) if rebuilt else (labels, *rest)
+        if len(fields) != len(cls._fields):
+            raise TypeError(f"Expected the fields {', '.join(cls._fields)}, but got {len(fields)} values.")
+        return super().__new__(cls, *fields)
+
+    def to(self, *args: Any, **kwargs: Any) -> Taught:
+        """Every field as `Tensor.to` gives it; a type is for what is floating-point alone."""
+        return type(self)(*(_to(field, args, kwargs) for field in self))
+
+    @property
+    def explains(self) -> bool:
+        """Whether there are maps."""
+        return self.maps.numel() > 0
+
+
+def labels_of(targets: Any) -> Any:
+    """The labels alone, of targets with or without lessons.
+
+    >>> labels_of(3)
+    3
+    """
+    return targets.labels if isinstance(targets, Taught) else targets
+
+
+def _to(field: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not isinstance(field, Tensor):
+        return field
+    moved = field.to(*args, **kwargs)
+    return moved if field.is_floating_point() else moved.to(field.dtype)

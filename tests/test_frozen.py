@@ -1,0 +1,690 @@
+"""Freezing a teacher, and training from the cache: the public face of it, on real photographs where it matters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+
+import e2kd
+from e2kd.cli import main
+from e2kd.frozen.samples import names_of
+from e2kd.taught import labels_of
+
+Shared = Callable[[str], Path]
+UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+CLASSES = 4
+
+
+def net(seed: int = 0, width: int = 8) -> nn.Module:
+    """A small classifier of any image size."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES),
+    )  # fmt: skip
+
+
+def pixels(count: int = 40, seed: int = 1) -> TensorDataset:
+    """Images of uint8, labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8, generator=generator)
+    return TensorDataset(images, torch.arange(count) % CLASSES)
+
+
+def frozen(path: Path, dataset: Any = None, teacher: nn.Module | None = None, **settings: Any) -> e2kd.FrozenTeacher:
+    settings = {"normalization": UNIT, "batch_size": 8, "progress": False} | settings
+    done = e2kd.freeze(teacher or net(), pixels() if dataset is None else dataset, path, **settings)
+    assert done is not None
+    return done
+
+
+def batch(dataset: Any, cache: e2kd.FrozenTeacher, size: int = 16, **settings: Any) -> tuple[Tensor, e2kd.Taught]:
+    images, taught = next(iter(DataLoader(e2kd.FrozenDataset(dataset, cache), size, **settings)))
+    assert isinstance(taught, e2kd.Taught)
+    return images, taught
+
+
+# What is frozen is what the teacher says
+
+
+@pytest.mark.parametrize(
+    "explainer", [e2kd.GradCAM(), e2kd.LayerCAM(), e2kd.HiResCAM(), e2kd.InputGradient()], ids=repr
+)
+@pytest.mark.parametrize("classes", ["teacher", "labels"])
+def test_rows_are_the_live_explanations(tmp_path: Path, explainer: e2kd.Explainer, classes: str) -> None:
+    teacher, dataset = net(), pixels()
+    cache = frozen(tmp_path, dataset, teacher, explainer=explainer, classes=classes)
+    images, labels = dataset.tensors
+    live = e2kd.explain(teacher, images / 255, labels if classes == "labels" else None, explainer)
+    rows = cache.rows(torch.arange(40))
+    torch.testing.assert_close(rows.logits, live.logits, rtol=1e-3, atol=1e-4)
+    assert torch.equal(rows.classes, live.classes)
+    alive = live.maps.flatten(1).any(1)
+    assert (e2kd.cosine(rows.maps, live.maps)[alive] > 0.9999).all()
+    assert torch.equal(rows.maps.flatten(1).any(1), alive)
+    assert cache.explainer == type(explainer)()
+    assert cache.choice == classes
+
+
+@pytest.mark.parametrize("classes", ["teacher", "labels"])
+@pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")
+def test_a_frozen_step_is_the_live_step_to_the_storage_precision(tmp_path: Path, classes: Any) -> None:
+    teacher, dataset = net(), pixels()
+    cache = frozen(tmp_path, dataset, teacher, classes=classes)
+    images, taught = batch(dataset, cache)
+    results = []
+    for source, targets in ((teacher, taught.labels), (cache, taught)):
+        student = net(seed=3, width=6)
+        criterion = e2kd.E2KDLoss(student, source, nn.CrossEntropyLoss(), classes=classes, temperature=2.0)
+        loss = criterion(student(images / 255), targets)
+        loss.backward()
+        results.append((criterion.parts, [p.grad for p in student.parameters()]))
+    (live, live_gradients), (cold, cold_gradients) = results
+    for name in live:
+        torch.testing.assert_close(cold[name], live[name], rtol=2e-3, atol=2e-4, msg=name)
+    for a, b in zip(live_gradients, cold_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-4)
+
+
+def test_the_teacher_is_never_called_in_a_frozen_step(tmp_path: Path) -> None:
+    teacher, dataset = net(), pixels()
+    cache = frozen(tmp_path, dataset, teacher)
+    calls: list[int] = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    student = net(seed=3)
+    criterion = e2kd.E2KDLoss(student, cache)
+    images, taught = batch(dataset, cache)
+    criterion(student(images / 255), taught).backward()
+    assert not calls
+    assert not criterion.state_dict()
+    assert not list(criterion.parameters())
+
+
+def test_freezing_leaves_the_teacher_as_it_was(tmp_path: Path) -> None:
+    teacher = net().train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    frozen(tmp_path, teacher=teacher)
+    assert teacher.training
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert not any(p.grad is not None for p in teacher.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_logits_alone_are_frozen_for_plain_kd(tmp_path: Path) -> None:
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset, maps=False)
+    images, taught = batch(dataset, cache)
+    assert not taught.explains
+    student = net(seed=3)
+    with pytest.raises(ValueError, match="weight=0"):
+        e2kd.E2KDLoss(student, cache)
+    criterion = e2kd.E2KDLoss(student, cache, weight=0)
+    criterion(student(images / 255), taught).backward()
+    assert criterion.parts["kd"] > 0
+    assert criterion.parts["explanation"] == 0
+
+
+def test_top_logits_keep_the_probabilities(tmp_path: Path) -> None:
+    teacher, dataset = net(), pixels()
+    cache = frozen(tmp_path, dataset, teacher, top=2)
+    with torch.no_grad():
+        live = teacher.eval()(dataset.tensors[0] / 255).softmax(1)
+    stored = cache.rows(torch.arange(40)).logits.softmax(1)
+    top = live.topk(2).indices
+    torch.testing.assert_close(stored.gather(1, top), live.gather(1, top), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("map_type", ["float16", "int8", "uint8"])
+def test_maps_of_any_type_keep_their_direction(tmp_path: Path, map_type: str) -> None:
+    dataset = pixels()
+    exact = frozen(tmp_path / "a", dataset).rows(torch.arange(40)).maps
+    coarse = frozen(tmp_path / "b", dataset, map_type=map_type).rows(torch.arange(40)).maps
+    alive = exact.flatten(1).any(1)
+    assert (e2kd.cosine(coarse, exact)[alive] > 0.9998).all()
+
+
+def test_fine_maps_are_averaged_and_compared_on_their_grid(tmp_path: Path) -> None:
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset, explainer=e2kd.InputGradient(), map_size=6)
+    images, taught = batch(dataset, cache)
+    assert taught.maps.shape == (16, 3, 6, 6)
+    seen = []
+
+    def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+        seen.append((student.shape, teacher.shape))
+        return e2kd.cosine(student, teacher)
+
+    student = net(seed=3)
+    criterion = e2kd.E2KDLoss(student, cache, similarity=similarity)
+    criterion(student(images / 255), taught).backward()
+    assert seen == [((16, 3, 6, 6), (16, 3, 6, 6))]
+    alike = e2kd.E2KDLoss(net().train(), cache, kd_weight=0)
+    alike.student.student.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else None)
+    assert alike(alike.student.student(images / 255), taught) < 1e-3
+
+
+# Data sets
+
+
+class Photos(Dataset[Any]):
+    """What torchvision's ImageFolder looks like, without the files."""
+
+    def __init__(self, names: list[str], classes: list[str] | None = None) -> None:
+        self.root = "/data"
+        self.samples = [(f"/data/{name}", k % 2) for k, name in enumerate(names)]
+        self.classes = classes or ["cat", "dog"]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        path, label = self.samples[index]
+        generator = np.random.default_rng(sum(map(ord, path)))
+        return generator.integers(0, 256, (24, 24, 3), dtype=np.uint8), label
+
+
+NAMES = [f"cat/{k}.jpg" for k in range(20)]
+
+
+def test_a_subset_finds_its_rows_by_name_or_place(tmp_path: Path) -> None:
+    for k, dataset in enumerate((Photos(NAMES), pixels())):
+        cache = frozen(tmp_path / str(k), dataset)
+        few = e2kd.FrozenDataset(Subset(dataset, [7, 3, 11]), cache)
+        whole = e2kd.FrozenDataset(dataset, cache)
+        assert len(few) == 3
+        for place, row in enumerate((7, 3, 11)):
+            assert torch.equal(few[place][0], whole[row][0])
+            assert torch.equal(few[place][1].logits, whole[row][1].logits)
+        nested = e2kd.FrozenDataset(Subset(Subset(dataset, [7, 3, 11]), [2]), cache)
+        assert torch.equal(nested[0][1].logits, whole[11][1].logits)
+
+
+def test_a_data_set_that_changed_is_an_error_that_says_how(tmp_path: Path) -> None:
+    cache = frozen(tmp_path, Photos(NAMES))
+    swapped = [NAMES[1], NAMES[0], *NAMES[2:]]
+    for names, words in (
+        ([*NAMES, "cat/new.jpg"], "1 samples are new, the first being 'cat/new.jpg'"),
+        (NAMES[:-2], "2 that were frozen are gone"),
+        (swapped, "in another order than the cache, first at 0"),
+        ([*NAMES[:-1], "cat/other.jpg"], "'cat/other.jpg'.*1 that were frozen are gone"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            e2kd.FrozenDataset(Photos(names), cache)
+    with pytest.raises(ValueError, match="class 0 is 'dog' but was 'cat'"):
+        e2kd.FrozenDataset(Photos(NAMES, ["dog", "cat"]), cache)
+    with pytest.raises(ValueError, match="comes more than once"):
+        e2kd.FrozenDataset(Photos([NAMES[0], NAMES[0]]), cache, match="id")
+    by_name = e2kd.FrozenDataset(Photos(swapped), cache, match="id")
+    assert torch.equal(by_name[0][1].logits, cache.rows([1]).logits[0])
+
+
+def test_samples_without_names_are_known_by_their_pixels(tmp_path: Path) -> None:
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset)
+    changed = TensorDataset(dataset.tensors[0].clone(), dataset.tensors[1])
+    changed.tensors[0][5, 0, 0, 0] ^= 1
+    data = e2kd.FrozenDataset(changed, cache)
+    assert len(data[4]) == 2
+    with pytest.raises(ValueError, match="Sample 5 is not the one that row 5"):
+        data[5]
+    for other in (pixels(39), ConcatDataset([dataset, pixels(1)])):
+        with pytest.raises(ValueError, match="grown or shrunk"):
+            e2kd.FrozenDataset(other, cache)
+    shuffled = TensorDataset(
+        *(t[torch.randperm(40, generator=torch.Generator().manual_seed(0))] for t in dataset.tensors)
+    )
+    with pytest.raises(ValueError, match="is not the one that row"):
+        list(e2kd.FrozenDataset(shuffled, cache))
+
+
+def test_given_ids_are_kept_to(tmp_path: Path) -> None:
+    dataset, ids = pixels(), [f"id-{k}" for k in range(40)]
+    cache = frozen(tmp_path, dataset, ids=ids)
+    with pytest.raises(ValueError, match="Pass ids="):
+        e2kd.FrozenDataset(dataset, cache)
+    assert torch.equal(e2kd.FrozenDataset(dataset, cache, ids=ids)[9][1].logits, cache.rows([9]).logits[0])
+    with pytest.raises(ValueError, match="another order"):
+        e2kd.FrozenDataset(dataset, cache, ids=ids[::-1])
+
+
+def test_names_come_from_the_hosts_data_sets(shared: Shared) -> None:
+    timm_data = pytest.importorskip("timm.data")
+    folders = pytest.importorskip("torchvision.datasets")
+    root = str(shared("data/catsdogs1400/val"))
+    ours, theirs = names_of(folders.ImageFolder(root)), names_of(timm_data.create_dataset("", root))
+    assert ours is not None
+    assert theirs is not None
+    assert sorted(ours) == sorted(theirs)
+    assert all(name.startswith(("cat/", "dog/")) for name in ours)
+
+
+def test_hugging_face_data_sets_are_frozen_too(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [np.random.default_rng(k).integers(0, 256, (24, 24, 3), dtype=np.uint8) for k in range(12)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    data = datasets.Dataset.from_dict({"image": images, "label": [k % 2 for k in range(12)]}, features=features)
+    cache = frozen(tmp_path, data)
+    assert cache.class_names == ["a", "b"]
+    image, taught = e2kd.FrozenDataset(data, cache)[4]
+    assert torch.equal(image, torch.from_numpy(images[4]).permute(2, 0, 1))
+    assert taught.labels == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_with_workers_give_the_same_batches(tmp_path: Path, workers: int) -> None:
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset)
+    images, taught = batch(dataset, cache, 40, num_workers=workers)
+    assert torch.equal(images, dataset.tensors[0])
+    assert torch.equal(taught.logits, cache.rows(torch.arange(40)).logits)
+    assert torch.equal(taught.labels, dataset.tensors[1])
+
+
+def test_a_view_covers_the_frame_that_it_says() -> None:
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
+    cut = e2kd.CanonicalView((50, 50))(ramp).float()[0, 0]
+    assert e2kd.CanonicalView((50, 50)).placement(100, 200) == (0.0, 50.0, 100.0, 100.0)
+    torch.testing.assert_close(cut, 50.5 + 2 * torch.arange(50.0), rtol=0, atol=1.5)
+    squashed = e2kd.CanonicalView((50, 50), "squash")(ramp).float()[0, 0]
+    torch.testing.assert_close(squashed, 1.5 + 4 * torch.arange(50.0), rtol=0, atol=1.5)
+
+
+def test_pil_and_tensors_of_one_photo_give_one_view(shared: Shared) -> None:
+    image = (
+        pytest.importorskip("PIL.Image").open(next(shared("data/catsdogs1400/val/cat").glob("*.jpg"))).convert("RGB")
+    )
+    view = e2kd.CanonicalView((64, 64))
+    difference = (view(image).float() - view(np.asarray(image)).float()).abs()
+    assert difference.mean() < 2
+
+
+# Bad input
+
+
+def test_what_cannot_be_frozen_is_refused_in_words(tmp_path: Path) -> None:
+    dataset = pixels()
+    for settings, words in (
+        ({"classes": "positives"}, "one map for each image"),
+        ({"normalization": None}, "It is not known how Sequential expects"),
+        ({"ids": ["a"]}, "one id for each of the 40 samples"),
+        ({"rank": 2, "world": 2}, "rank 2 of 2"),
+        ({"top": 4}, "top in"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            frozen(tmp_path, dataset, **settings)
+    with pytest.raises(ValueError, match="at least one sample"):
+        frozen(tmp_path, Subset(dataset, []))
+    floats = TensorDataset(torch.rand(4, 3, 24, 24), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="go to the teacher as they are"):
+        frozen(tmp_path, floats)
+    sizes = [(torch.zeros(3, 24, 24 + k, dtype=torch.uint8), 0) for k in range(3)]
+    with pytest.raises(ValueError, match="view=256"):
+        frozen(tmp_path, sizes)
+    with pytest.raises(TypeError, match=r"\(image, label\)"):
+        frozen(tmp_path, [torch.zeros(3, 24, 24)])
+    assert not list(tmp_path.glob("shard-*"))
+
+
+def test_a_random_transform_is_found_before_it_does_harm(tmp_path: Path) -> None:
+    class Jittering(Photos):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            return np.roll(image, int(torch.randint(1, 1000, ())), 1), label
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="random transform"):
+        frozen(tmp_path, Jittering(NAMES))
+
+
+def test_unreadable_images_are_listed_and_finished_shards_kept(tmp_path: Path) -> None:
+    class Torn(Photos):
+        torn = True
+
+        def __getitem__(self, index: int) -> Any:
+            if self.torn and index in (9, 17):
+                raise OSError(f"image file {self.samples[index][0]} is truncated")
+            return super().__getitem__(index)
+
+    dataset = Torn(NAMES)
+    with pytest.raises(ValueError, match=r"2 samples could not be read: sample 9: OSError.*3 of 5 shards are finished"):
+        frozen(tmp_path, dataset, shard_rows=4, batch_size=2)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
+    assert len(kept) == 3
+    with pytest.raises(ValueError, match="freeze has not finished"):
+        e2kd.FrozenTeacher.open(tmp_path)
+    dataset.torn = False
+    cache = frozen(tmp_path, dataset, shard_rows=4, batch_size=2)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+    assert len(cache) == 20
+
+
+def test_nan_is_refused_and_dead_maps_are_counted(tmp_path: Path) -> None:
+    sick = net()
+    with torch.no_grad():
+        sick[-1].bias[1] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        frozen(tmp_path / "nan", teacher=sick)
+    dead = net()
+    with torch.no_grad():
+        dead[-1].weight.abs_().neg_()
+    with pytest.warns(e2kd.NoEffectWarning, match="40 of 40 cached maps are zero"):
+        cache = frozen(tmp_path / "dead", teacher=dead)
+    assert cache.store.zero_maps == 40
+
+
+SLOW = """
+import sys, time, torch, e2kd
+sys.path.insert(0, {tests!r})
+from test_frozen import NAMES, UNIT, Photos, net
+
+class Slow(Photos):
+    def __getitem__(self, index):
+        time.sleep({pause})
+        return super().__getitem__(index)
+
+done = e2kd.freeze(net(), Slow(NAMES), {path!r}, normalization=UNIT, batch_size=2, shard_rows=2, progress=False)
+print(len(done))
+"""
+
+
+def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    def start(path: Path, pause: float) -> subprocess.Popen[str]:
+        code = SLOW.format(tests=str(Path(__file__).parent), path=str(path), pause=pause)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+
+    def shards(path: Path) -> int:
+        return len(list(path.glob("shard-*.safetensors")))
+
+    torn, whole = tmp_path / "torn", tmp_path / "whole"
+    for wanted in (1, 4):
+        process = start(torn, pause=0.1)
+        while shards(torn) < wanted and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert wanted <= shards(torn) < 10
+        with pytest.raises(ValueError, match="freeze has not finished"):
+            e2kd.FrozenTeacher.open(torn)
+    for path in (torn, whole):
+        assert start(path, pause=0).communicate()[0].strip() == "20"
+    assert {p.name: p.read_bytes() for p in torn.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
+    frozen(tmp_path)
+    for settings, words in (
+        ({"teacher": net(seed=9)}, "teacher.weights"),
+        ({"explainer": e2kd.LayerCAM()}, "explainer.name"),
+        ({"top": 2}, "record.top"),
+        ({"classes": "labels"}, "classes is 'teacher' there but 'labels' here"),
+        ({"normalization": ((0.5,) * 3, (0.5,) * 3)}, "teacher.normalization"),
+        ({"dataset": pixels(41)}, "dataset.samples"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            frozen(tmp_path, **settings)
+    assert len(frozen(tmp_path)) == 40
+
+
+def test_criterion_and_cache_must_fit(tmp_path: Path) -> None:
+    dataset, student = pixels(), net(seed=3)
+    cache = frozen(tmp_path / "a", dataset)
+    images, taught = batch(dataset, cache)
+    with pytest.raises(ValueError, match="explain classes='teacher'"):
+        e2kd.E2KDLoss(student, cache, classes="labels")
+    with pytest.raises(ValueError, match="settled when the teacher was frozen"):
+        e2kd.E2KDLoss(student, cache, teacher_size=224)
+    criterion = e2kd.E2KDLoss(student, cache)
+    with pytest.raises(ValueError, match=r"targets of type e2kd\.Taught, but got a tensor \[16\]"):
+        criterion(student(images / 255), taught.labels)
+    with pytest.raises(ValueError, match="a frozen teacher"):
+        e2kd.E2KDLoss(student, net())(student(images / 255), taught)
+    other = frozen(tmp_path / "b", dataset, explainer=e2kd.InputGradient())
+    with pytest.raises(ValueError, match="another cache"):
+        criterion(student(images / 255), batch(dataset, other)[1])
+    wide = nn.Sequential(*net(), nn.Linear(CLASSES, 7))
+    criterion = e2kd.E2KDLoss(wide, cache)
+    with pytest.raises(ValueError, match="same classes"):
+        criterion(wide(images / 255), taught)
+
+
+# Cells that left the frame
+
+
+def half_known(dataset: Any, cache: e2kd.FrozenTeacher) -> tuple[Tensor, e2kd.Taught]:
+    images, taught = batch(dataset, cache)
+    valid = taught.valid.clone()
+    valid[..., valid.shape[-1] // 2 :] = 0
+    return images, taught._replace(valid=valid, maps=taught.maps * valid)
+
+
+def test_unknown_cells_teach_nothing(tmp_path: Path) -> None:
+    """Whatever the teacher's map says there, and the gradient of the student's map is zero there."""
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset)
+    images, taught = half_known(dataset, cache)
+    student = net(seed=3)
+    criterion = e2kd.E2KDLoss(student, cache, kd_weight=0)
+    first = criterion(student(images / 255), taught)
+    noise = taught.maps + torch.rand_like(taught.maps) * (taught.valid == 0)
+    assert torch.equal(first, criterion(student(images / 255), taught._replace(maps=noise)))
+    maps = torch.rand(16, 1, 6, 6, requires_grad=True)
+    from e2kd.comparing import compare
+
+    compare(e2kd.cosine, maps, taught.maps, valid=taught.valid)[0].sum().backward()
+    assert maps.grad is not None
+    assert not maps.grad[..., 3:].any()
+    assert maps.grad[..., :3].any()
+
+
+def test_a_sample_counts_by_its_known_share(tmp_path: Path) -> None:
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset)
+    images, taught = batch(dataset, cache)
+    student = net(seed=3)
+    criterion = e2kd.E2KDLoss(student, cache)
+    for unknown in range(0, 17, 8):
+        valid = taught.valid.clone()
+        valid[:unknown] = 0
+        criterion(student(images / 255), taught._replace(valid=valid)).backward()
+        alone = e2kd.explain(student.train(), images / 255)
+        assert alone.maps.shape[0] == 16
+        if unknown == 16:
+            assert criterion.parts["explanation"] == 0
+            assert criterion.parts["zero_maps"] == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+# Hosts
+
+
+def test_lessons_move_with_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset)
+    student = net(seed=3)
+    criterion = e2kd.E2KDLoss(student, cache, nn.CrossEntropyLoss())
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = DataLoader(e2kd.FrozenDataset(dataset, cache), 8, shuffle=True)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    model, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+    for images, taught in loader:
+        assert isinstance(taught, e2kd.Taught)
+        optimizer.zero_grad()
+        accelerator.backward(criterion(model(images / 255), taught))
+        optimizer.step()
+    assert criterion.parts["explanation"] > 0
+
+
+def test_lessons_move_with_the_hugging_face_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    configuration = transformers.ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+    )
+    student = transformers.ResNetForImageClassification(configuration)
+    dataset = pixels()
+    cache = frozen(tmp_path / "cache", dataset)
+    samples = [{"pixel_values": i / 255, "labels": t} for i, t in e2kd.FrozenDataset(dataset, cache)]
+    seen: list[float] = []
+
+    class Watching(e2kd.E2KDLoss):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().forward(*args, **kwargs)
+            seen.append(float(self.parts["explanation"]))
+            return loss
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"), per_device_train_batch_size=8, max_steps=2, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    criterion = Watching(student, cache, nn.CrossEntropyLoss(), example=torch.rand(2, 3, 24, 24))
+    trainer = transformers.Trainer(
+        student, arguments, train_dataset=samples, compute_loss_func=criterion,
+        data_collator=torch.utils.data.default_collate,
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 2
+    assert max(seen) > 0
+
+
+def test_evaluation_takes_lessons_or_plain_labels(tmp_path: Path) -> None:
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset)
+    images, taught = batch(dataset, cache)
+    student = net(seed=3).eval()
+    criterion = e2kd.E2KDLoss(student, cache, nn.CrossEntropyLoss())
+    with torch.no_grad():
+        expected = nn.CrossEntropyLoss()(student(images / 255), taught.labels)
+        assert torch.equal(criterion(student(images / 255), taught), expected)
+        assert torch.equal(criterion(student(images / 255), labels_of(taught)), expected)
+
+
+# Verification
+
+
+def test_verify_says_whether_the_cache_is_the_teachers(tmp_path: Path) -> None:
+    dataset, teacher = pixels(), net()
+    cache = frozen(tmp_path, dataset, teacher)
+    report = cache.verify(teacher, dataset, rows=20, augmentations={})
+    assert report.ok, str(report)
+    assert report.rows == 20
+    assert "ok" in str(report)
+    other = cache.verify(net(seed=5), dataset, augmentations={})
+    assert not other.ok
+    assert "other weights" in str(other)
+    assert "logits differ" in str(other)
+    with pytest.raises(ValueError, match="grown or shrunk"):
+        cache.verify(teacher, pixels(39), augmentations={})
+
+
+def test_verify_rates_every_augmentation(tmp_path: Path) -> None:
+    """What leaves the image alone is faithful; what moves the image but not the map is not."""
+    dataset, teacher = pixels(), net()
+    cache = frozen(tmp_path, dataset, teacher)
+
+    def still(images: Tensor, taught: e2kd.Taught) -> tuple[Tensor, e2kd.Taught]:
+        return images / 255, taught
+
+    def astray(images: Tensor, taught: e2kd.Taught) -> tuple[Tensor, e2kd.Taught]:
+        return images.flip(3) / 255, taught
+
+    report = cache.verify(teacher, dataset, augmentations={"still": still, "astray": astray})
+    assert report.fidelity["still"].same > 0.9999
+    assert report.fidelity["still"].verdict == "faithful"
+    assert report.fidelity["astray"].verdict == "misleading"
+    assert "faithful" in str(report)
+    with pytest.raises(ValueError, match="Leave Normalize out"):
+        cache.verify(teacher, dataset, augmentations={"wrong": lambda i, t: (i / 64 - 2, t)})
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt")
+def test_a_url_is_brought_here_once_and_only_what_belongs_to_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    local = frozen(tmp_path / "cache")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "cache"), "/somewhere/cache", recursive=True)
+    memory.pipe("/somewhere/cache/evil.py", b"raise SystemExit")
+    cache = e2kd.FrozenTeacher.open("memory://somewhere/cache")
+    assert torch.equal(cache.rows([3, 1]).logits, local.rows([3, 1]).logits)
+    brought = cache.store.folder
+    assert brought.is_relative_to(tmp_path / "home")
+    assert {p.name for p in brought.iterdir()} == {p.name for p in (tmp_path / "cache").iterdir()}
+    stamp = {p.name: p.stat().st_mtime_ns for p in brought.glob("shard-*")}
+    e2kd.FrozenTeacher.open("memory://somewhere/cache")
+    assert {p.name: p.stat().st_mtime_ns for p in brought.glob("shard-*")} == stamp
+    memory.rm("/somewhere/cache/manifest.json")
+    with pytest.raises(FileNotFoundError, match="finished cache"):
+        e2kd.FrozenTeacher.open("memory://somewhere/cache")
+
+
+# The command line, as a stranger uses it
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), path)
+    return path
+
+
+def test_freeze_verify_and_inspect_on_a_folder_of_photographs(
+    shared: Shared, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(shared("data/catsdogs1400/val"))
+    teacher = ["--teacher", "test_resnet", "--teacher-checkpoint", str(checkpoint), "--data", data, "--workers", "0"]
+    cache = str(tmp_path / "cache")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", e2kd.NoEffectWarning)  # the teacher's weights are random
+        assert main(["freeze", *teacher, "--out", cache, "--view", "96"]) == 0
+    assert "279 images, 2 classes" in capsys.readouterr().out
+    assert main(["inspect", cache, "--all"]) == 0
+    said = capsys.readouterr().out
+    assert "GradCAM at" in said
+    assert "'cat', 'dog'" in said
+    assert "all 279 rows are as they were written" in said
+    assert main(["verify", cache, *teacher, "--rows", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "the cache is what the teacher says" in said
+    assert "verdict" in said
+    assert main(["freeze", *teacher, "--out", cache, "--view", "64"]) == 2
+    assert "view.size" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "nothing")]) == 2
+    assert "Was freeze run?" in capsys.readouterr().err
+
+
+def test_processes_under_a_launcher_share_the_work(shared: Shared, tmp_path: Path, checkpoint: Path) -> None:
+    data = str(shared("data/catsdogs1400/val"))
+    words = ["--teacher", "test_resnet", "--teacher-checkpoint", str(checkpoint), "--data", data, "--view", "64"]
+    words += ["--workers", "0", "--shard-rows", "32", "--batch-size", "16", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "e2kd.cli"]
+    one = [sys.executable, "-m", "e2kd.cli"]
+    for command, folder in ((launch, "two"), (one, "one")):
+        done = subprocess.run(
+            [*command, "freeze", *words, "--out", str(tmp_path / folder)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) == 11
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

@@ -43,6 +43,7 @@ class Side:
     grid: tuple[int, int] = (0, 0)
     zero_maps: float = float("nan")
     classes: int = 0
+    beside: str | None = None
 
 
 @dataclass
@@ -161,6 +162,7 @@ def _describe(side: Side, model: nn.Module, explainer: Explainer, images: Tensor
     side.zero_maps = is_zero(maps).double().mean().item()
     if site is not None and not site.is_cut:
         side.layer += " *"
+        side.beside = site.beside
 
 
 def _read_maps(report: Report) -> None:
@@ -172,7 +174,10 @@ def _read_maps(report: Report) -> None:
                 "earlier layer, GradCAM(layer=...)"
             )
         if side.layer.endswith("*"):
-            report.notes.append(f"* the {role}'s logits also depend on the images past this layer: the map is a part")
+            way = f", for instance through {side.beside!r}" if side.beside else ""
+            report.notes.append(
+                f"* the {role}'s logits also depend on the images past this layer{way}, which the map does not show"
+            )
     if report.teacher.zero_maps > 0.5:
         report.problems.append(
             f"{report.teacher.zero_maps:.0%} of the teacher's maps are zero everywhere, so they teach nothing: is the "

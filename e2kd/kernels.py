@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from e2kd.graph import between
 
 
 class MathKernel:
@@ -30,25 +31,5 @@ class MathKernel:
 
 def fused_attention_between(logits: Tensor, features: Tensor) -> str | None:
     """The name of a fused attention kernel on a way in the graph from features to logits, if there is one."""
-    users = _users(logits.grad_fn)
-    queue, seen = [features.grad_fn], {features.grad_fn}
-    for node in queue:
-        for user in users.get(node, ()):
-            if user.name().startswith("ScaledDotProduct"):
-                return user.name()
-            if user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return None
-
-
-def _users(end: Node | None) -> dict[Node | None, list[Node]]:
-    """Which nodes of the graph that leads to `end` use each of them."""
-    users: dict[Node | None, list[Node]] = {}
-    queue = [] if end is None else [end]
-    for node in queue:
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in users:
-                queue.append(parent)
-            users.setdefault(parent, []).append(node)
-    return users
+    names = (node.name() for node in between(features.grad_fn, logits.grad_fn))
+    return next((name for name in names if name.startswith("ScaledDotProduct")), None)

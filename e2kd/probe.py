@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
+from e2kd.graph import before, between
 from e2kd.modes import evaluating
 from e2kd.outputs import first_tensor, logits_of
 
@@ -66,21 +66,14 @@ class Trace:
 
     def is_cut(self, tensor: Tensor) -> bool:
         """Whether the logits depend on the images through this tensor alone."""
-        return not _reaches(self.logits.grad_fn, self.images, without=tensor.grad_fn)
+        around = before(self.logits.grad_fn, without=tensor.grad_fn)
+        return not any(getattr(node, "variable", None) is self.images for node in around)
 
-
-def _reaches(start: Node | None, leaf: Tensor, without: Node | None) -> bool:
-    """Whether the backward graph from `start` gets to `leaf` when it may not pass `without`."""
-    open_nodes, seen = [start], {without, None}
-    while open_nodes:
-        node = open_nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", None) is leaf:
-            return True
-        open_nodes.extend(parent for parent, _ in node.next_functions)  # type: ignore[union-attr]
-    return False
+    def around(self, tensor: Tensor) -> list[Call]:
+        """The calls that don't depend on this tensor and through whose output the images reach the logits beside it."""
+        way = set(before(self.logits.grad_fn, without=tensor.grad_fn))
+        way -= set(between(tensor.grad_fn, self.logits.grad_fn))
+        return [c for c in self.calls if c.name and c.made and c.output is not None and c.output.grad_fn in way]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Site:
         tensor_of: the outermost of them that returns it bare, or first in a tuple.
         layout: how to read maps from it.
         is_cut: whether the logits depend on the images through it alone, so that a replay from it is exact.
+        beside: where it is not, the last module with a map through which they also depend on the images.
     """
 
     layer: str
@@ -36,6 +37,7 @@ class Site:
     tensor_of: str
     layout: Layout
     is_cut: bool
+    beside: str | None = None
 
 
 def find_site(model: nn.Module, images: Tensor, layer: str | None = None) -> tuple[Site, Trace]:
@@ -166,4 +168,13 @@ def _site(model: nn.Module, found: Trace, call: Call) -> Site:
         tensor_of=bare[0].name,
         layout=layout,
         is_cut=found.is_cut(call.output),
+        beside=_beside(model, found, call.output),
     )
+
+
+def _beside(model: nn.Module, found: Trace, tensor: Tensor) -> str | None:
+    """The outermost name of the last map on a way around a tensor."""
+    if found.is_cut(tensor):
+        return None
+    maps = [c for c in found.around(tensor) if _is_feature(c) and _may_be_site(c) and layout_in(c, found, model)]
+    return next((name for c in maps[-1:] if c.output is not None for name in found.producers(c.output)), None)

@@ -24,7 +24,7 @@ NAMES = {
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught"],
+    ["errors", "version", "taught", "graph"],
     ["similarity", "layout", "outputs", "modes", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment"],

@@ -1,0 +1,58 @@
+"""What `check` says of a layer that is not the only way from the images to the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import CLASSES, cnn
+from test_kernels import SIDE, crossvit
+from torch import Tensor, nn
+
+import e2kd
+
+
+class Skips(nn.Module):
+    """A residual branch, whose shortcut goes past what is in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.inner, self.outer = (nn.Conv2d(c, 8, 3, 2 if c == 3 else 1, 1) for c in (3, 8, 8))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        return self.head((x + self.outer(self.inner(x).relu())).relu().mean((2, 3)))
+
+
+CASES = {"two branches": (crossvit, None, "norm.0"), "shortcut": (Skips, "inner", "stem")}
+
+
+def depends_on(model: nn.Module, name: str, images: Tensor, *, held: str) -> bool:
+    """Whether the logits depend on what one module returns while what another returns is held."""
+    kept: list[Tensor] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, a, out: kept.append(out)),
+        model.get_submodule(held).register_forward_hook(lambda m, a, out: out.detach()),
+    ]
+    (gradient,) = torch.autograd.grad(model(images).square().sum(), kept[0])
+    for handle in handles:
+        handle.remove()
+    return bool(gradient.any())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_way_past_the_layer_is_named_and_exists(name: str) -> None:
+    build, layer, beside = CASES[name]
+    student, images = build(), torch.randn(4, 3, SIDE, SIDE)
+    report = e2kd.check(student, cnn(), images, explainer=e2kd.GradCAM(layer), teacher_explainer=e2kd.GradCAM())
+    (note,) = (note for note in report.notes if note.startswith("*"))
+    assert f"past this layer, for instance through {beside!r}" in note
+    assert report.student.layer.endswith(" *")
+    assert depends_on(student.eval(), beside, images, held=report.student.layer.removesuffix(" *"))
+
+
+def test_layer_that_is_the_only_way_has_no_such_note() -> None:
+    report = e2kd.check(cnn(), cnn(), torch.randn(4, 3, SIDE, SIDE))
+    assert not [note for note in report.notes if note.startswith("*")]
+    assert not report.student.layer.endswith("*")

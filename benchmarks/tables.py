@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import families, step
+from benchmarks import families, frozen, frozen_quality, step
 from benchmarks.common import RESULTS, ROOT, markdown_table
 from e2kd.demo import report
 
@@ -25,20 +25,26 @@ def demo() -> str:
     """Mean ± sd over seeds, in percent, and the paired differences."""
     found = results("demo")
     header = ["", *(column.title.replace("\n", " ") for column in report.COLUMNS)]
-    differences = [
-        f"{title} {100 * d['mean']:+.1f} ({', '.join(f'{100 * v:+.1f}' for v in d['each'])})"
-        for title, d in (
-            ("OOD accuracy", found["e2kd_minus_kd"]["ood_accuracy"]),
-            ("OOD agreement", found["e2kd_minus_kd"]["ood_agreement"]),
-        )
-    ]
     lines = [
         markdown_table(header, report.rows(found)),
         "",
-        f"Percent, mean ± sd of {len(found['seeds'])} paired seeds: `{found['command']}`. "
-        f"e²KD - KD in points, mean and each seed: {'; '.join(differences)}.",
+        f"Percent, mean ± sd of {len(found['seeds'])} paired seeds: `{found['command']}`. In points, mean, each seed "
+        f"and 95 % confidence interval: {'; '.join(f'{pair} {differences(found[k])}' for k, pair in PAIRS.items())}.",
     ]
     return "\n".join(lines)
+
+
+PAIRS = {"e2kd_minus_kd": "e²KD - KD", "frozen_e2kd_minus_frozen_kd": "frozen e²KD - frozen KD"}
+
+
+def differences(found: dict[str, Any]) -> str:
+    """A paired comparison of the demo in words."""
+    said = []
+    for title, field in (("OOD accuracy", "ood_accuracy"), ("OOD agreement", "ood_agreement")):
+        each = ", ".join(f"{100 * value:+.1f}" for value in found[field]["each"])
+        low, high = (100 * bound for bound in found[field]["interval"])
+        said.append(f"{title} {100 * found[field]['mean']:+.1f} ({each}; {low:+.1f} to {high:+.1f})")
+    return ", ".join(said)
 
 
 def cost() -> str:
@@ -63,7 +69,37 @@ def coverage() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"demo": demo, "cost": cost, "coverage": coverage}
+def frozen_cost() -> str:
+    """Time of a step with a frozen teacher, and what reading, moving and computing its maps takes."""
+    found = results("frozen")
+    rows, machine = found["rows"], found["environment"]
+    note = (
+        f"Medians (quartiles) of ratios within one run, batch {rows[0]['batch']}, float32, {machine['cpus']} CPU "
+        f"cores: `{found['command']}`. {' '.join(frozen.facts(rows))}"
+    )
+    return f"{frozen.table(rows)}\n\n{note}"
+
+
+def sizes() -> str:
+    """The room a cache takes: arithmetic, so it needs no run."""
+    return frozen.bytes_table(frozen.measure_bytes())
+
+
+def quality() -> str:
+    """CIFAR-10 with few images: accuracy and agreement, live and frozen."""
+    found = results("frozen_quality")
+    rows, settings = found["rows"], found["settings"]
+    lines = [frozen_quality.difference_line(rows, *pair) for pair in (("frozen_e2kd", "frozen_kd"), ("e2kd", "kd"))]
+    note = (
+        f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of paired seeds, {settings['epochs']} "
+        f"epochs in every arm: `{found['command']}`. {' '.join(lines)}"
+    )
+    return f"{frozen_quality.table(rows, found['teacher'])}\n\n{note}"
+
+
+TABLES = {"demo": demo, "cost": cost, "coverage": coverage, "sizes": sizes}
+MEASURED = {"frozen": frozen_cost, "frozen_quality": quality}  # shown once they were run to the end
+TABLES |= {name: make for name, make in MEASURED.items() if (RESULTS / f"{name}.json").exists()}
 
 
 def filled(text: str) -> str:

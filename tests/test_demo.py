@@ -8,8 +8,10 @@ import math
 import shlex
 import statistics
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,12 +20,14 @@ from torch import Generator, Tensor, nn
 import e2kd
 from e2kd.demo import run as demo
 from e2kd.demo.data import INK, SIDES, SIZE, Mode, Part, Scenes, all_digits, digits_of, make_scenes, painted, placed
-from e2kd.demo.experiment import SeedRun, criterion_for, example_places, make_data
+from e2kd.demo.experiment import SeedRun, criterion_for, example_places, make_data, train_student
 from e2kd.demo.extras import MissingExtra
+from e2kd.demo.lessons import SHIFT, Lessons, frozen_lessons
 from e2kd.demo.measure import Scores, energy_on_mask, evaluate, mean_and_missing, predictions, worst_group
-from e2kd.demo.report import COLUMNS, NAMES, difference_line, rows
-from e2kd.demo.results import results_of
-from e2kd.demo.settings import Arm, Settings
+from e2kd.demo.progress import Tracker
+from e2kd.demo.report import COLUMNS, NAMES, difference_lines, rows
+from e2kd.demo.results import interval, results_of
+from e2kd.demo.settings import EXPLAINED, FROZEN, PAIRS, Arm, Settings
 from e2kd.demo.show import typical
 from e2kd.demo.textures import BLOBS, STRIPES, texture_heights
 from e2kd.demo.train import batches, small_net, train
@@ -199,8 +203,8 @@ def test_students_of_a_seed_are_paired() -> None:
 @UNTRAINED
 def test_the_arms_differ_in_the_criterion_only() -> None:
     teacher = small_net(4, seed=0)
-    made = {arm: criterion_for(arm, small_net(3, seed=1), teacher, Settings(weight=0.7)) for arm in list(Arm)[1:]}
-    assert isinstance(made[Arm.CROSS_ENTROPY], nn.CrossEntropyLoss)
+    made = criterion_for(Arm.CROSS_ENTROPY, small_net(3, seed=1), teacher, Settings())
+    assert isinstance(made, nn.CrossEntropyLoss)
     images, labels = torch.rand(4, 3, SIZE, SIZE, generator=seeded(0)), torch.tensor([0, 1, 0, 1])
     parts: dict[Arm, dict[str, Tensor]] = {}
     for arm, weight in ((Arm.KD, 0.0), (Arm.E2KD, 0.7)):
@@ -218,16 +222,90 @@ def test_the_arms_differ_in_the_criterion_only() -> None:
 def test_training_learns() -> None:
     """A teacher on its own images: the loss falls, the net ends in eval mode, every step is reported."""
     scenes = make_scenes(Part.TRAIN, Mode.ALIGNED, 100, 0)
-    net, losses, steps = small_net(4, seed=0), [], []
+    net, losses, steps, plan = small_net(4, seed=0), [], [], batches(100, epochs=10, seed=0)
 
     def criterion(outputs: Tensor, labels: Tensor) -> Tensor:
         losses.append(nn.functional.cross_entropy(outputs, labels))
         return losses[-1]
 
-    train(net, criterion, scenes, epochs=10, seed=0, advance=lambda: steps.append(1))
+    train(net, criterion, lambda batch: (scenes.images[batch], scenes.labels[batch]), plan, 0, lambda: steps.append(1))
     assert len(steps) == len(losses) == 20
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
     assert not net.training
+
+
+# The frozen teacher
+
+
+class Silent:
+    """A tracker that shows nothing."""
+
+    @contextmanager
+    def stage(self, name: str, steps: int, cost: float) -> Iterator[Callable[[], None]]:
+        yield lambda: None
+
+
+SILENT = cast(Tracker, Silent())
+
+
+@pytest.fixture(scope="module")
+def taught() -> Iterator[tuple[nn.Module, Lessons]]:
+    """A teacher that has learnt a little, and its lessons on a hundred images."""
+    scenes, teacher = make_scenes(Part.TRAIN, Mode.ALIGNED, 100, 0), small_net(8, seed=0)
+    plan = batches(100, epochs=5, seed=0)
+    train(teacher, nn.CrossEntropyLoss(), lambda b: (scenes.images[b], scenes.labels[b]), plan, 0, lambda: None)
+    with frozen_lessons(teacher, scenes) as lessons:
+        yield teacher, lessons
+
+
+def test_a_frozen_lesson_is_what_the_teacher_says_of_the_image(taught: tuple[nn.Module, Lessons]) -> None:
+    teacher, lessons = taught
+    found = e2kd.explain(teacher, lessons.images)
+    torch.testing.assert_close(lessons.taught.logits, found.logits, atol=2e-3, rtol=2e-3)
+    assert torch.equal(lessons.taught.classes, found.classes)
+    assert e2kd.cosine(lessons.taught.maps, found.maps)[found.maps.flatten(1).any(1)].min() > 1 - 1e-5
+
+
+def test_all_students_of_a_seed_see_the_same_augmented_images(taught: tuple[nn.Module, Lessons]) -> None:
+    """Live or frozen: one draw; what is frozen moves with its image and is known where that was not cut off."""
+    _, lessons = taught
+    batch, seen = torch.arange(50), []
+    for frozen in (True, False, True):
+        feed = lessons.feed(frozen=frozen)
+        torch.manual_seed(3)
+        seen += [feed(batch), feed(batch)]
+    assert torch.equal(seen[0][0], seen[2][0])
+    assert torch.equal(seen[1][0], seen[3][0])
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[2][1], lessons.taught.labels[:50])
+    known = seen[0][1]
+    assert torch.equal(known.labels, lessons.taught.labels[:50])
+    assert torch.equal(known.logits, lessons.taught.logits[:50])
+    assert (known.valid.mean((1, 2, 3)) >= (1 - SHIFT) ** 2 - 1e-6).all()
+    moved = (known.valid.mean((1, 2, 3)) < 1).float().mean()
+    assert 0.2 < moved < 0.8
+    assert all(torch.equal(a, b) for a, b in zip(known, seen[4][1], strict=True))
+
+
+def test_a_frozen_student_never_asks_the_teacher(taught: tuple[nn.Module, Lessons]) -> None:
+    _, lessons = taught
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the teacher was asked")
+
+    teacher = small_net(8, seed=0)
+    teacher.register_forward_pre_hook(refuse)
+    settings = Settings(student_images=100, student_epochs=1)
+    trained = {arm: train_student(arm, 0, lessons, teacher, settings, SILENT).state_dict() for arm in FROZEN}
+    kd, e2kd_ = (trained[arm]["head.weight"] for arm in FROZEN)
+    assert not torch.equal(kd, e2kd_)
+    with pytest.raises(ValueError, match="the teacher was asked"):
+        train_student(Arm.KD, 0, lessons, teacher, settings, SILENT)
+
+
+def test_what_is_compared_differs_in_the_explanation_alone() -> None:
+    assert all((arm in EXPLAINED) and (base not in EXPLAINED) for arm, base in PAIRS)
+    assert all((arm in FROZEN) == (base in FROZEN) for arm, base in PAIRS)
 
 
 # The report
@@ -239,11 +317,11 @@ def fake_runs() -> list[SeedRun]:
     for seed in (0, 1):
         scores = {}
         for k, arm in enumerate(Arm):
-            shares = [0.05 + 0.11 * k + 0.013 * n + 0.07 * seed for n in range(6)]
+            shares = [0.05 + 0.11 * k + 0.013 * n + 0.07 * seed * (1 + k % 2) for n in range(6)]
             scores[arm] = Scores(*shares, 0, 7)
         if seed:
             scores[Arm.KD] = scores[Arm.KD]._replace(epg=math.nan)
-        runs.append(SeedRun(seed, scores, dict.fromkeys(Arm, 1.5), {}, None))  # type: ignore[arg-type]
+        runs.append(SeedRun(seed, scores, dict.fromkeys(Arm, 1.5), 0.5, {}, None))  # type: ignore[arg-type]
     return runs
 
 
@@ -269,12 +347,26 @@ def test_the_tables_numbers_are_the_jsons(fake_results: dict[str, Any]) -> None:
 
 
 def test_differences_are_paired_by_seed(fake_results: dict[str, Any]) -> None:
-    seeds, found = fake_results["seeds"], fake_results["e2kd_minus_kd"]
-    expected = [seed["scores"]["e2kd"]["ood_accuracy"] - seed["scores"]["kd"]["ood_accuracy"] for seed in seeds]
-    assert found["ood_accuracy"]["each"] == pytest.approx(expected)
-    assert found["ood_accuracy"]["mean"] == pytest.approx(statistics.mean(expected))
-    assert found["epg"]["each"][1] is None
-    assert "OOD accuracy +11.0 points (+11.0, +11.0)" in difference_line(fake_results)
+    seeds = fake_results["seeds"]
+    for (arm, base), line in zip(PAIRS, difference_lines(fake_results), strict=True):
+        found = fake_results[f"{arm.value}_minus_{base.value}"]["ood_accuracy"]
+        pairs = [tuple(seed["scores"][a.value]["ood_accuracy"] for a in (arm, base)) for seed in seeds]
+        expected = [first - second for first, second in pairs]
+        assert expected[0] != pytest.approx(expected[1])
+        assert found["each"] == pytest.approx(expected)
+        assert found["mean"] == pytest.approx(statistics.mean(expected))
+        assert found["interval"] == pytest.approx(interval(expected))
+        assert NAMES[arm.value] in line
+        assert f"OOD accuracy {100 * found['mean']:+.1f} points" in line
+    assert fake_results["e2kd_minus_kd"]["epg"]["each"][1] is None
+
+
+def test_the_confidence_interval_is_students() -> None:
+    """Against a table of t: 2.776 for five values, and none for one value or none."""
+    reach = 2.776 * statistics.stdev([1, 2, 3, 4, 9]) / math.sqrt(5)
+    assert interval([1.0, 2.0, 3.0, None, 4.0, 9.0]) == pytest.approx([3.8 - reach, 3.8 + reach])
+    assert interval([1.0]) is None
+    assert interval([None, None]) is None
 
 
 def test_the_figure_shows_the_median_seed() -> None:
@@ -322,7 +414,8 @@ def test_a_tiny_run_from_end_to_end(
     threads, out = torch.get_num_threads(), tmp_path / "new" / "folder"
     assert demo.main(parsed(["--quick", "--seeds", "2", "--out", str(out), "--split", "validation"])) == 0
     results = json.loads((out / "demo.json").read_text())
-    assert set(results) == {"command", "settings", "versions", "seconds", "seeds", "summary", "e2kd_minus_kd"}
+    compared = {"e2kd_minus_kd", "frozen_e2kd_minus_frozen_kd"}
+    assert set(results) == {"command", "settings", "versions", "seconds", "seeds", "summary"} | compared
     assert [seed["seed"] for seed in results["seeds"]] == [0, 1]
     assert all(set(scores) == set(Scores._fields) for seed in results["seeds"] for scores in seed["scores"].values())
     assert set(results["summary"]) == {arm.value for arm in Arm}
@@ -334,12 +427,14 @@ def test_a_tiny_run_from_end_to_end(
     assert str(out / "demo.png") in printed
     again = parsed(shlex.split(results["command"])[2:])
     assert (again.seeds, again.quick, again.split, again.out) == (2, True, "validation", out)
+    assert (again.weight, again.frozen_weight, again.temperature) == (1.0, 5.0, 2.0)
     assert torch.get_num_threads() == threads
 
 
 @pytest.mark.slow
 def test_the_quick_demo_shows_e2kd_ahead(tmp_path: Path) -> None:
     results = demo.run(quick=True, out=tmp_path, part=Part.VALIDATION)
-    gained = results["e2kd_minus_kd"]
-    assert gained["ood_accuracy"]["mean"] > 0.1
-    assert gained["ood_agreement"]["mean"] > 0.1
+    for pair in ("e2kd_minus_kd", "frozen_e2kd_minus_frozen_kd"):
+        gained = results[pair]
+        assert gained["ood_accuracy"]["mean"] > 0.1
+        assert gained["ood_agreement"]["mean"] > 0.1

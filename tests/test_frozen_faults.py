@@ -393,6 +393,12 @@ def test_a_foreign_file_is_found(copy: Path) -> None:
     assert "shard-000000.safetensors has the tensors" in read(copy)
 
 
+def test_a_valid_header_that_is_not_the_one_written_is_found(copy: Path) -> None:
+    origin = {"e2kd": canonical({"cache": f"{Store(copy)._cache:016x}", "shard": 0})}
+    save_file(load_file(copy / shard_name(0)), copy / shard_name(0), metadata=origin | {"note": "edited"})
+    assert "shard-000000.safetensors has another header than the manifest says" in read(copy)
+
+
 def test_missing_shards_are_listed_with_what_to_do(copy: Path, tmp_path: Path) -> None:
     for index in (2, 3, 5, 7, 11):
         (copy / shard_name(index)).unlink()

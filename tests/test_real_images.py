@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cifar import ResNet, images, pretrained
 from torch import Tensor
 
 import e2kd
+from benchmarks.cifar import ResNet, images, pretrained
 from e2kd.cli import main
 
 Shared = Callable[[str], Path]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import frozen_quality, tables
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results"
 RESULTS = sorted(path for path in FOLDER.glob("*.json") if path.stem != "demo_tuning")  # a record, not a result
@@ -38,3 +38,53 @@ def test_no_family_is_silently_dead() -> None:
     assert {row["verdict"] for row in classifiers} <= {"works", "refused"}
     assert all(row["sentence"] for row in classifiers if row["verdict"] == "refused")
     assert sum(row["verdict"] == "works" for row in classifiers) >= 0.95 * len(classifiers)
+
+
+def measured(name: str) -> pytest.MarkDecorator:
+    """Marks what is tested once a benchmark was run to its end and its result committed."""
+    return pytest.mark.skipif(not (FOLDER / f"{name}.json").exists(), reason=f"python -m benchmarks.{name} was not run")
+
+
+@measured("frozen")
+def test_a_frozen_teacher_costs_next_to_nothing() -> None:
+    """The promises: a step like a supervised one, faster than a live teacher's, and a pass like plain inference."""
+    rows = tables.results("frozen")["rows"]
+    steps = {row["arm"]: row for row in rows if row["what"] == "step"}
+    read, warp, precompute = (next(row for row in rows if row["what"] == w) for w in ("read", "warp", "precompute"))
+    assert steps["frozen"]["to_supervised"]["median"] <= 1.05
+    assert steps["resnet34"]["to_frozen"]["median"] >= 1.5
+    assert steps["densenet169"]["to_frozen"]["median"] >= 1.9
+    assert read["milliseconds"]["median"] <= 1
+    assert warp["ratio"]["median"] <= 0.05
+    assert precompute["ratio"]["median"] <= 1.05
+
+
+@measured("frozen_quality")
+def test_the_quality_of_frozen_teachers_is_compared_in_pairs() -> None:
+    """Five seeds of every arm, chosen on other images with another seed, one budget."""
+    found = tables.results("frozen_quality")
+    tested = [row for row in found["rows"] if row["split"] == "test"]
+    tuned = [row for row in found["rows"] if row["split"] == "validation"]
+    seeds = {arm.value: sorted(r["seed"] for r in tested if r["arm"] == arm.value) for arm in frozen_quality.Arm}
+    assert all(each == list(range(5)) for each in seeds.values())
+    assert {row["seed"] for row in tuned}.isdisjoint(range(5))
+    for arm in frozen_quality.EXPLAINED:
+        tried = [row for row in tuned if row["arm"] == arm.value]
+        best = max(tried, key=lambda row: row["accuracy"])
+        assert len(tried) > 1
+        assert {row["weight"] for row in tested if row["arm"] == arm.value} == {best["weight"]}
+
+
+@pytest.mark.parametrize("name", ["demo", pytest.param("frozen_quality", marks=measured("frozen_quality"))])
+def test_a_frozen_explanation_teaches(name: str) -> None:
+    """Frozen e²KD is ahead of frozen KD in accuracy and agreement: the confidence interval of five seeds is above 0."""
+    if name == "demo":
+        compared = tables.results("demo")["frozen_e2kd_minus_frozen_kd"]
+        gains = [compared["ood_accuracy"], compared["ood_agreement"]]
+    else:
+        rows = tables.results("frozen_quality")["rows"]
+        gains = list(frozen_quality.differences(rows, "frozen_e2kd", "frozen_kd").values())
+    assert len(gains) == 2
+    for gain in gains:
+        assert len(gain["each"]) == 5
+        assert gain["interval"][0] > 0

@@ -55,9 +55,7 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
     """The options that name a teacher."""
     parser.add_argument("--teacher", required=True, help="timm name; with pretrained weights if no checkpoint is given")
     parser.add_argument("--teacher-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the teacher")
-    parser.add_argument(
-        "--num-classes", type=int, help="of the teacher; those of the data set for a checkpoint"
-    )
+    parser.add_argument("--num-classes", type=int, help="of the teacher; those of the data set for a checkpoint")
     parser.add_argument("--device", help="cuda if there is one, else cpu")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")

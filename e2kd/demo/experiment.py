@@ -1,4 +1,4 @@
-"""One seed of the comparison: a teacher, and three students that differ in their criterion only."""
+"""One seed of the comparison: a teacher, and students that differ in their criterion only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import e2kd
 from e2kd.demo.data import Mode, Part, Scenes, make_scenes
+from e2kd.demo.lessons import Lessons, frozen_lessons
 from e2kd.demo.measure import Scores, evaluate, predictions
 from e2kd.demo.progress import Tracker
-from e2kd.demo.settings import Arm, Settings
+from e2kd.demo.settings import FROZEN, Arm, Settings
 from e2kd.demo.train import Criterion, batches, small_net, train
 
 TEACHER_WIDTH, STUDENT_WIDTH = 24, 12
@@ -29,13 +30,29 @@ class SeedData(NamedTuple):
 
 
 class SeedRun(NamedTuple):
-    """What one seed leaves: scores and seconds per arm, the trained nets, and a few images to show them with."""
+    """What one seed leaves: scores and seconds per arm, the trained nets, and a few images to show them with.
+
+    `freezing` is the seconds of the frozen arms' teacher, asked once for both.
+    """
 
     seed: int
     scores: dict[Arm, Scores]
     seconds: dict[Arm, float]
+    freezing: float
     nets: dict[Arm, nn.Module]
     examples: Scenes
+
+
+class Clock:
+    """Seconds from one lap to the next."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the start."""
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
 
 
 def make_data(seed: int, settings: Settings) -> SeedData:
@@ -49,49 +66,53 @@ def make_data(seed: int, settings: Settings) -> SeedData:
     )
 
 
-def criterion_for(arm: Arm, student: nn.Module, teacher: nn.Module, settings: Settings) -> Criterion:
-    """The one line in which the arms differ."""
+def criterion_for(
+    arm: Arm, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher, settings: Settings
+) -> Criterion:
+    """The one line in which the arms differ; a frozen arm's teacher is a `FrozenTeacher`."""
     if arm is Arm.CROSS_ENTROPY:
         return nn.CrossEntropyLoss()
-    weight = settings.weight if arm is Arm.E2KD else 0.0
+    weight = settings.weight_of(arm)
     return e2kd.E2KDLoss(student, teacher, None, temperature=settings.temperature, weight=weight)
 
 
 def train_teacher(seed: int, data: SeedData, settings: Settings, tracker: Tracker) -> nn.Module:
     """The teacher: wider, and trained with labels on images whose texture tells nothing."""
     teacher = small_net(TEACHER_WIDTH, seed)
-    steps = len(batches(settings.teacher_images, settings.teacher_epochs, seed))
-    with tracker.stage(f"seed {seed}: {Arm.TEACHER.value}", steps, settings.cost(Arm.TEACHER)) as advance:
-        train(teacher, nn.CrossEntropyLoss(), data.unbiased, settings.teacher_epochs, seed, advance)
+    scenes, plan = data.unbiased, batches(settings.teacher_images, settings.teacher_epochs, seed)
+
+    def feed(batch: Tensor) -> tuple[Tensor, Tensor]:
+        return scenes.images[batch], scenes.labels[batch]
+
+    with tracker.stage(f"seed {seed}: {Arm.TEACHER.value}", len(plan), settings.cost(Arm.TEACHER)) as advance:
+        train(teacher, nn.CrossEntropyLoss(), feed, plan, seed, advance)
     return teacher
 
 
 def train_student(
-    arm: Arm, seed: int, data: SeedData, teacher: nn.Module, settings: Settings, tracker: Tracker
+    arm: Arm, seed: int, lessons: Lessons, teacher: nn.Module, settings: Settings, tracker: Tracker
 ) -> nn.Module:
-    """A student. All of one seed start from the same weights and see the same batches in the same order."""
+    """A student. All of one seed start from the same weights and see the same images, augmented alike."""
     student = small_net(STUDENT_WIDTH, seed)
-    criterion = criterion_for(arm, student, teacher, settings)
-    steps = len(batches(settings.student_images, settings.student_epochs, seed))
-    with tracker.stage(f"seed {seed}: {arm.value}", steps, settings.cost(arm)) as advance:
-        train(student, criterion, data.biased, settings.student_epochs, seed, advance)
+    criterion = criterion_for(arm, student, lessons.frozen if arm in FROZEN else teacher, settings)
+    feed, plan = lessons.feed(frozen=arm in FROZEN), batches(settings.student_images, settings.student_epochs, seed)
+    with tracker.stage(f"seed {seed}: {arm.value}", len(plan), settings.cost(arm)) as advance:
+        train(student, criterion, feed, plan, seed, advance)
     if isinstance(criterion, e2kd.E2KDLoss):
         criterion.remove()
     return student
 
 
 def run_seed(seed: int, settings: Settings, tracker: Tracker) -> SeedRun:
-    """Trains the four nets of a seed and measures them."""
-    data = make_data(seed, settings)
-    nets: dict[Arm, nn.Module] = {}
-    seconds: dict[Arm, float] = {}
-    for arm in Arm:
-        start = time.perf_counter()
-        if arm is Arm.TEACHER:
-            nets[arm] = train_teacher(seed, data, settings, tracker)
-        else:
-            nets[arm] = train_student(arm, seed, data, nets[Arm.TEACHER], settings, tracker)
-        seconds[arm] = time.perf_counter() - start
+    """Trains the nets of a seed and measures them."""
+    data, clock = make_data(seed, settings), Clock()
+    teacher = train_teacher(seed, data, settings, tracker)
+    nets, seconds = {Arm.TEACHER: teacher}, {Arm.TEACHER: clock.lap()}
+    with frozen_lessons(teacher, data.biased) as lessons:
+        freezing = clock.lap()
+        for arm in list(Arm)[1:]:
+            nets[arm] = train_student(arm, seed, lessons, teacher, settings, tracker)
+            seconds[arm] = clock.lap()
     classes = predictions(nets[Arm.TEACHER], data.reversed_.images)
     scores = {}
     with tracker.stage(f"seed {seed}: measuring", len(nets), settings.test_cost()) as advance:
@@ -99,7 +120,7 @@ def run_seed(seed: int, settings: Settings, tracker: Tracker) -> SeedRun:
             scores[arm] = evaluate(net, data.aligned, data.reversed_, classes)
             advance()
     shown = example_places(data.reversed_.labels, classes)
-    return SeedRun(seed, scores, seconds, nets, Scenes(*(field[shown] for field in data.reversed_)))
+    return SeedRun(seed, scores, seconds, freezing, nets, Scenes(*(field[shown] for field in data.reversed_)))
 
 
 def example_places(labels: Tensor, teacher_classes: Tensor) -> Tensor:

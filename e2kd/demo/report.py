@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from e2kd.demo.results import minus
+from e2kd.demo.settings import EXPLAINED, PAIRS, Arm
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-NAMES = {"teacher": "teacher", "cross_entropy": "cross-entropy", "kd": "KD", "e2kd": "e²KD"}
+NAMES = {
+    "teacher": "teacher",
+    "cross_entropy": "cross-entropy",
+    "kd": "KD",
+    "e2kd": "e²KD",
+    "frozen_kd": "frozen KD",
+    "frozen_e2kd": "frozen e²KD",
+}
+BOLD = {NAMES[arm.value] for arm in EXPLAINED}
 
 
 class Column(NamedTuple):
@@ -29,7 +40,8 @@ COLUMNS = (
 
 NOTE = (
     "ID: the texture equals the label. OOD: it contradicts it. EPG: share of a\n"
-    "GradCAM map on the digit, for the net's own top class or for the teacher's."
+    "GradCAM map on the digit, for the net's own top class or for the teacher's.\n"
+    "Frozen: the teacher was asked once, before the images were augmented."
 )
 
 
@@ -63,18 +75,22 @@ def table_of(results: dict[str, Any]) -> Table:
     for column in COLUMNS:
         table.add_column(column.title, justify="right", no_wrap=True)
     for row in rows(results):
-        table.add_row(*row, style="bold" if row[0] == NAMES["e2kd"] else "")
+        table.add_row(*row, style="bold" if row[0] in BOLD else "")
     return table
 
 
-def difference_line(results: dict[str, Any]) -> str:
-    """e²KD minus KD in points, the mean and each seed."""
+def difference_lines(results: dict[str, Any]) -> list[str]:
+    """For live and frozen teachers, e²KD minus KD in points: the mean and each seed."""
+    return [_difference_line(results, *pair) for pair in PAIRS]
+
+
+def _difference_line(results: dict[str, Any], arm: Arm, base: Arm) -> str:
     parts = []
     for field, name in (("ood_accuracy", "OOD accuracy"), ("ood_agreement", "OOD agreement")):
-        found = results["e2kd_minus_kd"][field]
+        found = results[minus(arm, base)][field]
         each = ", ".join(f"{100 * value:+.1f}" for value in found["each"])
         parts.append(f"{name} {100 * found['mean']:+.1f} points ({each})")
-    return "e²KD minus KD, same seed: " + "; ".join(parts)
+    return f"{NAMES[arm.value]} minus {NAMES[base.value]}, same seed: {'; '.join(parts)}"
 
 
 def sentence(results: dict[str, Any]) -> str:
@@ -82,7 +98,8 @@ def sentence(results: dict[str, Any]) -> str:
     right, looks = _rounded(results, "ood_accuracy"), _rounded(results, "epg")
     return (
         f"When the background contradicts the digit, e²KD's student is right on {right['e2kd']} of 100 images, "
-        f"KD's on {right['kd']}, cross-entropy's on {right['cross_entropy']} (teacher: {right['teacher']}); "
+        f"KD's on {right['kd']}, cross-entropy's on {right['cross_entropy']} (teacher: {right['teacher']}), and with "
+        f"a teacher that was frozen e²KD's on {right['frozen_e2kd']}, KD's on {right['frozen_kd']}; "
         f"on the digit lie {looks['e2kd']} % of e²KD's explanation, {looks['kd']} % of KD's, "
         f"{looks['cross_entropy']} % of cross-entropy's ({looks['teacher']} % of the teacher's)."
     )

@@ -13,8 +13,10 @@ import torch
 
 from e2kd.demo.experiment import SeedRun
 from e2kd.demo.measure import Scores
-from e2kd.demo.settings import Arm, Settings
+from e2kd.demo.settings import PAIRS, Arm, Settings
 from e2kd.version import __version__
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided 95 %, from 1 degree on
 
 
 def summarise(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -28,11 +30,24 @@ def summarise(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": mean, "sd": statistics.stdev(known) if len(known) > 1 else None}
 
 
-def differences(seeds: Sequence[dict[str, Any]], field: str) -> dict[str, Any]:
-    """e²KD minus KD of one measure, per seed and over the seeds."""
-    pairs = [(seed["scores"]["e2kd"][field], seed["scores"]["kd"][field]) for seed in seeds]
+def interval(values: Sequence[float | None]) -> list[float] | None:
+    """95 % confidence interval of the mean (Student's t) of 2 to 10 values that are there; None for other numbers.
+
+    >>> [round(bound, 2) for bound in interval([1.0, 2.0, 3.0])]
+    [-0.48, 4.48]
+    """
+    known = [value for value in values if value is not None]
+    if not 1 < len(known) <= len(T95) + 1:
+        return None
+    mean, reach = statistics.fmean(known), T95[len(known) - 2] * statistics.stdev(known) / math.sqrt(len(known))
+    return [mean - reach, mean + reach]
+
+
+def differences(seeds: Sequence[dict[str, Any]], field: str, arm: Arm, base: Arm) -> dict[str, Any]:
+    """An arm minus another in one measure: per seed, and over the seeds with a 95 % confidence interval."""
+    pairs = [(seed["scores"][arm.value][field], seed["scores"][base.value][field]) for seed in seeds]
     each = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-    return {**summarise(each), "each": each}
+    return {**summarise(each), "interval": interval(each), "each": each}
 
 
 def results_of(runs: Sequence[SeedRun], settings: Settings, command: str, seconds: float) -> dict[str, Any]:
@@ -45,13 +60,23 @@ def results_of(runs: Sequence[SeedRun], settings: Settings, command: str, second
         "seconds": seconds,
         "seeds": seeds,
         "summary": {arm.value: summary(seeds, arm) for arm in Arm},
-        "e2kd_minus_kd": {field: differences(seeds, field) for field in Scores._fields},
+        **{minus(*pair): {field: differences(seeds, field, *pair) for field in Scores._fields} for pair in PAIRS},
     }
+
+
+def minus(arm: Arm, base: Arm) -> str:
+    """The key of a paired comparison.
+
+    >>> minus(Arm.E2KD, Arm.KD)
+    'e2kd_minus_kd'
+    """
+    return f"{arm.value}_minus_{base.value}"
 
 
 def _seed(run: SeedRun) -> dict[str, Any]:
     scores = {arm.value: _known(values._asdict()) for arm, values in run.scores.items()}
-    return {"seed": run.seed, "scores": scores, "seconds": {arm.value: t for arm, t in run.seconds.items()}}
+    seconds = {arm.value: t for arm, t in run.seconds.items()} | {"freezing": run.freezing}
+    return {"seed": run.seed, "scores": scores, "seconds": seconds}
 
 
 def _known(scores: dict[str, float]) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from e2kd.demo.data import Part
 from e2kd.demo.experiment import SeedRun, run_seed
 from e2kd.demo.extras import require_extras
 from e2kd.demo.progress import tracking
-from e2kd.demo.report import NOTE, difference_line, sentence, table_of
+from e2kd.demo.report import NAMES, NOTE, difference_lines, sentence, table_of
 from e2kd.demo.results import results_of
 from e2kd.demo.settings import QUICK, Arm, Settings
 from e2kd.demo.show import draw
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="digits to measure on: validation to try settings, test to report",
     )
     parser.add_argument("--weight", type=float, default=defaults.weight, help="λ of e²KD's explanation term")
+    parser.add_argument("--frozen-weight", type=float, default=defaults.frozen_weight, help="λ with a frozen teacher")
     parser.add_argument("--temperature", type=float, default=defaults.temperature, help="τ of KD and e²KD")
 
 
@@ -54,7 +55,8 @@ def positive(text: str) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the demo as asked; returns the exit status. A missing package raises `MissingExtra`, with a sentence."""
-    run(args.seeds, args.quick, args.out, part=Part(args.split), weight=args.weight, temperature=args.temperature)
+    weights = {"weight": args.weight, "frozen_weight": args.frozen_weight}
+    run(args.seeds, args.quick, args.out, part=Part(args.split), temperature=args.temperature, **weights)
     return 0
 
 
@@ -65,23 +67,26 @@ def run(
     *,
     part: Part = Part.TEST,
     weight: float = Settings.weight,
+    frozen_weight: float = Settings.frozen_weight,
     temperature: float = Settings.temperature,
 ) -> dict[str, Any]:
-    """Trains a teacher and three students per seed, prints what came out, and returns what `demo.json` holds.
+    """Trains a teacher and five students per seed, prints what came out, and returns what `demo.json` holds.
 
     Args:
         seeds: how many; None is 3, or 1 when quick. They are 0, 1, ...
         quick: fewer epochs, for all students alike, and fewer test images.
         out: folder for `demo.json` and `demo.png`; made if need be.
         part: digits to measure on. Settings are tried on `Part.VALIDATION` and reported on `Part.TEST`.
-        weight: λ.
+        weight: λ with a live teacher.
+        frozen_weight: λ with a frozen one.
         temperature: τ.
 
     Raises:
         ValueError: for less than one seed.
         MissingExtra: when a package of the extra `demo` is not installed; says which, and how to get it.
     """
-    settings = replace(QUICK if quick else Settings(), part=part, weight=weight, temperature=temperature)
+    settings = replace(QUICK if quick else Settings(), part=part, temperature=temperature)
+    settings = replace(settings, weight=weight, frozen_weight=frozen_weight)
     seeds = (1 if quick else 3) if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"Expected at least one seed, but got {seeds}.")
@@ -122,23 +127,26 @@ def run_seeds(seeds: int, settings: Settings, console: Console) -> list[SeedRun]
     with tracking(console, cost) as tracker:
         for seed in range(seeds):
             runs.append(run_seed(seed, settings, tracker))
-            found = {arm: 100 * scores.ood_accuracy for arm, scores in runs[-1].scores.items()}
-            seconds = sum(runs[-1].seconds.values())
-            console.print(
-                f"seed {seed}: OOD accuracy cross-entropy {found[Arm.CROSS_ENTROPY]:.1f}, KD {found[Arm.KD]:.1f}, "
-                f"e²KD {found[Arm.E2KD]:.1f} ({seconds:.0f} s)"
-            )
+            console.print(line_of(runs[-1]))
     return runs
+
+
+def line_of(run: SeedRun) -> str:
+    """One seed in a line."""
+    found = [f"{NAMES[arm.value]} {100 * run.scores[arm].ood_accuracy:.1f}" for arm in list(Arm)[1:]]
+    seconds = sum(run.seconds.values()) + run.freezing
+    return f"seed {run.seed}: OOD accuracy {', '.join(found)} ({seconds:.0f} s)"
 
 
 def command_of(seeds: int, quick: bool, out: Path, settings: Settings) -> str:
     """The command line that repeats the run.
 
     >>> command_of(5, False, Path("demo-out"), Settings())
-    'e2kd demo --seeds 5 --out demo-out --split test --weight 1.0 --temperature 2.0'
+    'e2kd demo --seeds 5 --out demo-out --split test --weight 1.0 --frozen-weight 5.0 --temperature 2.0'
     """
     words = ["e2kd", "demo", "--seeds", str(seeds), *(["--quick"] if quick else []), "--out", str(out)]
     words += ["--split", settings.part.value, "--weight", str(settings.weight)]
+    words += ["--frozen-weight", str(settings.frozen_weight)]
     return shlex.join([*words, "--temperature", str(settings.temperature)])
 
 
@@ -152,6 +160,6 @@ def write(results: dict[str, Any], runs: list[SeedRun], out: Path) -> list[Path]
 
 def tell(console: Console, results: dict[str, Any], files: list[Path]) -> None:
     """Prints the table, the paired differences, what they mean, and where the files are."""
-    console.print("", table_of(results), NOTE, "", difference_line(results), sep="\n")
+    console.print("", table_of(results), NOTE, "", *difference_lines(results), sep="\n")
     console.print(sentence(results))
     console.print(f"{results['seconds']:.0f} s. Written: {', '.join(map(str, files))}", soft_wrap=True)

@@ -15,10 +15,24 @@ class Arm(Enum):
     CROSS_ENTROPY = "cross_entropy"
     KD = "kd"
     E2KD = "e2kd"
+    FROZEN_KD = "frozen_kd"
+    FROZEN_E2KD = "frozen_e2kd"
+
+
+FROZEN = (Arm.FROZEN_KD, Arm.FROZEN_E2KD)  # their teacher was asked before, and once
+EXPLAINED = (Arm.E2KD, Arm.FROZEN_E2KD)
+PAIRS = ((Arm.E2KD, Arm.KD), (Arm.FROZEN_E2KD, Arm.FROZEN_KD))  # what an explanation adds
 
 
 # seconds on two cores, per image and pass and per test image: for the progress bars alone
-COST = {Arm.TEACHER: 4.2e-4, Arm.CROSS_ENTROPY: 1.5e-4, Arm.KD: 2.5e-4, Arm.E2KD: 2.7e-4}
+COST = {
+    Arm.TEACHER: 4.2e-4,
+    Arm.CROSS_ENTROPY: 2.0e-4,
+    Arm.KD: 3.0e-4,
+    Arm.E2KD: 3.2e-4,
+    Arm.FROZEN_KD: 2.1e-4,
+    Arm.FROZEN_E2KD: 2.3e-4,
+}
 TEST_COST = 5e-4
 
 
@@ -32,12 +46,23 @@ class Settings:
 
     part: Part = Part.TEST
     weight: float = 1.0
+    frozen_weight: float = 5.0
     temperature: float = 2.0
     teacher_images: int = 4000
     teacher_epochs: int = 8
     student_images: int = 2000
     student_epochs: int = 10
     test_images: int = 2000
+
+    def weight_of(self, arm: Arm) -> float:
+        """λ of an arm: 0 is plain KD.
+
+        >>> [Settings().weight_of(arm) for arm in (Arm.KD, Arm.E2KD, Arm.FROZEN_KD, Arm.FROZEN_E2KD)]
+        [0.0, 1.0, 0.0, 5.0]
+        """
+        if arm not in EXPLAINED:
+            return 0.0
+        return self.frozen_weight if arm in FROZEN else self.weight
 
     def cost(self, arm: Arm) -> float:
         """Seconds that training the arm takes on two cores, roughly."""
@@ -46,7 +71,7 @@ class Settings:
         return COST[arm] * self.student_images * self.student_epochs
 
     def test_cost(self) -> float:
-        """Seconds that measuring the four nets takes on two cores, roughly."""
+        """Seconds that measuring the nets takes on two cores, roughly."""
         return TEST_COST * self.test_images * len(Arm)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from e2kd.demo.data import Scenes
-
 BATCH = 50
 LEARNING_RATE = 3e-3  # the peak of the one-cycle schedule
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[[Tensor, Any], Tensor]
+Feed = Callable[[Tensor], tuple[Tensor, Any]]  # indices of a batch -> images and targets
 
 
 def conv_block(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -52,23 +52,28 @@ def batches(count: int, epochs: int, seed: int) -> list[Tensor]:
 
 
 def train(
-    model: nn.Module, criterion: Criterion, scenes: Scenes, epochs: int, seed: int, advance: Callable[[], None]
+    model: nn.Module, criterion: Criterion, feed: Feed, plan: list[Tensor], seed: int, advance: Callable[[], None]
 ) -> None:
     """Trains the model in place and leaves it in eval mode; `advance` is called after every step.
 
-    AdamW with a one-cycle schedule. The seed fixes the batches and their order, so that two students trained with
-    the same seed see the same images at every step, whatever their criterion.
+    AdamW with a one-cycle schedule. The seed fixes what the feed draws, so that two students trained with the same
+    plan and seed see the same images at every step, whatever their criterion.
     """
-    plan = batches(len(scenes.images), epochs, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _steps(model, criterion, feed, plan, advance)
+    model.eval()
+
+
+def _steps(model: nn.Module, criterion: Criterion, feed: Feed, plan: list[Tensor], advance: Callable[[], None]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=len(plan))
     model.train()
     for batch in plan:
-        images, labels = scenes.images[batch], scenes.labels[batch]
-        loss = criterion(model(images), labels)
+        images, targets = feed(batch)
+        loss = criterion(model(images), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         advance()
-    model.eval()

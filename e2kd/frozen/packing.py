@@ -97,8 +97,8 @@ class Packing:
         return Taught(
             targets[:, LABEL_AT],
             torch.where(ours[:, None], logits, torch.nan),
-            maps.reshape(-1, *self.map_shape),
-            valid.reshape(-1, 1, height, width),
+            maps.reshape(len(targets), *self.map_shape),
+            valid.reshape(len(targets), 1, height, width),
             targets[:, CLASS_AT],
         )
 

@@ -44,8 +44,8 @@ REFUSED = {
     "timm.AugMixAugment": "it blends images that were moved differently. Take RandAugment, 'rand-m9-mstd0.5-inc1'.",
 }
 UNKNOWN = (
-    "where it moves pixels is not known. If it changes how pixels look but not where they are, say so: "
-    "e2kd.frozen.recording.AppearanceOnly({name}). If not, leave it out, or augment whole batches with JointAugmentation."
+    "where it moves pixels is not known. If it changes how pixels look but not where they are, say so with "
+    "e2kd.frozen.recording.AppearanceOnly({name}). If not, leave it out, or augment batches with JointAugmentation."
 )
 OLD_POLICY = "what it draws can't be seen. Take torchvision.transforms.v2.{name}, which draws from the same policy."
 

@@ -103,8 +103,8 @@ def check_deterministic(source: Source) -> Sample:
     """The first sample, read twice; a ValueError when the two differ, a TypeError for a stream without numbers."""
     if isinstance(source.dataset, IterableDataset) or not hasattr(source.dataset, "__getitem__"):
         raise TypeError(
-            f"Expected a data set whose samples have numbers, but {type(source.dataset).__name__} is a stream. Write its "
-            "samples to disk, or wrap it in a data set with __len__ and __getitem__."
+            f"Expected a data set whose samples have numbers, but {type(source.dataset).__name__} is a stream. Write "
+            "its samples to disk, or wrap it in a data set with __len__ and __getitem__."
         )
     if not len(source):
         raise ValueError("Expected a data set with at least one sample, but it is empty.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+CLASSES = 10
+NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std that the shared networks expect
+MEAN, STD = (torch.tensor(v)[:, None, None] for v in NORMALIZATION)
 
 
 class Block(nn.Module):
@@ -41,7 +44,7 @@ class ResNet(nn.Module):
             nn.Sequential(*(Block(i if n == 0 else o, o, s if n == 0 else 1) for n in range(blocks)))
             for i, o, s in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
         )
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
@@ -56,12 +59,28 @@ def pretrained(path: Path, blocks: int) -> ResNet:
     return model.eval()
 
 
+def labels_of(path: Path) -> Tensor:
+    """The labels [N] of a file."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("labels")
+
+
+def pixels(path: Path, chosen: Iterable[int]) -> Tensor:
+    """Images at these places of a file, decoded: [B, 3, 32, 32] uint8."""
+    with safe_open(path, "pt") as file:
+        offsets, jpeg = file.get_tensor("offsets"), file.get_tensor("jpeg").numpy()
+    decoded = [Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes())) for i in chosen]
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in decoded]))
+    return stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Images as the networks expect them, from pixels [B, 3, h, w] uint8 or from [0, 1]."""
+    return ((images if images.is_floating_point() else images / 255) - MEAN) / STD
+
+
 def images(path: Path, per_class: int) -> tuple[Tensor, Tensor]:
     """The first images of every class, normalised [N, 3, 32, 32], and their labels [N]."""
-    with safe_open(path, "pt") as file:
-        labels, offsets = file.get_tensor("labels"), file.get_tensor("offsets")
-        jpeg = file.get_tensor("jpeg").numpy()
-    chosen = [int(i) for c in range(10) for i in (labels == c).nonzero().flatten()[:per_class]]
-    decoded = [Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes())) for i in chosen]
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in decoded]))
-    return (pixels.permute(0, 3, 1, 2) / 255 - MEAN) / STD, labels[chosen]
+    labels = labels_of(path)
+    chosen = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(CLASSES)])
+    return normalized(pixels(path, chosen.tolist())), labels[chosen]

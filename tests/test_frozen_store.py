@@ -136,7 +136,7 @@ def test_top_logits_lose_only_how_the_rest_is_shared() -> None:
 
 
 def test_equal_logits_are_ranked_by_class() -> None:
-    logits = torch.tensor([[0.0, -0.0, 2.0, 2.0, 0.0], [-1.0, -1.0, -1.0, -3.0, -1.0]])
+    logits = torch.tensor([[-0.0, 0.0, 2.0, 2.0, 0.0], [-1.0, -1.0, -1.0, -3.0, -1.0]])
     stored = Record(5, top=3).encode(logits, None, torch.zeros(2, dtype=torch.long), ids(2))
     assert stored["top_classes"].tolist() == [[2, 3, 0], [0, 1, 2]]
 

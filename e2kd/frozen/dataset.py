@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from e2kd.frozen.geometry import follow, framed, geometry
+from e2kd.frozen.geometry import composed, follow, framed
 from e2kd.frozen.matching import match_rows
 from e2kd.frozen.recording import Recorder
 from e2kd.frozen.samples import image_and_label, pixel_hash
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.taught import Taught
 
+READINGS = 3  # of the first sample: one flip in two passes two readings half of the time
+
+UNSTEADY = (
+    "The data set gives another image each time it is asked for sample 0, so it has a random transform of its own, which "
+    "the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."
+)
 NOT_RECORDED = (
     "pack=True needs the whole transform here, where it is followed: {came}. Give FrozenDataset transform=, up to a "
     "tensor or an array, or let timm's create_loader set it (without aug_splits and input_size_choices, which change "
@@ -72,6 +78,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
     ) -> None:
         self.dataset, self.frozen, self.pack = dataset, frozen, pack
         self.matched = match_rows(dataset, frozen, ids, match)
+        _check_steady(dataset, frozen)
         self.transform = transform
 
     @property
@@ -117,10 +124,18 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         images, steps = zip(*map(self._recorder, originals), strict=True)
         if not maps.numel():
             return list(images), maps, everywhere
-        return list(images), *follow(maps, list(map(geometry, steps, frames)))
+        return list(images), *follow(maps, list(map(composed, steps, frames)))
 
     def _packed(self, taught: Taught, image: Any) -> Tensor:
         if self._recorder is None or not isinstance(image, (Tensor, np.ndarray)):
             came = "there is none" if self._recorder is None else f"this one gives {type(image).__name__}"
             raise ValueError(NOT_RECORDED.format(came=came))
         return self.frozen.packing.pack(taught, image)
+
+
+def _check_steady(dataset: Any, frozen: FrozenTeacher) -> None:
+    """Raise a ValueError for a data set whose images change from one reading to the next."""
+    if len(dataset):
+        first, *others = (frozen.view(image_and_label(dataset[0])[0]) for _ in range(READINGS))
+        if not all(torch.equal(first, other) for other in others):
+            raise ValueError(UNSTEADY)

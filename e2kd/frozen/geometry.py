@@ -90,7 +90,7 @@ def size_of(image: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def geometry(steps: Sequence[Step], frame: Matrix) -> Geometry:
+def composed(steps: Sequence[Step], frame: Matrix) -> Geometry:
     """The geometry of all steps together.
 
     Args:
@@ -98,7 +98,7 @@ def geometry(steps: Sequence[Step], frame: Matrix) -> Geometry:
         frame: the original image -> canonical image, between unit squares.
 
     >>> mirror = Step(box(1, 0, -1, 1))
-    >>> geometry([mirror, mirror], np.eye(3)).matrix.tolist()
+    >>> composed([mirror, mirror], np.eye(3)).matrix.tolist()
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
     matrix, frames, holes = np.eye(3), [], []
@@ -121,7 +121,7 @@ def follow(maps: Tensor, geometries: Sequence[Geometry]) -> tuple[Tensor, Tensor
     Returns:
         Maps [B, C, h, w] and shares [B, 1, h, w], as `warp_by_matrix` gives them.
 
-    >>> mirror = geometry([Step(box(1, 0, -1, 1))], np.eye(3))
+    >>> mirror = composed([Step(box(1, 0, -1, 1))], np.eye(3))
     >>> follow(torch.tensor([[[[1., 2.]]]]), [mirror])[0]
     tensor([[[[2., 1.]]]])
     """

@@ -24,8 +24,8 @@ NAMES = {
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught"],
-    ["similarity", "layout", "outputs", "modes", "warping", "distance", "perturb"],
-    ["logits", "comparing"],
+    ["similarity", "layout", "outputs", "modes", "warping", "distance"],
+    ["logits", "comparing", "perturb"],
     ["probe", "probing", "explainers", "classes", "tasks"],
     ["lessons"],
     ["guards"],

@@ -1,4 +1,4 @@
-"""Distance statistics: the papers' own numbers, the dcor package, exactness, properties, streaming, degenerate data."""
+"""Distance statistics: the papers' own numbers, the dcor package, exactness, properties, streaming, bad input."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class TestDistances:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
     def test_memory_is_that_of_a_chunk(self) -> None:
-        """The n x n x d tensor of this batch would be 3.3 GB, a float64 copy 0.1 GB: a fresh process tells the peak."""
+        """The n x n x d tensor of this batch would take 3.3 GB, a float64 copy 0.1 GB; a fresh process shows it."""
         code = (
             "import resource, torch; from e2kd.distance import distance_matrix as f; x = torch.rand(64, 200_000); "
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; f(x[:, :1000]); before = peak(); "

@@ -27,7 +27,7 @@ LAYERS = [
     ["errors", "version", "taught", "graph"],
     ["similarity", "layout", "outputs", "modes", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages"],
-    ["logits", "comparing", "augment"],
+    ["logits", "comparing", "augment", "perturb"],
     ["probe", "probing", "explainers", "classes", "tasks"],
     ["lessons"],
     ["guards"],

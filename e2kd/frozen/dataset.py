@@ -20,8 +20,8 @@ from e2kd.taught import Taught
 READINGS = 3  # of the first sample: one flip in two passes two readings half of the time
 
 UNSTEADY = (
-    "The data set gives another image each time it is asked for sample 0, so it has a random transform of its own, which "
-    "the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."
+    "The data set gives another image each time it is asked for sample 0, so it has a random transform of its own, "
+    "which the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."
 )
 NOT_RECORDED = (
     "pack=True needs the whole transform here, where it is followed: {came}. Give FrozenDataset transform=, up to a "

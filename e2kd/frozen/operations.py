@@ -161,7 +161,8 @@ def _timm_policy(operation: Any, drawn: Drawn, source: Size, out: Size) -> Matri
 
 def _erased(operation: Any, drawn: Drawn, source: Size, out: Size) -> Matrix | None:
     top, left, height, width = list(drawn.result.values() if isinstance(drawn.result, dict) else drawn.result)[:4]
-    return None if (height, width) == source else box(left, top, width, height)
+    nothing = (height, width) == source or not height or not width  # a draw that failed erases nothing
+    return None if nothing else box(left, top, width, height)
 
 
 def _values(drawn: Drawn, *names: str) -> tuple[Any, ...]:

@@ -168,7 +168,10 @@ class _Slate:
     def __setitem__(self, where: Any, values: Any) -> None:
         self.image[where] = values
         rows, columns = where[1:]
-        erased = box(columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if not height or not width:
+            return
+        erased = box(columns.start, rows.start, width, height)
         _steps.get().append(Step(inverse(in_units(erased, size_of(self.image))), erases=True))
 
 

@@ -48,13 +48,20 @@ def differences(found: dict[str, Any]) -> str:
 
 
 def cost() -> str:
-    """Time and peak memory of a step, as ratios to plain KD."""
-    found = results("step_cpu")
+    """Time and peak memory of a step, as ratios to plain KD; a second table for compiled students, once measured."""
+    parts = [_cost("step_cpu", '"Two forwards" is the way of CAM libraries.')]
+    if (RESULTS / "step_cpu_compiled.json").exists():
+        parts.append(_cost("step_cpu_compiled", "Every student, that of the KD step too, under `torch.compile`."))
+    return "\n\n".join(parts)
+
+
+def _cost(name: str, remark: str) -> str:
+    found = results(name)
     rows = found["rows"]
     note = (
         f"Medians of {rows[0]['rounds']} interleaved rounds, batch {rows[0]['batch']} at {rows[0]['size']}, float32, "
         f"{found['environment']['cpus']} CPU cores; each ratio to a hand-written KD step of the same run (1.000x): "
-        f'`{found["command"]}`. "Two forwards" is the way of CAM libraries.'
+        f"`{found['command']}`. {remark}"
     )
     return f"{step.table(rows)}\n\n{note}"
 

@@ -88,6 +88,29 @@ def test_equal_the_papers_networks(shared: Callable[[str], Path], name: str) -> 
         assert_equal(gradient, golden[f"d2.{key}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("convnext_pn", lambda: bcos.BcosConvNeXt((1, 2), (4, 8), 5)),
+        ("convnext_bnu", lambda: bcos.BcosConvNeXt((1, 2), (4, 8), 5, norm=BatchNormUncentered2d)),
+        (
+            "resnext",
+            lambda: bcos.BcosResNet(
+                Bottleneck, (1, 1, 1), 5, width=4, groups=2, group_width=16, small_images=True, max_out=2
+            ),
+        ),
+    ],
+)
+def test_equal_networks_of_the_bcos_package(name: str, build: Callable[[], nn.Module]) -> None:
+    """Logits and W(x) by the package `bcos` 0.1.3, for what the papers' fixtures leave out."""
+    golden = part(load_file(Path(__file__).parent / "golden" / "bcos.safetensors"), f"{name}.")
+    model = build().double().eval()
+    model.load_state_dict(part(golden, "state."))
+    logits, w = explained(model, golden["x"].requires_grad_(), golden["class"])
+    assert_equal(logits, golden["logits"])
+    assert_equal(w, golden["W"])
+
+
 def test_equal_a_whole_training_step_of_the_paper(shared: Callable[[str], Path]) -> None:
     """One pass of the student, in train mode, gives logits, W(x) and all gradients of KD + 5 e²KD."""
     golden = load_file(shared("golden/e2kd/e2kd_bcos_step.safetensors"))

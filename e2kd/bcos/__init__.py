@@ -7,6 +7,7 @@ from e2kd.bcos.convolution import BcosConv2d
 from e2kd.bcos.densenet import BcosDenseNet, densenet121, densenet161, densenet169, densenet201
 from e2kd.bcos.encoding import GELU, AddInverse, LogitLayer
 from e2kd.bcos.linear import BcosLinear
+from e2kd.bcos.loading import load_official
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d, GroupNorm2d, LayerNorm, LayerNorm2d, PositionNorm2d
 from e2kd.bcos.resnet import (
@@ -54,6 +55,7 @@ __all__ = [
     "densenet169",
     "densenet201",
     "explanation_mode",
+    "load_official",
     "resnet18",
     "resnet20",
     "resnet32",

@@ -24,7 +24,7 @@ NAMES = {
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught"],
-    ["similarity", "layout", "outputs", "modes", "warping", "distance"],
+    ["similarity", "layout", "outputs", "modes", "warping", "distance", "targets"],
     ["logits", "comparing", "perturb"],
     ["probe", "probing", "explainers", "classes", "tasks"],
     ["lessons"],
@@ -33,10 +33,10 @@ LAYERS = [
     ["heads"],
     ["plans"],
     ["views"],
-    ["capture", "inspection"],
-    ["student", "teacher"],
+    ["capture", "inspection", "readings"],
+    ["student", "teacher", "unique"],
     ["losses", "transfer"],
-    ["dryrun"],
+    ["dryrun", "companions"],
     ["demo", "cli"],
 ]
 HEAVY = ("timm", "torchvision", "transformers", "accelerate", "kornia", "torchmetrics", "matplotlib", "sklearn")

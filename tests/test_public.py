@@ -25,7 +25,7 @@ NAMES = {
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught", "graph"],
-    ["similarity", "layout", "outputs", "modes", "regions", "kernels", "bcos", "distance"],
+    ["similarity", "layout", "outputs", "modes", "regions", "kernels", "bcos", "distance", "targets"],
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb"],
     ["probe", "probing", "explainers", "classes", "tasks"],
@@ -36,10 +36,10 @@ LAYERS = [
     ["narrow"],
     ["plans"],
     ["views"],
-    ["capture", "inspection"],
-    ["student", "teacher"],
-    ["losses", "frozen"],
-    ["dryrun"],
+    ["capture", "inspection", "readings"],
+    ["student", "teacher", "unique"],
+    ["losses", "frozen", "transfer"],
+    ["dryrun", "companions"],
     ["demo", "commands"],
     ["cli"],
 ]

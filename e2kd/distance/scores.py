@@ -87,13 +87,17 @@ class DistanceSums:
                 raise ValueError(f"Expected features [n, d], but got {list(x.shape)}. Flatten maps: x.flatten(1).")
         check_batches(*features.values())
         with torch.no_grad():
-            distances = torch.stack([distance_matrix(x) for x in features.values()])
-            centred = u_center(distances)
+            return cls.of_distances(**{name: distance_matrix(x) for name, x in features.items()})
+
+    @classmethod
+    def of_distances(cls, **distances: Tensor) -> DistanceSums:
+        """One batch of named distance matrices, each [n, n]."""
+        with torch.no_grad():
+            stacked = torch.stack(list(distances.values()))
+            centred = u_center(stacked)
             rows = torch.einsum("aij,bij->iab", centred, centred)
-        n = distances.shape[-1]
-        flaws = [_flaw(d, p) for d, p in zip(distances, centred, strict=True)]
-        sizes = torch.tensor([n], device=rows.device)
-        return cls(tuple(features), rows, sizes, torch.tensor([flaws], device=rows.device))
+        flaws = torch.tensor([[_flaw(d, p) for d, p in zip(stacked, centred, strict=True)]])
+        return cls(tuple(distances), rows, torch.tensor([len(rows)]).to(rows.device), flaws.to(rows.device))
 
     def __add__(self, other: DistanceSums) -> DistanceSums:
         """The batches of both."""
@@ -125,7 +129,8 @@ class DistanceSums:
         statistic = unbiased_of if given is None else partial_of if partial else semi_partial_of
         value, error = averaged(statistic, rows, sizes) if mean else pooled(statistic, rows)
         if value != value:
-            return self._undefined(f"what {x} and {y} share with {given} is all there is", sizes)
+            lost = x if semi_partial_of(rows.sum(0)).isnan() else y
+            return self._undefined(f"{lost} differs from {given} by nothing but scale", sizes)
         spread = null_spread(*sizes, partial=partial, mean=mean)
         return Score(value, error, spread, sum(sizes), len(sizes), len(self.sizes) - len(sizes))
 

@@ -159,7 +159,7 @@ def test_half_a_file_and_other_networks_are_named(tiny: nn.Module, tmp_path: Pat
     state.pop("fc.linear.weight")
     cases: dict[str, tuple[Any, str]] = {
         "cut": (state, "lacks 'fc.linear.weight'"),
-        "standard": ({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}, "biases are those of a standard network"),
+        "standard": ({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}, "biases are those of a standard"),
         "nothing": ({"epoch": 3}, "found 0 tensors"),
         "list": ([torch.ones(1)], "found a list"),
         "odd vit": (bcos.bcos_vit(8, 1, 2, 5).state_dict(), "divisible by 64"),

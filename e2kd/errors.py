@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class NoEffectWarning(UserWarning):
@@ -32,3 +33,28 @@ def shape(tensor_shape: Iterable[int]) -> str:
     '[2, 3]'
     """
     return "[" + ", ".join(str(n) for n in tensor_shape) + "]"
+
+
+@contextmanager
+def taking_images(who: str, model: object, images: Iterable[int], advice: str) -> Iterator[None]:
+    """Says which model it was that could not take images of a shape.
+
+    Args:
+        who: its role, such as "teacher".
+        model: the model itself.
+        images: their shape.
+        advice: what to do.
+
+    >>> with taking_images("teacher", "net", (2, 3), "Use others."):
+    ...     raise IndexError("too few dimensions")
+    Traceback (most recent call last):
+    ValueError: The teacher str can't take images [2, 3]: too few dimensions. Use others.
+    """
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"The {who} {type(model).__name__} can't take images {shape(images)}: {error}. {advice}"
+        ) from error

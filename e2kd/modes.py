@@ -39,6 +39,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements")
 
 
+def device_of(module: nn.Module, other: torch.device) -> torch.device:
+    """Where a module's parameters are; `other` if it has none."""
+    return next((p.device for p in module.parameters()), other)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode afterwards."""

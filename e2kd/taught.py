@@ -58,6 +58,16 @@ class Taught(_Fields):
         return self.maps.numel() > 0
 
 
+def all_known(maps: Tensor) -> Tensor:
+    """The `valid` of maps [B, C, h, w] of which every cell is known, [B, 1, h, w].
+
+    >>> import torch
+    >>> all_known(torch.zeros(2, 6, 3, 3)).shape
+    torch.Size([2, 1, 3, 3])
+    """
+    return maps.new_ones(len(maps), 1, *maps.shape[-2:])
+
+
 def labels_of(targets: Any) -> Any:
     """The labels alone, of targets with or without lessons.
 

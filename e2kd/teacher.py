@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.errors import UnsupportedModel, shape
+from e2kd.errors import taking_images
 from e2kd.explainers import Explainer
 from e2kd.inspection import inspect
 from e2kd.lessons import Lesson
-from e2kd.modes import dtype_of, evaluating, unwrap
+from e2kd.modes import device_of, dtype_of, evaluating, unwrap
 from e2kd.outputs import logits_of
 
 Normalization = tuple[Sequence[float], Sequence[float]]
+
+OTHER_IMAGES = "Give its input size through teacher_size=, or use a teacher for images of this kind."
 
 
 class Teacher:
@@ -64,18 +66,8 @@ class Teacher:
 
         return Lesson(view.logits.detach(), explain)
 
-    @contextmanager
-    def _explained(self, images: Tensor) -> Iterator[None]:
-        """Says that it was the teacher that could not take the images."""
-        try:
-            yield
-        except UnsupportedModel:
-            raise
-        except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"The teacher {type(self.model).__name__} can't take images {shape(images.shape)}: {error}. "
-                "Give its input size through teacher_size=, or use a teacher for images of this kind."
-            ) from error
+    def _explained(self, images: Tensor) -> AbstractContextManager[None]:
+        return taking_images("teacher", self.model, images.shape, OTHER_IMAGES)
 
     def prepared(self, images: Tensor) -> Tensor:
         """The student's images as the teacher expects them: its device, normalisation and size."""
@@ -89,7 +81,7 @@ class Teacher:
         return images
 
     def _move_to(self, device: torch.device) -> None:
-        where = next((p.device for p in self.model.parameters()), device)
+        where = device_of(self.model, device)
         if where == device:
             return
         if not self.owned:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
-from e2kd.errors import UnsupportedModel, shape
+from e2kd.errors import shape, taking_images
 from e2kd.readings import LayerReading, Reading, read
 from e2kd.targets import label_features
 from e2kd.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
 
 FEW = 16  # images below which a map says more about its companions than about its image
+
+OTHER_IMAGES = "Pass the same pictures as it expects them: images= for the student, base_images= for the base."
 
 
 @dataclass(frozen=True)
@@ -246,15 +248,8 @@ def _names(layers: Sequence[str | tuple[str, str]] | None) -> tuple[list[str] | 
 
 
 def _read(who: str, model: nn.Module, images: Tensor, names: list[str] | None, options: dict[str, Any]) -> Reading:
-    try:
+    with taking_images(who, model, images.shape, OTHER_IMAGES):
         return read(model, images, names, **options)
-    except UnsupportedModel:
-        raise
-    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"The {who} {type(model).__name__} can't take images {shape(images.shape)}: {error}. "
-            "Pass the same pictures as it expects them: images= for the student, base_images= for the base."
-        ) from error
 
 
 def _check(student: Reading, base: Reading) -> None:

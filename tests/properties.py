@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from reference import Case, cosine, gradient, reference_step
 from torch import Tensor, nn
+
+import e2kd
 
 
 def assert_matches_finite_difference(loss: Callable[[], Tensor], model: nn.Module, eps: float = 1e-6) -> None:
@@ -53,3 +56,17 @@ def assert_permutation_equivariant(similarity: Callable[[Tensor, Tensor], Tensor
     """The order of the batch does not matter."""
     order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(similarity(a[order], b[order]), similarity(a, b)[order])
+
+
+def assert_bfloat16_has_the_float32_direction(
+    on: Case, teach: Callable[[nn.Module, Case], e2kd.E2KDLoss]
+) -> e2kd.E2KDLoss:
+    """A step under autocast points where the reference's float32 step does; the criterion it was taken with."""
+    _, wanted = reference_step(on.copy(), on)
+    student = on.copy()
+    criterion = teach(student, on)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(student(on.images), on.targets)
+    loss.backward()
+    assert cosine(gradient(student), wanted) > 0.99
+    return criterion

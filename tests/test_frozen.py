@@ -665,6 +665,8 @@ def test_freeze_verify_and_inspect_on_a_folder_of_photographs(
     assert "verdict" in said
     assert main(["freeze", *teacher, "--out", cache, "--view", "64"]) == 2
     assert "view.size" in capsys.readouterr().err
+    assert main(["freeze", *teacher, "--out", cache, "--explainer", "inputgradient", "--layer", "x"]) == 2
+    assert "reads no layer" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "Was freeze run?" in capsys.readouterr().err
 

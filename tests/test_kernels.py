@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import CLASSES, Case, case, cosine, error, gradient, lively, reference_step
+from properties import assert_bfloat16_has_the_float32_direction
+from reference import CLASSES, Case, case, error, gradient, lively, reference_step
 from timm.models.crossvit import CrossVit
 from timm.models.pit import PoolingVisionTransformer
 from torch import Tensor, nn
@@ -88,14 +89,7 @@ def test_step_is_exact(name: str) -> None:
 
 @every
 def test_step_under_bfloat16_autocast_has_the_float32_direction(name: str) -> None:
-    on = made(name, torch.float32)
-    _, wanted = reference_step(on.copy(), on)
-    student = on.copy()
-    criterion = teach(student, on)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = criterion(student(on.images), on.targets)
-    loss.backward()
-    assert cosine(gradient(student), wanted) > 0.99
+    assert_bfloat16_has_the_float32_direction(made(name, torch.float32), teach)
 
 
 def _fused(outputs: Tensor, images: Tensor) -> bool:

@@ -12,8 +12,8 @@ import torch
 import torchvision
 import transformers as hf
 from nets import TinyViT, pair
-from properties import assert_matches_finite_difference
-from reference import CLASSES, Case, case, cosine, error, gradient, lively, reference_step
+from properties import assert_bfloat16_has_the_float32_direction, assert_matches_finite_difference
+from reference import CLASSES, Case, case, error, gradient, lively, reference_step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -302,14 +302,7 @@ def test_step_in_host_is_exact(host: str) -> None:
 
 
 def test_step_under_bfloat16_autocast_has_the_float32_direction() -> None:
-    on = made("vit").to(torch.float32)
-    _, wanted = reference_step(on.copy(), on)
-    student = on.copy()
-    criterion = teach(student, on)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = criterion(student(on.images), on.targets)
-    loss.backward()
-    assert cosine(gradient(student), wanted) > 0.99
+    criterion = assert_bfloat16_has_the_float32_direction(made("vit").to(torch.float32), teach)
     assert criterion.student.way == "narrow"
 
 

@@ -9,6 +9,13 @@ from torch import Tensor, nn
 Layer = Callable[..., nn.Module]
 
 
+def init_convolutions(model: nn.Module, init: Callable[[Tensor], object]) -> None:
+    """Fill the weight of every convolution."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            init(module.weight)
+
+
 class DropPath(nn.Module):
     """Leaves out the whole branch for a random share of the samples while training, scaled to keep the mean.
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.bcos.blocks import DropPath, Layer, rising
+from e2kd.bcos.blocks import DropPath, Layer, init_convolutions, rising
 from e2kd.bcos.convolution import BcosConv2d
-from e2kd.bcos.encoding import LogitLayer, uniform_bias
+from e2kd.bcos.encoding import LogitLayer
 from e2kd.bcos.norms import PositionNorm2d
 
 
@@ -77,10 +77,8 @@ class BcosConvNeXt(nn.Module):
             entering = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(norm(entering), conv(entering, num_classes))
-        self.logit_layer = LogitLayer(uniform_bias(num_classes) if logit_bias is None else logit_bias)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+        self.logit_layer = LogitLayer.of(num_classes, logit_bias)
+        init_convolutions(self, partial(nn.init.trunc_normal_, std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> logits [B, K]."""

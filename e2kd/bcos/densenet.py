@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.bcos.blocks import Layer
+from e2kd.bcos.blocks import Layer, init_convolutions
 from e2kd.bcos.convolution import BcosConv2d
-from e2kd.bcos.encoding import LogitLayer, uniform_bias
+from e2kd.bcos.encoding import LogitLayer
 from e2kd.bcos.norms import BatchNormUncentered2d
 
 
@@ -104,10 +104,8 @@ class BcosDenseNet(nn.Module):
             channels += depth * growth
         self.features.add_module("norm5", norm(channels))
         self.classifier = conv(channels, num_classes)
-        self.logit_layer = LogitLayer(uniform_bias(num_classes) if logit_bias is None else logit_bias)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+        self.logit_layer = LogitLayer.of(num_classes, logit_bias)
+        init_convolutions(self, nn.init.kaiming_normal_)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> logits [B, K]."""

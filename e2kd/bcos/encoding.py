@@ -46,6 +46,15 @@ class LogitLayer(nn.Module):
         super().__init__()
         self.bias, self.temperature = bias, temperature
 
+    @classmethod
+    def of(cls, classes: int, bias: float | None) -> LogitLayer:
+        """The layer of a network with so many classes; `uniform_bias` if there is no bias.
+
+        >>> LogitLayer.of(10, None), LogitLayer.of(10, 1.0)
+        (LogitLayer(bias=-2.1972, temperature=1.0), LogitLayer(bias=1.0000, temperature=1.0))
+        """
+        return cls(uniform_bias(classes) if bias is None else bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
         return (x if self.temperature == 1 else x / self.temperature) + self.bias

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from e2kd.bcos.blocks import BasicBlock, Bottleneck, Layer, rising
+from e2kd.bcos.blocks import BasicBlock, Bottleneck, Layer, init_convolutions, rising
 from e2kd.bcos.convolution import BcosConv2d
-from e2kd.bcos.encoding import LogitLayer, uniform_bias
+from e2kd.bcos.encoding import LogitLayer
 from e2kd.bcos.norms import BatchNormUncentered2d
 
 
@@ -67,10 +67,8 @@ class BcosResNet(nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.fc = conv(entering, num_classes)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.logit_layer = LogitLayer(uniform_bias(num_classes) if logit_bias is None else logit_bias)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.logit_layer = LogitLayer.of(num_classes, logit_bias)
+        init_convolutions(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> features before the classifier [B, C, h, w]."""

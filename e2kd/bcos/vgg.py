@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from e2kd.bcos.blocks import Layer
+from e2kd.bcos.blocks import Layer, init_convolutions
 from e2kd.bcos.convolution import BcosConv2d
-from e2kd.bcos.encoding import LogitLayer, uniform_bias
+from e2kd.bcos.encoding import LogitLayer
 from e2kd.bcos.norms import BatchNormUncentered2d
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -62,10 +62,8 @@ class BcosVGG(nn.Module):
         self.classifier = nn.Sequential(
             conv(entering, hidden, 7, 1, 3), conv(hidden, hidden), conv(hidden, num_classes)
         )
-        self.logit_layer = LogitLayer(uniform_bias(num_classes) if logit_bias is None else logit_bias)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.logit_layer = LogitLayer.of(num_classes, logit_bias)
+        init_convolutions(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> logits [B, K]."""

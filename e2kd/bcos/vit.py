@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from e2kd.bcos.attention import Attention
 from e2kd.bcos.convolution import BcosConv2d
-from e2kd.bcos.encoding import LogitLayer, uniform_bias
+from e2kd.bcos.encoding import LogitLayer
 from e2kd.bcos.linear import BcosLinear
 from e2kd.bcos.norms import LayerNorm
 from e2kd.bcos.tokens import Encoder, Patches, conv_stem, positions
@@ -83,9 +83,9 @@ def bcos_vit(
     >>> bcos_vit(8, 1, 2, num_classes=5)(torch.rand(2, 6, 32, 32)).shape
     torch.Size([2, 5])
     """
-    bias = uniform_bias(num_classes) if logit_bias is None else logit_bias
     hidden = options.pop("hidden", 4 * dim)
-    return nn.Sequential(SimpleViT(dim, depth, heads, hidden, num_classes, **options), LogitLayer(bias))
+    network = SimpleViT(dim, depth, heads, hidden, num_classes, **options)
+    return nn.Sequential(network, LogitLayer.of(num_classes, logit_bias))
 
 
 def vit_ti(num_classes: int = 1000, **options: Any) -> nn.Sequential:

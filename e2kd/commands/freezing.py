@@ -7,7 +7,7 @@ from pathlib import Path
 
 from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
 
-EXPLAINERS = ("gradcam", "hirescam", "layercam", "inputgradient", "none")
+CHOICES = ("gradcam", "hirescam", "layercam", "inputgradient", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view", type=int, default=256, help="side that images are brought to before anything random")
     parser.add_argument("--fit", choices=("crop", "squash"), default="crop", help="cut to a square, or squeeze")
     parser.add_argument("--teacher-size", type=int, help="side the teacher expects; a timm model's own if not given")
-    parser.add_argument("--explainer", choices=EXPLAINERS, default="gradcam", help="none: logits alone")
+    parser.add_argument("--explainer", choices=CHOICES, default="gradcam", help="none: logits alone")
     parser.add_argument("--layer", help="dotted name; found if not given")
     parser.add_argument("--classes", choices=("teacher", "labels"), default="teacher", help="which class to explain")
     parser.add_argument("--top", type=int, help="store the largest logits alone, and the probability of the rest")
@@ -28,12 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Freezes; under a launcher each process its share."""
-    from e2kd import explainers
+    from e2kd.frozen.teacher import EXPLAINERS, explainer_named
     from e2kd.frozen.views import CanonicalView
     from e2kd.frozen.writing import freeze
 
-    kinds = {c.__name__.lower(): c for c in (explainers.HiResCAM, explainers.LayerCAM, explainers.GradCAM)}
-    explainer = kinds[args.explainer](args.layer) if args.explainer in kinds else explainers.InputGradient()
+    names = {name.lower(): name for name in EXPLAINERS}
+    if args.layer is not None and args.explainer in ("inputgradient", "none"):
+        raise ValueError(
+            f"--explainer {args.explainer} reads no layer, but --layer {args.layer} was given. Leave it out."
+        )
+    explainer = explainer_named(names[args.explainer], args.layer) if args.explainer in names else None
     dataset = make_dataset(args)
     frozen = freeze(
         make_teacher(args, dataset),

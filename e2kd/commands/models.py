@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,6 @@ def make_teacher(args: argparse.Namespace, dataset: Any) -> nn.Module:
 
 
 def _device(wanted: str | None) -> torch.device:
-    import os
-
     if wanted is not None:
         return torch.device(wanted)
     if not torch.cuda.is_available():

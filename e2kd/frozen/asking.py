@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.classes import choose
 from e2kd.explainers import Explainer, GradCAM
-from e2kd.modes import dtype_of
+from e2kd.modes import device_of, dtype_of
 from e2kd.similarity import pooled
 from e2kd.teacher import Normalization, Teacher, expected_normalization
 
@@ -78,14 +78,14 @@ class Asked:
     def explain(self, images: Tensor, classes: Tensor) -> Tensor:
         """Maps [B, C, h, w] of the classes [B] for images that are floating-point already: augmented ones."""
         assert self.explainer is not None
-        images = images.to(next((p.device for p in self.model.parameters()), images.device))
+        images = images.to(device_of(self.model, images.device))
         lesson = self.teacher.lesson(images, explaining=True)
         assert lesson.explain is not None
         return pooled(lesson.explain(classes.to(images.device), None), self.map_size).float().cpu()
 
     def prepared(self, images: Tensor) -> Tensor:
         """Canonical images as floating-point numbers on the teacher's device: pixels in [0, 1], others as they are."""
-        images = images.to(next((p.device for p in self.model.parameters()), images.device))
+        images = images.to(device_of(self.model, images.device))
         return images.to(dtype_of(self.model)) / 255 if self.pixels else images
 
 

@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from e2kd.frozen.geometry import composed, follow, framed
 from e2kd.frozen.matching import match_rows
 from e2kd.frozen.recording import Recorder
-from e2kd.frozen.samples import image_and_label, pixel_hash
+from e2kd.frozen.samples import first_image, image_and_label, pixel_hash
 from e2kd.frozen.teacher import FrozenTeacher
-from e2kd.taught import Taught
-
-READINGS = 3  # of the first sample: one flip in two passes two readings half of the time
+from e2kd.taught import Taught, all_known
 
 UNSTEADY = (
     "The data set gives another image each time it is asked for sample 0, so it has a random transform of its own, "
@@ -54,7 +51,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         ValueError: for a data set with other samples, another order, other classes, and for a transform that can't be
             followed; says which.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> from e2kd.frozen import freeze
     >>> net = torch.nn.Sequential(
     ...     torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
@@ -78,7 +75,8 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
     ) -> None:
         self.dataset, self.frozen, self.pack = dataset, frozen, pack
         self.matched = match_rows(dataset, frozen, ids, match)
-        _check_steady(dataset, frozen)
+        if len(dataset) and first_image(dataset, frozen.view) is None:
+            raise ValueError(UNSTEADY)
         self.transform = transform
 
     @property
@@ -117,13 +115,12 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
 
     def _augmented(self, originals: list[Any], views: list[Tensor], maps: Tensor) -> tuple[list[Any], Tensor, Tensor]:
         """The images, their maps and what of them is known."""
-        everywhere = torch.ones(len(maps), 1, *maps.shape[-2:])
         if self._recorder is None:
-            return views, maps, everywhere
+            return views, maps, all_known(maps)
         frames = [framed(self.frozen.view, image) for image in originals]
         images, steps = zip(*map(self._recorder, originals), strict=True)
         if not maps.numel():
-            return list(images), maps, everywhere
+            return list(images), maps, all_known(maps)
         return list(images), *follow(maps, list(map(composed, steps, frames)))
 
     def _packed(self, taught: Taught, image: Any) -> Tensor:
@@ -131,11 +128,3 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
             came = "there is none" if self._recorder is None else f"this one gives {type(image).__name__}"
             raise ValueError(NOT_RECORDED.format(came=came))
         return self.frozen.packing.pack(taught, image)
-
-
-def _check_steady(dataset: Any, frozen: FrozenTeacher) -> None:
-    """Raise a ValueError for a data set whose images change from one reading to the next."""
-    if len(dataset):
-        first, *others = (frozen.view(image_and_label(dataset[0])[0]) for _ in range(READINGS))
-        if not all(torch.equal(first, other) for other in others):
-            raise ValueError(UNSTEADY)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from e2kd.frozen.fingerprints import id_hash
 
+READINGS = 3
 IMAGE_KEYS = ("image", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "fine_label")
 
@@ -87,6 +89,15 @@ def hashes_of(names: Sequence[str]) -> np.ndarray:
         double = names[int(np.flatnonzero(hashes == values[counts > 1][0])[0])]
         raise ValueError(f"Expected every sample to have its own name, but {double!r} comes more than once.")
     return hashes
+
+
+def first_image(dataset: Any, view: Callable[[Any], Tensor]) -> Tensor | None:
+    """The canonical image of sample 0; None if it differs from one reading to the next.
+
+    It is read `READINGS` times: one flip in two passes two readings half of the time.
+    """
+    first, *others = (view(image_and_label(dataset[0])[0]) for _ in range(READINGS))
+    return first if all(torch.equal(first, other) for other in others) else None
 
 
 def pixel_hash(image: Tensor) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from e2kd.errors import shape
-from e2kd.frozen.samples import image_and_label, pixel_hash
+from e2kd.frozen.errors import listed
+from e2kd.frozen.samples import first_image, image_and_label, pixel_hash
 from e2kd.frozen.views import CanonicalView
 
 SHOWN = 10  # unreadable samples that a message lists
@@ -100,7 +101,7 @@ def _stacked(shard: int, samples: list[Sample | Unreadable]) -> Batch:
 
 
 def check_deterministic(source: Source) -> Sample:
-    """The first sample, read twice; a ValueError when the two differ, a TypeError for a stream without numbers."""
+    """The first sample; a ValueError when each reading is another image, a TypeError for a stream without numbers."""
     if isinstance(source.dataset, IterableDataset) or not hasattr(source.dataset, "__getitem__"):
         raise TypeError(
             f"Expected a data set whose samples have numbers, but {type(source.dataset).__name__} is a stream. Write "
@@ -108,20 +109,18 @@ def check_deterministic(source: Source) -> Sample:
         )
     if not len(source):
         raise ValueError("Expected a data set with at least one sample, but it is empty.")
-    first, again = source.read(0), source.read(0)
-    if not torch.equal(first.image, again.image):
+    if first_image(source.dataset, source.view) is None:
         raise ValueError(
             "The data set gives another image each time it is asked for sample 0, so it has a random transform. Freeze "
             "it without: random changes belong into JointAugmentation, which moves image and map together."
         )
-    return first
+    return source.read(0)
 
 
 def unreadable_message(unreadable: list[Unreadable], done: int, total: int) -> str:
     """What could not be read, what is kept, and how to go on."""
-    listed = "; ".join(f"sample {sample.row}: {sample.reason}" for sample in unreadable[:SHOWN])
-    more = f"; and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
+    said = listed([f"sample {sample.row}: {sample.reason}" for sample in unreadable], SHOWN)
     return (
-        f"{len(unreadable)} samples could not be read: {listed}{more}. {done} of {total} shards are finished and kept. "
+        f"{len(unreadable)} samples could not be read: {said}. {done} of {total} shards are finished and kept. "
         "Repair the files, or freeze a data set without them, and run freeze again: only missing shards are computed."
     )

@@ -31,6 +31,16 @@ NOT_TAUGHT = (
 )
 
 
+def explainer_named(name: str, layer: str | None = None) -> Explainer:
+    """One of `EXPLAINERS`, which read a layer or, without one, find it.
+
+    >>> explainer_named("GradCAM", "layer4")
+    GradCAM(layer='layer4')
+    """
+    explainer: Explainer = EXPLAINERS[name]() if layer is None else EXPLAINERS[name](layer)
+    return explainer
+
+
 class FrozenTeacher:
     """What a teacher says about every image of a data set, computed once by `freeze`.
 
@@ -93,8 +103,7 @@ class FrozenTeacher:
         explainer = self.plan["explainer"]
         if explainer is None or explainer["name"] not in EXPLAINERS:
             return None
-        found: Explainer = EXPLAINERS[explainer["name"]]()
-        return found
+        return explainer_named(explainer["name"])
 
     @property
     def choice(self) -> str:

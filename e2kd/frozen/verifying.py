@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from e2kd.comparing import compare
 from e2kd.explainers import Explainer
-from e2kd.frozen.asking import Asked
+from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.fingerprints import hash_weights
 from e2kd.frozen.matching import match_rows
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
-from e2kd.frozen.teacher import EXPLAINERS, Augmentation, FrozenTeacher
+from e2kd.frozen.teacher import EXPLAINERS, Augmentation, FrozenTeacher, explainer_named
 from e2kd.similarity import cosine, is_zero
-from e2kd.taught import Taught
+from e2kd.taught import Taught, all_known
 
 SAME_MAPS = 0.999  # cosine from which a recomputed map is the stored one; 8 bits alone cost 1e-4
 SAME_LOGITS = 0.01  # largest difference relative to the logits' spread; another device's rounding stays below
@@ -117,7 +117,7 @@ def verification(
     if frozen.explains:
         for name, augmentation in augmentations.items():
             torch.manual_seed(seed)
-            report.fidelity[name] = _fidelity(asked, augmentation, images, labels, stored)
+            report.fidelity[name] = _fidelity(asked, augmentation, images, stored)
     return report
 
 
@@ -127,8 +127,7 @@ def _asked(frozen: FrozenTeacher, model: nn.Module, example: Tensor, explainer: 
     if said is not None and explainer is None:
         if said["name"] not in EXPLAINERS:
             raise ValueError(f"The maps were made by {said['name']}. Pass it as explainer= to verify.")
-        kind = EXPLAINERS[said["name"]]
-        explainer = kind() if said["layer"] is None else kind(said["layer"])
+        explainer = explainer_named(said["name"], said["layer"])
     normalization = teacher["normalization"]
     return Asked(
         model,
@@ -137,7 +136,7 @@ def _asked(frozen: FrozenTeacher, model: nn.Module, example: Tensor, explainer: 
         frozen.choice,
         None if normalization is None else (normalization[0], normalization[1]),
         None if teacher["size"] is None else (teacher["size"][0], teacher["size"][1]),
-        (56, 56) if said is None else (said["map_size"][0], said["map_size"][1]),
+        (LARGEST, LARGEST) if said is None else (said["map_size"][0], said["map_size"][1]),
     )
 
 
@@ -166,22 +165,23 @@ def _compare_rows(
             report.problems.append("the live maps differ from the stored ones")
 
 
-def _fidelity(asked: Asked, augmentation: Augmentation, images: Tensor, labels: list[Any], stored: Rows) -> Fidelity:
+def _fidelity(asked: Asked, augmentation: Augmentation, images: Tensor, stored: Rows) -> Fidelity:
     same: list[Tensor] = []
     other: list[Tensor] = []
     for part in torch.arange(len(images)).split(CHUNK):
         if len(part) < 2:  # the last image has no other beside it
             continue
-        lesson = Taught(part, stored.logits[part], stored.maps[part], _whole(stored.maps[part]), stored.classes[part])
-        strangers = lesson._replace(maps=lesson.maps.roll(1, 0))
+        maps = stored.maps[part]
+        lesson = Taught(part, stored.logits[part], maps, all_known(maps), stored.classes[part])
+        strangers = lesson._replace(maps=maps.roll(1, 0))
         state = torch.get_rng_state()
         augmented, moved = augmentation(images[part], lesson)
         _check_range(images, augmented)
         torch.set_rng_state(state)
         _, wrong = augmentation(images[part], strangers)
         live = asked.explain(augmented, lesson.classes)
-        for found, maps in ((same, moved), (other, wrong)):
-            alike, dead = compare(cosine, live, maps.maps, (maps.maps.shape[-2], maps.maps.shape[-1]), moved.valid)
+        for found, cached in ((same, moved.maps), (other, wrong.maps)):
+            alike, dead = compare(cosine, live, cached, (cached.shape[-2], cached.shape[-1]), moved.valid)
             found.append(alike[~dead])
     return Fidelity(float(torch.cat(same).mean()), float(torch.cat(other).mean()), sum(map(len, same)))
 
@@ -194,7 +194,3 @@ def _check_range(images: Tensor, augmented: Tensor) -> None:
             f"{float(augmented.min()):.2f} to {float(augmented.max()):.2f}. Leave Normalize out of augmentations to "
             "verify: the teacher's own normalisation is applied."
         )
-
-
-def _whole(maps: Tensor) -> Tensor:
-    return torch.ones(len(maps), 1, *maps.shape[-2:])

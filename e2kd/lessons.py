@@ -55,5 +55,8 @@ class Prepared(Protocol):
     def choice(self) -> str:
         """Which class its maps explain, in the words of `E2KDLoss`: "teacher" or "labels"."""
 
-    def taught(self, targets: Any) -> Taught:
-        """The lessons that came with a batch in the labels' place."""
+    def taught(self, targets: Any, images: Tensor | None = None) -> Taught:
+        """The lessons that came with a batch in the labels' place, for the images that the student was given."""
+
+    def labels(self, targets: Any) -> Any:
+        """The labels alone, of targets with lessons or without."""

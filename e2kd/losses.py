@@ -199,7 +199,7 @@ class E2KDLoss(nn.Module):
         """
         logits = logits_of(outputs)
         if not self._teaching(logits):
-            return self._task(outputs, logits, labels_of(targets))
+            return self._task(outputs, logits, self._labels(targets))
         return self._scaled(self._teach(outputs, logits, targets), logits, num_items_in_batch)
 
     def _teaching(self, logits: Tensor) -> bool:
@@ -221,7 +221,7 @@ class E2KDLoss(nn.Module):
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
         record = self.student.record(logits)
-        taught = self._taught(targets)
+        taught = self._taught(targets, record.images)
         labels = targets if taught is None else taught.labels
         explaining = self.weight != 0 and self.step % self.every == 0
         self.step += 1
@@ -244,10 +244,13 @@ class E2KDLoss(nn.Module):
         self._parts = {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
         return loss
 
-    def _taught(self, targets: Any) -> Taught | None:
+    def _labels(self, targets: Any) -> Any:
+        return self.teacher.labels(targets) if isinstance(self.teacher, Prepared) else labels_of(targets)
+
+    def _taught(self, targets: Any, images: Tensor) -> Taught | None:
         """The lesson that came with the batch, None where the teacher is asked now."""
         if isinstance(self.teacher, Prepared):
-            return self.teacher.taught(targets)
+            return self.teacher.taught(targets, images)
         if isinstance(targets, Taught):
             raise ValueError(TAUGHT_FOR_LIVE)
         return None

@@ -503,6 +503,24 @@ def test_timms_workers_carry_lessons(photos: Path, frozen: e2kd.FrozenTeacher) -
     assert sorted(torch.cat([lessons.labels for lessons in batches]).tolist()) == [0] * 12 + [1] * 12
 
 
+def test_images_that_changed_after_the_loader_are_told_of_in_training(photos: Path, frozen: e2kd.FrozenTeacher) -> None:
+    """timm's prefetcher erases on the device, where no map can follow: the criterion itself says so."""
+    images, packed = next(iter(timm_loader(photos, frozen, re_prob=1.0)))
+    student, fresh = net(1, 4), e2kd.FrozenTeacher.open(frozen.store.folder)
+    criterion = e2kd.E2KDLoss(student, fresh, example=images)
+    with pytest.warns(UserWarning, match="erases on the device"):
+        criterion(student(images), packed)
+
+
+def test_packed_lessons_are_labels_to_an_evaluation(photos: Path, frozen: e2kd.FrozenTeacher) -> None:
+    images, packed = next(iter(timm_loader(photos, frozen)))
+    student = net(1, 4).eval()
+    criterion = e2kd.E2KDLoss(student, frozen, nn.CrossEntropyLoss(), example=images)
+    with torch.no_grad():
+        outputs = student(images)
+        assert torch.equal(criterion(outputs, packed), nn.CrossEntropyLoss()(outputs, frozen.labels(packed)))
+
+
 def test_a_step_with_packed_lessons_is_the_step_with_lessons(photos: Path, frozen: e2kd.FrozenTeacher) -> None:
     images, packed = next(iter(timm_loader(photos, frozen)))
     gradients = []

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Flags = NDArray[np.bool_]
+Floats = NDArray[Any]
 
 
 class Region(NamedTuple):
@@ -77,22 +82,24 @@ class View(NamedTuple):
         frames, holes = ([r.like(tensor) for r in part] for part in (self.frames, self.holes))
         return self._replace(grid=self.grid.to(tensor), frames=frames, holes=holes)
 
-    def upright(self) -> Tensor:
+    def upright(self) -> Flags:
         """Which samples see upright boxes, at most one of them a hole (two may overlap): bool [B]."""
         upright = keeps_axes(self.grid) & (len(self.holes) < 2)
         for region in (*self.frames, *self.holes):
             upright = upright & keeps_axes(region.matrices)
         return upright
 
-    def moved(self) -> Tensor:
+    def moved(self) -> Flags:
         """Which samples see the whole map cell by cell: as it is, flipped, in quarter turns: bool [B]."""
-        grid = self.grid / self.grid[:, 2:, 2:]
+        grid = array(self.grid)
+        grid = grid / grid[:, 2:, 2:]
         turn, offset = grid[:, :2, :2], grid[:, :2, 2]
-        out, cells = (turn.new_tensor([n[1], n[0]]) for n in (self.out, self.cells))
+        out, cells = (np.array([n[1], n[0]], grid.dtype) for n in (self.out, self.cells))
         whole = turn.round()
-        fits = (whole.abs().sum(1) == 1).all(1) & (whole.abs() @ out == cells).all(1)
-        drift = (turn - whole).abs().amax((1, 2)) * out.max() / 2 + (turn @ out / 2 + offset - cells / 2).abs().amax(1)
-        return fits & (drift + grid[:, 2, :2].abs().amax(1) * out.max() ** 2 < self.near)
+        fits = (np.abs(whole).sum(1) == 1).all(1) & (np.abs(whole) @ out == cells).all(1)
+        drift = np.abs(turn - whole).max((1, 2)) * out.max() / 2 + np.abs(turn @ out / 2 + offset - cells / 2).max(1)
+        moved: Flags = fits & (drift + np.abs(grid[:, 2, :2]).max(1) * out.max() ** 2 < self.near)
+        return moved
 
     def zoom(self) -> Tensor:
         """How many map cells an output cell is wide, where it is widest within the maps, [B]."""
@@ -147,7 +154,15 @@ def visible(frames: Sequence[Region], holes: Sequence[Region], x: Tensor, y: Ten
     return share
 
 
-def keeps_axes(matrices: Tensor) -> Tensor:
+def keeps_axes(matrices: Tensor) -> Flags:
     """Which homographies [B, 3, 3] leave horizontals horizontal and verticals vertical: bool [B]."""
-    off = matrices[:, (0, 1, 2, 2), (1, 0, 0, 1)].abs().amax(1)
-    return off <= 1e-9 * matrices[:, :2, :2].abs().amax((1, 2))
+    sizes = np.abs(array(matrices))
+    off = sizes[:, (0, 1, 2, 2), (1, 0, 0, 1)].max(1)
+    kept: Flags = off <= 1e-9 * sizes[:, :2, :2].max((1, 2))
+    return kept
+
+
+def array(tensor: Tensor) -> Floats:
+    """For arithmetic on a few numbers, of which NumPy does three in the time torch needs for one."""
+    found: Floats = tensor.detach().cpu().numpy()
+    return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from e2kd.regions import Region, View, project, visible
+from e2kd.regions import Flags, Floats, Region, View, array, project, visible
 
 SPECK = 1e-3  # share of a cell that is nothing: what rounding leaves of an erased map must not look like a map
 
@@ -91,29 +93,29 @@ def _scaling(like: Tensor, x: float, y: float) -> Tensor:
 def _warp_view(maps: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """Each sample the way it needs, so that no sample depends on its batch."""
     parts = _parts(view)
-    kinds = parts.unique().tolist()
+    kinds = sorted(set(parts.tolist()))
     if len(kinds) == 1:
         return _warp_alike(maps, view, kinds[0])
     warped = maps.new_empty(*maps.shape[:2], *view.out), maps.new_empty(len(maps), 1, *view.out)
     for kind in kinds:
-        rows = (parts == kind).nonzero()[:, 0]
+        rows = torch.from_numpy(np.flatnonzero(parts == kind))
         index = rows.to(maps.device)
         for whole, some in zip(warped, _warp_alike(maps[index], view.at(rows), kind), strict=True):
             whole[index] = some
     return warped
 
 
-def _parts(view: View) -> Tensor:
+def _parts(view: View) -> NDArray[np.int64]:
     """How many parts per axis stand for an output cell, [B]; 0 where the mean has a closed form.
 
     4 for each cell of a coarse map, 2 for each of a fine one, unless the view zooms out.
     """
     upright = view.upright()
     if upright.all():
-        return torch.zeros_like(upright, dtype=torch.int64)
+        return np.zeros(len(upright), np.int64)
     ratio = max(1.0, *(n / m for n, m in zip(view.cells, view.out, strict=True)))
-    many = (view.zoom() > 1.3 * ratio) | (max(view.cells) <= 20)
-    return torch.where(many, math.ceil(4 * ratio), math.ceil(2 * ratio)).where(~upright, 0)
+    many = (array(view.zoom()) > 1.3 * ratio) | (max(view.cells) <= 20)
+    return np.where(upright, 0, np.where(many, math.ceil(4 * ratio), math.ceil(2 * ratio)))
 
 
 def _warp_alike(maps: Tensor, view: View, parts: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +125,7 @@ def _warp_alike(maps: Tensor, view: View, parts: int) -> tuple[Tensor, Tensor]:
 def _by_sampling(maps: Tensor, view: View, s: int) -> tuple[Tensor, Tensor]:
     """Means over s x s parts of cells, each read at its centre and weighted with what of it is no fill."""
     (height, width), out = view.cells, view.out
-    spread = (~view.moved()).to(maps)[:, None]
+    spread = torch.from_numpy(~view.moved()).to(maps)[:, None]
     view = view.like(maps)
     parts = [(torch.arange(n * s, device=maps.device, dtype=maps.dtype) + 0.5) / s for n in out]
     inside = visible(view.frames, view.holes, parts[1][None, None], parts[0][None, :, None], 1 / s)
@@ -140,9 +142,9 @@ def _in_closed_form(maps: Tensor, view: View) -> tuple[Tensor, Tensor]:
 
     def product(regions: list[Region]) -> tuple[Tensor, Tensor]:
         columns, rows = (_means(view, axis, regions, moved, maps.shape[3 - axis]) for axis in (0, 1))
-        valid = rows.sum(2)[:, :, None] * columns.sum(2)[:, None]
-        rows, columns = rows.to(maps)[:, None], columns.to(maps)[:, None]
-        return rows @ maps @ columns.mT, valid[:, None].to(maps)
+        valid = rows.sum(2)[:, None, :, None] * columns.sum(2)[:, None, None]
+        means = _both_sides(torch.from_numpy(rows).to(maps), maps, torch.from_numpy(columns).to(maps))
+        return means, torch.from_numpy(valid).to(maps)
 
     warped, valid = product(view.frames)
     for hole in view.holes:
@@ -151,41 +153,51 @@ def _in_closed_form(maps: Tensor, view: View) -> tuple[Tensor, Tensor]:
     return warped, valid
 
 
-def _means(view: View, axis: int, regions: list[Region], moved: Tensor, cells: int) -> Tensor:
+def _both_sides(rows: Tensor, maps: Tensor, columns: Tensor) -> Tensor:
+    """rows [B, n, h] times each map [B, C, h, w] times columns [B, m, w] transposed; twice as fast as broadcasting."""
+    (batch, channels, height, width), n, m = maps.shape, rows.shape[1], columns.shape[1]
+    side_by_side = rows @ maps.transpose(1, 2).reshape(batch, height, channels * width)
+    stacked = side_by_side.view(batch, n * channels, width) @ columns.mT
+    return stacked.view(batch, n, channels, m).transpose(1, 2)
+
+
+def _means(view: View, axis: int, regions: list[Region], moved: Flags, cells: int) -> Floats:
     """Means along one axis of linear interpolation between cell centres, as matrices [B, n, cells].
 
     Interpolation is a sum of ramps, one between each two neighbouring centres; a ramp's integral is a parabola. Rows
     sum to the share of the output cell that lies in all regions. Where a map is moved, its centres are read.
     """
     scale, offset = _along(view.grid, axis)
-    edges = torch.arange(view.out[1 - axis] + 1, dtype=scale.dtype, device=scale.device).expand(len(scale), -1)
-    low, high = (part.clamp(*_interval(view.grid, regions, axis)) for part in (edges[:, :-1], edges[:, 1:]))
+    edges = np.tile(np.arange(view.out[1 - axis] + 1, dtype=scale.dtype), (len(scale), 1))
+    low, high = (part.clip(*_interval(regions, axis)) for part in (edges[:, :-1], edges[:, 1:]))
     share = (high - low)[:, :, None]
-    starts = torch.arange(cells - 1, dtype=scale.dtype, device=scale.device) + 0.5
+    starts = np.arange(cells - 1, dtype=scale.dtype) + 0.5
 
-    def into(position: Tensor) -> Tensor:
+    def into(position: Floats) -> Floats:
         return (scale * position + offset)[:, :, None] - starts
 
-    def integral(t: Tensor) -> Tensor:
-        return t.clamp(0, 1) ** 2 / 2 + (t - 1).clamp(min=0)
+    def integral(t: Floats) -> Floats:
+        found: Floats = t.clip(0, 1) ** 2 / 2 + (t - 1).clip(0)
+        return found
 
     averaged = (integral(into(high)) - integral(into(low))) / scale[:, :, None]
-    read = into(edges[:, :-1] + 0.5).clamp(0, 1) * share
-    ramps = torch.where(moved[:, None, None], read, averaged)
-    steps = torch.cat([share, ramps, torch.zeros_like(share)], 2)
-    return steps[:, :, :-1] - steps[:, :, 1:]
+    read = into(edges[:, :-1] + 0.5).clip(0, 1) * share
+    ramps = np.where(moved[:, None, None], read, averaged)
+    steps: Floats = np.concatenate([share, ramps, np.zeros_like(share)], 2)
+    return -np.diff(steps, axis=2)
 
 
-def _interval(like: Tensor, regions: list[Region], axis: int) -> tuple[Tensor, Tensor]:
+def _interval(regions: list[Region], axis: int) -> tuple[Floats, Floats]:
     """Where along one axis, in output cells, all regions have something: from, to, each [B, 1]."""
-    low, high = like.new_full((len(like), 1), -math.inf), like.new_full((len(like), 1), math.inf)
+    low, high = np.array([[-math.inf]]), np.array([[math.inf]])
     for region in regions:
         scale, offset = _along(region.matrices, axis)
-        ends = ((region.box[:, axis::2] - offset) / scale).sort(1).values
-        low, high = torch.maximum(low, ends[:, :1]), torch.minimum(high, ends[:, 1:])
+        ends = np.sort((array(region.box)[:, axis::2] - offset) / scale, 1)
+        low, high = np.maximum(low, ends[:, :1]), np.minimum(high, ends[:, 1:])
     return low, high
 
 
-def _along(matrices: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _along(matrices: Tensor, axis: int) -> tuple[Floats, Floats]:
     """Scale and offset along one axis of homographies that keep axes, each [B, 1]."""
-    return matrices[:, axis, axis, None] / matrices[:, 2, 2:], matrices[:, axis, 2:] / matrices[:, 2, 2:]
+    found = array(matrices)
+    return found[:, axis, axis, None] / found[:, 2, 2:], found[:, axis, 2:] / found[:, 2, 2:]

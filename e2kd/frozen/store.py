@@ -171,5 +171,7 @@ class Store:
 def _groups(shards: NDArray[np.int64]) -> list[tuple[int, NDArray[np.intp]]]:
     """Each shard that occurs in [B], and where."""
     order = np.argsort(shards, kind="stable")
-    cuts = np.flatnonzero(np.diff(shards[order])) + 1
-    return [(int(shards[where[0]]), where) for where in np.split(order, cuts) if len(where)]
+    found = shards[order]
+    starts = [0, *(np.flatnonzero(found[1:] != found[:-1]) + 1).tolist()] if len(found) else []
+    ends = [*starts[1:], len(found)]
+    return [(int(found[i]), order[i:k]) for i, k in zip(starts, ends, strict=bool(starts))]

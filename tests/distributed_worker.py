@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -112,6 +114,23 @@ def ddp(
             loss += term.detach()
         result |= {f"{key}{step}": value for key, value in _result(student, loss).items()}
     return result
+
+
+def frozen_ddp(name: str) -> Result:
+    """The ranks freeze half of the data set each, and train from the one cache."""
+    made, folder = joint_case(name), Path(sys.argv[2]) / f"cache-{name}"
+    data = TensorDataset(made.images, made.targets)
+    e2kd.freeze(made.teacher, data, folder, shard_rows=BATCH // RANKS, progress=False)
+    dist.barrier()
+    cache, student = e2kd.FrozenTeacher.open(folder), made.copy()
+    model = DistributedDataParallel(student)
+    criterion = e2kd.E2KDLoss(model, cache, nn.CrossEntropyLoss())
+    dataset = e2kd.FrozenDataset(data, cache)
+    sampler = DistributedSampler(dataset, shuffle=False)
+    images, taught = next(iter(DataLoader(dataset, BATCH // RANKS, sampler=sampler)))
+    loss = criterion(model(images), taught)
+    loss.backward()
+    return _result(student, loss)
 
 
 # FSDP2
@@ -233,6 +252,7 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         },
         "branching-plain": partial(ddp, "branching"),
         "branching-static_graph": partial(ddp, "branching", static_graph=True),
+        **{f"{name}-frozen": partial(frozen_ddp, name) for name in ("cnn", "vit")},
         "small-compiled_inside": partial(ddp, "small", compiled="inside"),
         "small-compiled_outside": partial(ddp, "small", compiled="outside"),
     },

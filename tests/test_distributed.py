@@ -50,6 +50,7 @@ def _wanted(label: str) -> torch.Tensor:
 
 
 WRONG_UNDER_STATIC_GRAPH = "branching-static_graph"
+FROZEN = ["cnn-frozen", "vit-frozen"]
 
 
 def test_student_that_needs_its_own_graph_is_refused_under_a_static_graph(ddp: Results) -> None:
@@ -58,13 +59,22 @@ def test_student_that_needs_its_own_graph_is_refused_under_a_static_graph(ddp: R
         assert "static_graph=False" in rank[WRONG_UNDER_STATIC_GRAPH]["refusal"]
 
 
-@pytest.mark.parametrize("label", [label for label in GROUPS["ddp"] if label != WRONG_UNDER_STATIC_GRAPH])
+@pytest.mark.parametrize("label", sorted(GROUPS["ddp"].keys() - {WRONG_UNDER_STATIC_GRAPH, *FROZEN}))
 def test_gradients_under_ddp_are_equal_on_all_ranks_and_those_of_one_process(label: str, ddp: Results) -> None:
     found = [rank[label] for rank in ddp]
     assert "refusal" not in found[0], found[0]
     for step in (0, 1):
         assert torch.equal(found[0][f"gradient{step}"], found[1][f"gradient{step}"])
         assert error(found[0][f"gradient{step}"], _wanted(label)) < 1e-5
+
+
+@pytest.mark.parametrize("label", FROZEN)
+def test_two_processes_freeze_and_train_from_one_cache(label: str, ddp: Results) -> None:
+    """Logits and maps went through 16 bits."""
+    first, second = (rank[label] for rank in ddp)
+    assert "refusal" not in first, first
+    assert torch.equal(first["gradient"], second["gradient"])
+    assert error(first["gradient"], _wanted(label)) < 2e-3
 
 
 def _head_is_sharded(label: str) -> bool:

@@ -185,6 +185,7 @@ class Photos(Dataset[Any]):
         self.root = "/data"
         self.samples = [(f"/data/{name}", k % 2) for k, name in enumerate(names)]
         self.classes = classes or ["cat", "dog"]
+        self.change: Callable[[Any], Any] = lambda image: image
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -192,7 +193,7 @@ class Photos(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         path, label = self.samples[index]
         generator = np.random.default_rng(sum(map(ord, path)))
-        return generator.integers(0, 256, (24, 24, 3), dtype=np.uint8), label
+        return self.change(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)), label
 
 
 NAMES = [f"cat/{k}.jpg" for k in range(20)]
@@ -228,6 +229,24 @@ def test_a_data_set_that_changed_is_an_error_that_says_how(tmp_path: Path) -> No
         e2kd.FrozenDataset(Photos([NAMES[0], NAMES[0]]), cache, match="id")
     by_name = e2kd.FrozenDataset(Photos(swapped), cache, match="id")
     assert torch.equal(by_name[0][1].logits, cache.rows([1]).logits[0])
+
+
+def test_a_transform_that_was_added_later_is_noticed(tmp_path: Path) -> None:
+    """Names stay the same then, but maps would not follow."""
+    photos = Photos(NAMES)
+    cache = frozen(tmp_path, photos)
+    changes: list[Callable[[Any], Any]] = [np.fliplr, lambda image: image[2:-2, 2:-2], lambda image: image / 255 - 0.5]
+    for change in changes:
+        changed = Photos(NAMES)
+        changed.change = change
+        with pytest.raises(ValueError, match="Sample 0 has the name of one that was frozen but does not look like it"):
+            e2kd.FrozenDataset(changed, cache)
+        with pytest.raises(ValueError, match="Sample 1 has the name"):
+            e2kd.FrozenDataset(Subset(changed, [3, 0]), cache)
+        e2kd.FrozenDataset(Subset(changed, [3]), cache)  # the sample that could tell is not there
+    noisy = Photos(NAMES)
+    noisy.change = lambda image: image.clip(1, 254) + 1  # as other decoders differ
+    e2kd.FrozenDataset(noisy, cache)
 
 
 def test_samples_without_names_are_known_by_their_pixels(tmp_path: Path) -> None:

@@ -27,11 +27,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import e2kd
+from e2kd.frozen import AppearanceOnly
 from e2kd.frozen.geometry import composed, follow, framed, size_of
 from e2kd.frozen.operations import FOLLOWED, Follow
 from e2kd.frozen.packing import MAGIC
 from e2kd.frozen.ramps import positions
-from e2kd.frozen.recording import AppearanceOnly, Recorder
+from e2kd.frozen.recording import Recorder
 from e2kd.taught import Taught
 
 Shared = Callable[[str], Path]

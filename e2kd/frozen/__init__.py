@@ -1,8 +1,9 @@
 """Frozen teaching: a teacher's logits and explanation maps, computed once, kept on disk, verified on every read."""
 
 from e2kd.frozen.dataset import FrozenDataset
+from e2kd.frozen.recording import AppearanceOnly
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.frozen.views import CanonicalView
 from e2kd.frozen.writing import freeze
 
-__all__ = ["CanonicalView", "FrozenDataset", "FrozenTeacher", "freeze"]
+__all__ = ["AppearanceOnly", "CanonicalView", "FrozenDataset", "FrozenTeacher", "freeze"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from e2kd.frozen.geometry import composed, follow, framed
-from e2kd.frozen.matching import match_rows
+from e2kd.frozen.matching import check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
 from e2kd.frozen.samples import first_image, image_and_label, pixel_hash
 from e2kd.frozen.teacher import FrozenTeacher
@@ -75,9 +75,18 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
     ) -> None:
         self.dataset, self.frozen, self.pack = dataset, frozen, pack
         self.matched = match_rows(dataset, frozen, ids, match)
-        if len(dataset) and first_image(dataset, frozen.view) is None:
-            raise ValueError(UNSTEADY)
+        if len(dataset):
+            self._check_images()
         self.transform = transform
+
+    def _check_images(self) -> None:
+        """Raise a ValueError for a data set with a transform of its own."""
+        if first_image(self.dataset, self.frozen.view) is None:
+            raise ValueError(UNSTEADY)
+        frozen_first = np.flatnonzero(self.matched.rows == 0)
+        if len(frozen_first) and self.matched.names is not None:  # pixels that are the name are compared at every read
+            place = int(frozen_first[0])
+            check_unchanged(self.frozen.view(image_and_label(self.dataset[place])[0]), place, self.frozen)
 
     @property
     def transform(self) -> Any:

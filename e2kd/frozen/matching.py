@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Subset
 
-from e2kd.frozen.samples import class_names_of, hashes_of, names_of
+from e2kd.frozen.samples import class_names_of, hashes_of, names_of, thumbnail
 from e2kd.frozen.teacher import FrozenTeacher
 
 MATCHES = ("position", "id")
+ALLOWED = 0.01  # mean difference of thumbnails: decoders of JPEG files differ by less, transforms by more
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,19 @@ class Matched:
                 "set was re-ordered or changed, its images are decoded differently here, or it has a random transform. "
                 "Freeze it again as it is now."
             )
+
+
+def check_unchanged(first: Tensor, place: int, frozen: FrozenTeacher) -> None:
+    """Raise a ValueError unless the canonical image [C, H, W] of a data set's `place` is that of the cache's row 0."""
+    now, then = thumbnail(first), torch.tensor(frozen.plan["first_image"])
+    apart = (now - then).abs().mean().item() if now.shape == then.shape else float("inf")
+    if not apart <= ALLOWED:
+        raise ValueError(
+            f"Sample {place} has the name of one that was frozen but does not look like it: pixels differ by "
+            f"{apart:.2f} in the mean (range 0 to 1, allowed: {ALLOWED}). If the data set has a transform, take it off "
+            "and give it to FrozenDataset, transform=, or use JointAugmentation: maps must follow it. If its images "
+            "were replaced, freeze it again."
+        )
 
 
 def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, match: str) -> Matched:

@@ -11,7 +11,7 @@ from e2kd.explainers import Explainer
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.records import Record
-from e2kd.frozen.samples import class_names_of
+from e2kd.frozen.samples import class_names_of, thumbnail
 from e2kd.frozen.sources import Source
 from e2kd.modes import dtype_of
 from e2kd.plans import plan_for
@@ -35,6 +35,7 @@ def plan_of(
         "record": record.to_json(),
         "shard_rows": shard_rows,
         "batch_size": batch_size,
+        "first_image": thumbnail(example).tolist(),
     }
 
 

@@ -45,7 +45,7 @@ REFUSED = {
 }
 UNKNOWN = (
     "where it moves pixels is not known. If it changes how pixels look but not where they are, say so with "
-    "e2kd.frozen.recording.AppearanceOnly({name}). If not, leave it out, or augment batches with JointAugmentation."
+    "e2kd.frozen.AppearanceOnly({name}). If not, leave it out, or augment batches with JointAugmentation."
 )
 OLD_POLICY = "what it draws can't be seen. Take torchvision.transforms.v2.{name}, which draws from the same policy."
 

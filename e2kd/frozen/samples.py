@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
@@ -98,6 +99,15 @@ def first_image(dataset: Any, view: Callable[[Any], Tensor]) -> Tensor | None:
     """
     first, *others = (view(image_and_label(dataset[0])[0]) for _ in range(READINGS))
     return first if all(torch.equal(first, other) for other in others) else None
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """What is left of an image [C, H, W] when it is averaged to 8 x 8 cells, [C, 8, 8]; uint8 counts from 0 to 1.
+
+    It tells an image from a transformed one, and does not mind how a JPEG was decoded.
+    """
+    pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    return F.adaptive_avg_pool2d(pixels, 8).mul(1000).round().div(1000)
 
 
 def pixel_hash(image: Tensor) -> int:

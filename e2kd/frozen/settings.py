@@ -11,7 +11,7 @@ from e2kd.frozen.sealing import SCHEMA
 
 Plan = dict[str, Any]
 # They change rows in their last bits at most, so a pass may be resumed with others.
-INFORMATIVE = ("versions", "batch_size")
+INFORMATIVE = ("versions", "batch_size", "first_image")
 LONGEST = 80
 
 

@@ -101,7 +101,7 @@ def freeze(
     asked = Asked(teacher, first.image, (explainer or GradCAM()) if maps else None, classes, normalization,
                   teacher_size, size)  # fmt: skip
     record = _record(asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2), top, map_type)
-    rows = shard_rows or _shard_rows(len(dataset), batch_size)
+    rows = shard_rows or _shard_rows(len(dataset))
     forecast = check_space(record, len(dataset), Path(path))
     plan = plan_of(asked, source, first.image, record, rows, batch_size, given=ids is not None)
     writer = Writer(path, plan, record, rank=rank, world=world)
@@ -131,10 +131,9 @@ def _record(answers: Answers, top: int | None, map_type: str | None) -> Record:
     return Record(answers.logits.shape[1], top, shape, map_type or "float16")
 
 
-def _shard_rows(count: int, batch: int) -> int:
-    """Whole batches, about 64 shards for small data sets, and no more than 4096 rows."""
-    rows = max(1, min(4096, count // 64))
-    return -(-rows // batch) * batch
+def _shard_rows(count: int) -> int:
+    """About 64 shards for small data sets, no more than 4096 rows, and whole batches of the usual sizes."""
+    return max(64, min(4096, count // 64 // 64 * 64))
 
 
 def _write(writer: Writer, asked: Asked, found: Iterator[Batch], advance: Callable[[int], None]) -> None:

@@ -81,6 +81,7 @@ class Bench:
         self.plain = e2kd.E2KDLoss(self.student, self.teacher, weight=0.0)
         self.full = e2kd.E2KDLoss(self.student, self.teacher)
         students = (self.student, self.bare)
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # or one would run the other's code
         self.run, self.run_bare = (torch.compile(m) for m in students) if compile_student else students
 
     def arms(self) -> dict[str, Step]:

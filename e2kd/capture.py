@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ class Tap:
         self.first: weakref.WeakMethod[Callable[[Tensor], None]] | None = None  # called with the first images
         self._add(self.handles, student, self._enter, pre=True, kwargs=True)
         self._add(self.handles, student, self._leave)
+        _forget_compiled()
 
     def read(self, site: Site | None) -> None:
         """Capture at this site from now on; None captures images alone."""
@@ -206,6 +208,16 @@ class Tap:
                 )
             )
         self._clear()
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile look at every model anew.
+
+    It runs what it made for one model in another of the same class, whether hooks listen there or not
+    (`torch._dynamo.config.skip_nnmodule_hook_guards`).
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _autocast_type(device: torch.device) -> torch.dtype | None:

@@ -25,15 +25,20 @@ FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that w
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
 
+COMPILED = (
+    "If another model of this class was compiled in this process, torch.compile may have run its code: call "
+    "torch.compiler.reset() in between, or set torch._dynamo.config.skip_nnmodule_hook_guards = False at the start."
+)
 NO_RECORD = (
     "The criterion was called without a training forward of the student before it. Expected "
     "`loss = criterion(student(images), targets)` with the student in train() mode and gradients enabled, once per "
-    "forward. If the trainer runs a copy or another wrapper of the model, build E2KDLoss with the module it trains."
+    "forward. If the trainer runs a copy or another wrapper of the model, build E2KDLoss with the module it trains. "
+    + COMPILED
 )
 NO_FEATURES = (
     "The student ran, but layer {layer!r} did not return a tensor with gradients, so nothing can be explained there. "
     "Reentrant activation checkpointing around that layer or a frozen student does this: use "
-    "`use_reentrant=False`, or name a layer outside of the checkpointed part through layer=."
+    "`use_reentrant=False`, or name a layer outside of the checkpointed part through layer=. " + COMPILED
 )
 MISMATCH = (
     "The logits given to the criterion differ from those that the student's head gives for the captured features of "

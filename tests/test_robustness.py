@@ -850,6 +850,27 @@ def test_two_forwards_of_a_compiled_student_are_exact_or_refused(used: int) -> N
     assert_exact(student, loss, wanted)
 
 
+def test_code_compiled_for_another_model_of_the_class_is_not_run_again() -> None:
+    made = _small_case()
+    wanted = reference_step(made.copy(), made)
+    torch.compile(made.copy(), backend="aot_eager")(made.images)  # nothing listens to this one
+    student = made.copy()
+    criterion = teach(student, made)
+    model = torch.compile(student, backend="aot_eager")
+    loss = criterion(model(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+def test_code_of_a_model_compiled_after_the_criterion_was_built_is_refused() -> None:
+    made = _small_case()
+    student = made.copy()
+    criterion = teach(student, made)
+    torch.compile(made.copy(), backend="aot_eager")(made.images)
+    with pytest.raises(RuntimeError, match="another model of this class was compiled"):
+        criterion(torch.compile(student, backend="aot_eager")(made.images), made.targets)
+
+
 def test_eager_forward_before_a_compiled_one_is_told_apart() -> None:
     made = _small_case()
     wanted = reference_step(made.copy(), made)

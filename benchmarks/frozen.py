@@ -2,6 +2,7 @@
 
     python -m benchmarks.frozen            # about six minutes on two idle cores; needs the shared photos
     python -m benchmarks.frozen --quick    # to see that it runs; writes nothing
+    python -m benchmarks.frozen --only read    # this anew; the other rows stay
 
 Measured, each interleaved round by round with what it is compared with, as medians with quartiles:
     step        one optimizer step of a ResNet-18 at 224: with labels alone, with a frozen teacher, with live ones. All
@@ -40,7 +41,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import e2kd
-from benchmarks.common import ROOT, markdown_table, write_results
+from benchmarks.common import ROOT, markdown_table, read_rows, write_results
 from e2kd.frozen.forecast import Forecast, readable
 from e2kd.frozen.records import Record
 from e2kd.frozen.store import Store, Writer
@@ -348,6 +349,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds, small caches; nothing written")
+    parser.add_argument("--only", nargs="+", choices=("step", "read", "warp", "precompute"), help="measure these anew")
     parser.add_argument("--rounds", type=int, default=25, help="of the steps")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
@@ -370,13 +372,16 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     data = TensorDataset(*photos(32 if args.quick else 128))
-    measures: list[Callable[[], list[Row]]] = [
-        lambda: measure_steps(data, args), lambda: measure_reads(args), lambda: measure_warp(data.tensors[0], args),
-        lambda: measure_precompute(data, args), measure_bytes,
-    ]  # fmt: skip
+    measures: dict[str, Callable[[], list[Row]]] = {
+        "step": lambda: measure_steps(data, args), "read": lambda: measure_reads(args),
+        "warp": lambda: measure_warp(data.tensors[0], args), "precompute": lambda: measure_precompute(data, args),
+        "bytes": measure_bytes,
+    }  # fmt: skip
+    earlier = [] if args.quick else read_rows("frozen")
     rows: list[Row] = []
-    for measure in measures:
-        rows += measure()
+    for name, measure in measures.items():
+        known = [row for row in earlier if row["what"] == name]
+        rows += known if args.only and name not in args.only else measure()
         print(json.dumps(rows[-1]), flush=True)
     print(table(rows), bytes_table(rows), *facts(rows), sep="\n\n")
     if not args.quick:

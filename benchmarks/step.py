@@ -80,9 +80,10 @@ class Bench:
         self.optimizer = torch.optim.SGD([*self.student.parameters(), *self.bare.parameters()], 1e-4)
         self.plain = e2kd.E2KDLoss(self.student, self.teacher, weight=0.0)
         self.full = e2kd.E2KDLoss(self.student, self.teacher)
-        students = (self.student, self.bare)
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # or one would run the other's code
-        self.run, self.run_bare = (torch.compile(m) for m in students) if compile_student else students
+        self.run, self.run_bare = self.student, self.bare
+        if compile_student:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # or one would run the other's code
+            self.run, self.run_bare = torch.compile(self.student), torch.compile(self.bare)
 
     def arms(self) -> dict[str, Step]:
         return {"kd": self.kd, "kd*": self.kd_star, "e2kd": self.e2kd, "twice": self.twice}

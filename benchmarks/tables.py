@@ -96,7 +96,9 @@ def quality() -> str:
     """CIFAR-10 with few images: accuracy and agreement, live and frozen."""
     found = results("frozen_quality")
     rows, settings = found["rows"], found["settings"]
-    lines = [frozen_quality.difference_line(rows, *pair) for pair in (("frozen_e2kd", "frozen_kd"), ("e2kd", "kd"))]
+    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    pairs = [pair for pair in (("frozen_e2kd", "frozen_kd"), ("e2kd", "kd")) if arms.issuperset(pair)]
+    lines = [frozen_quality.difference_line(rows, *pair) for pair in pairs]
     note = (
         f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of paired seeds, {settings['epochs']} "
         f"epochs in every arm: `{found['command']}`. {' '.join(lines)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,11 @@ class Shard:
         except CacheError as error:
             raise CacheError(f"{self.name} {error}.") from error
 
-    def fill(self, rows: Array, where: Any, local: Any) -> None:
-        """Put this shard's rows at `local` to the places `where` in memory, not verified."""
+    def fill(self, rows: Array, where: Any, local: Any, names: Sequence[str] | None = None) -> None:
+        """Put this shard's rows at `local` to the places `where` in memory, not verified; some columns, or all."""
         for name, column in self.columns.items():
-            rows[name][where] = column[local]
+            if names is None or name in names:
+                rows[name][where] = column[local]
 
     def verify(self) -> None:
         """Raise a CacheError that names the first damaged row, if there is one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from e2kd.errors import shape
 from e2kd.frozen.checksums import damaged, new_rows
+from e2kd.frozen.encoding import Array
 from e2kd.frozen.errors import CacheError, listed
 from e2kd.frozen.fingerprints import digest
 from e2kd.frozen.manifest import read_manifest, rows_of, shard_count
@@ -22,6 +23,8 @@ from e2kd.frozen.settings import Plan, fingerprint
 from e2kd.frozen.shards import Shard, shard_name
 
 __all__ = ["Store", "Writer"]
+
+WIDE = ("logits", "top_logits", "top_classes", "maps")  # columns with many numbers in each row
 
 
 class Store:
@@ -56,13 +59,14 @@ class Store:
         self.record = Record.from_json(self.plan["record"])
         self._cache = fingerprint(self.plan)
         self._shards: dict[int, Shard] = {}
+        self._narrow: dict[str, Array] = {}  # what is small of every row, [N], of the shards that are open
         self._ids: NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return int(self.plan["dataset"]["samples"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}, "_ids": None}
+        return {**self.__dict__, "_shards": {}, "_narrow": {}, "_ids": None}
 
     @property
     def zero_maps(self) -> int:
@@ -85,7 +89,9 @@ class Store:
         memory = new_rows(self.record, self._cache, numbers)
         shards, local = np.divmod(numbers, self.plan["shard_rows"])
         for index, where in _groups(shards):
-            self._shard(index).fill(memory, where, local[where])
+            self._shard(index).fill(memory, where, local[where], WIDE)
+        for name, whole in self._narrow.items():
+            memory[name] = whole[numbers]
         bad = damaged(memory, self.record)
         if len(bad):
             place = int(bad[0])
@@ -131,12 +137,21 @@ class Store:
         if index not in self._shards:
             rows, entry = rows_of(self.plan, index), self.manifest["shards"][index]
             try:
-                self._shards[index] = Shard(self.folder, index, rows, self.record, self._cache, entry)
+                shard = Shard(self.folder, index, rows, self.record, self._cache, entry)
             except FileNotFoundError as error:
                 raise CacheError(f"{shard_name(index)} is missing in {self.folder}. {REPAIR}") from error
             except CacheError as error:
                 raise CacheError(f"{error} {REPAIR}") from error
+            self._keep_narrow(shard)
+            self._shards[index] = shard
         return self._shards[index]
+
+    def _keep_narrow(self, shard: Shard) -> None:
+        """Copy what is small of a shard's rows, 20 bytes of each: reading a page for each number would cost more."""
+        for name, column in shard.columns.items():
+            if name not in WIDE:
+                whole = self._narrow.setdefault(name, np.empty(len(self), column.dtype))
+                whole[shard.rows.start : shard.rows.stop] = column
 
     def _shard_ids(self, index: int) -> NDArray[np.uint64]:
         shard = self._shard(index)

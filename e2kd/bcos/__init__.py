@@ -10,6 +10,7 @@ from e2kd.bcos.linear import BcosLinear
 from e2kd.bcos.loading import load_official
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d, GroupNorm2d, LayerNorm, LayerNorm2d, PositionNorm2d
+from e2kd.bcos.rendering import contributions, render, render_contributions, save_explanation
 from e2kd.bcos.resnet import (
     BcosResNet,
     resnet18,
@@ -46,6 +47,7 @@ __all__ = [
     "PositionNorm2d",
     "SimpleViT",
     "bcos_vit",
+    "contributions",
     "convnext_base",
     "convnext_large",
     "convnext_small",
@@ -56,6 +58,8 @@ __all__ = [
     "densenet201",
     "explanation_mode",
     "load_official",
+    "render",
+    "render_contributions",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -65,6 +69,7 @@ __all__ = [
     "resnet101",
     "resnet152",
     "resnext50",
+    "save_explanation",
     "vgg11",
     "vgg13",
     "vgg16",

@@ -2,6 +2,7 @@
 
 from e2kd.bcos.attention import Attention
 from e2kd.bcos.blocks import BasicBlock, Bottleneck
+from e2kd.bcos.conversion import Change, Conversion, bcosify
 from e2kd.bcos.convnext import BcosConvNeXt, convnext_base, convnext_large, convnext_small, convnext_tiny
 from e2kd.bcos.convolution import BcosConv2d
 from e2kd.bcos.densenet import BcosDenseNet, densenet121, densenet161, densenet169, densenet201
@@ -39,6 +40,8 @@ __all__ = [
     "BcosResNet",
     "BcosVGG",
     "Bottleneck",
+    "Change",
+    "Conversion",
     "ExplanationMode",
     "GroupNorm2d",
     "LayerNorm",
@@ -47,6 +50,7 @@ __all__ = [
     "PositionNorm2d",
     "SimpleViT",
     "bcos_vit",
+    "bcosify",
     "contributions",
     "convnext_base",
     "convnext_large",

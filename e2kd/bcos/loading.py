@@ -15,7 +15,13 @@ from e2kd.errors import shape
 
 
 def load_official(
-    path: str | Path, *, ema: bool = False, b: float = 2, norm: Layer | None = None, logit_bias: float | None = None
+    path: str | Path,
+    *,
+    ema: bool = False,
+    b: float = 2,
+    norm: Layer | None = None,
+    logit_bias: float | None = None,
+    into: nn.Module | None = None,
 ) -> nn.Module:
     """An official B-cos network from its file, in eval mode: B-cos-v2 releases and training checkpoints.
 
@@ -23,15 +29,22 @@ def load_official(
     no file says is what all released networks have: b = 2 and the logit bias -log(classes - 1). Nothing is unpickled
     and nothing is downloaded. The network takes images encoded by `AddInverse`.
 
+    B-cosified CNNs have the same keys but other layers, which no file says: their weights are not brought to norm 1
+    and they have activations. Make such a network by `bcosify(timm.create_model("resnet50"))` and pass it as `into`.
+
     Args:
         path: `.safetensors`, or what `torch.save` or Lightning wrote.
         ema: the averaged weights of a training checkpoint.
         b: for networks trained with another.
         norm: for CNNs trained with another norm that has the same keys; made with the number of channels.
         logit_bias: for networks trained with another; -log(classes - 1) if None.
+        into: the network that takes the file's weights, with settings of its own. Where its keys are others, but
+            the entries come in the same order, with the same last names and shapes, they are taken by their order,
+            as those of B-cosified DenseNets.
 
     Raises:
-        ValueError: for a file that holds something else; the message says what.
+        ValueError: for a file that holds something else, or a B-cosified network without `into`; the message says
+            what.
 
     >>> from tempfile import TemporaryDirectory
     >>> from e2kd.bcos import resnet20
@@ -42,18 +55,50 @@ def load_official(
     ('BcosResNet', False, torch.Size([1, 10]))
     """
     state = read_network(path, ema=ema)
+    if into is not None:
+        if b != 2 or norm is not None or logit_bias is not None:
+            raise ValueError("Expected no b, norm or logit_bias beside `into`: that network has settings of its own.")
+        state = _in_order(state, into.state_dict())
+        _check(state, into, path, f"{type(into).__name__} that was given")
+        into.load_state_dict(state)
+        return into.eval()
+    if norm is None:
+        _check_origin(state, path)
     build = recognised(state)
     options: dict[str, Any] = {"b": b, "logit_bias": logit_bias}
     if norm is not None:
         options["norm"] = norm
     with torch.device("meta"):
         model = build(**options)
-    _check(state, model, path)
+    _check(state, model, path, f"{type(model).__name__} that its keys and shapes tell")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _check(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> None:
+def _in_order(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries by the keys of a network, if they are the same ones but for their names."""
+    kinds = [[(key.split(".")[-1], value.shape) for key, value in entries.items()] for entries in (state, own)]
+    same = state.keys() != own.keys() and kinds[0] == kinds[1]
+    return dict(zip(own, state.values(), strict=True)) if same else state
+
+
+def _check_origin(state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise for B-cosified networks, as far as their files tell.
+
+    Uncentred batch norms never change their `running_mean`, so that one that is not 0 is a standard network's.
+    """
+    if any(key.endswith("running_mean") and value.any() for key, value in state.items()):
+        raise ValueError(
+            f"{path} is of a network that was made from a standard one: its batch norms hold means, which those of "
+            "B-cos networks never get. It uses its weights as they are and has activations, which the file doesn't "
+            'say: make the network, as by `bcosify(timm.create_model("resnet50"))`, and pass it as `into`. If it was '
+            "trained with centred norms, pass `norm`."
+        )
+    if "to_patch_embedding.linear.linear.weight" in state:
+        raise ValueError(f"{path} is of a B-cosified simple ViT, for which e2kd has no network.")
+
+
+def _check(state: dict[str, Tensor], model: nn.Module, path: str | Path, whose: str) -> None:
     """Raise unless all entries have a place in the network and fill it."""
     own = model.state_dict()
     faults = {
@@ -66,10 +111,15 @@ def _check(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> None
         ],
     }
     if any(faults.values()):
-        told = "; ".join(_listed(name, keys) for name, keys in faults.items() if keys)
-        raise ValueError(f"{path} does not fit the {type(model).__name__} that its keys and shapes tell. {told}.")
+        told = "; ".join(listed(name, keys) for name, keys in faults.items() if keys)
+        raise ValueError(f"{path} does not fit the {whose}. {told}.")
 
 
-def _listed(name: str, keys: list[str], most: int = 5) -> str:
+def listed(name: str, keys: list[str], most: int = 5) -> str:
+    """How many there are, of what, and the first of them.
+
+    >>> listed("missing", ["a", "b", "c"], most=2)
+    '3 missing: a, b and 1 more'
+    """
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return f"{len(keys)} {name}: {', '.join(keys[:most])}{more}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import e2kd
-from e2kd.bcos import AddInverse, bcosify, explanation_mode, load_official
+from e2kd.bcos import AddInverse, BatchNormUncentered2d, bcosify, explanation_mode, load_official
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,12 +113,13 @@ def test_nothing_but_b_changes_the_function(name: str) -> None:
     """With b = 1 and all that the recipe drops kept, logits are those of the network it was made from."""
     model, x = named(name), colours()
     made = bcosify(model, **SAME)
-    expected = model(normalised(x, model))
+    expected = model(normalised(x, model)).detach()
     assert type(made) is type(model)
     assert not any(p.is_meta for p in [*made.parameters(), *made.buffers()])
     torch.testing.assert_close(made(AddInverse()(x)), expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
     if name != "densenet121":  # as long again
-        single, found = model.float()(normalised(x, model).float()), made.float()(AddInverse()(x).float())
+        single = model.float()(normalised(x, model).float()).detach()
+        found = made.float()(AddInverse()(x).float())
         torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-5 * float(single.abs().max()))
 
 
@@ -128,7 +130,7 @@ def test_contributions_and_what_is_added_sum_to_the_logit(name: str, options: di
     model, x = small(name, logit_bias=0.0, **options), AddInverse()(colours(32)).requires_grad_()
     with explanation_mode() as mode:
         logits = model(x)
-    expected = chosen(logits)
+    expected = chosen(logits).detach()
     parts = (mode.weights(chosen(logits), x, retain_graph=True) * x).flatten(1).sum(1)
     added = [model.get_parameter(key) for key in model.conversion.added]
     assert bool(added) == (name.startswith("vit") or options.get("bias", False))
@@ -228,7 +230,7 @@ def test_equals_the_papers_code() -> None:
 
 
 def test_official_files_of_converted_networks_need_the_network(tmp_path: Path) -> None:
-    """Their keys are those of other B-cos networks; means in the batch norms tell, and the network is asked for."""
+    """Their keys are those of other B-cos networks; a prefix tells, and the network is asked for."""
     model, x = small("resnet"), AddInverse()(colours(32))
     torch.save({"state_dict": {f"model.model.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="pass it as `into`"):
@@ -242,6 +244,16 @@ def test_official_files_of_converted_networks_need_the_network(tmp_path: Path) -
         load_official(tmp_path / "last.ckpt", into=small("densenet"))
     with pytest.raises(ValueError, match="settings of its own"):
         load_official(tmp_path / "last.ckpt", into=fresh, b=1.5)
+
+
+def test_without_the_prefix_means_in_the_batch_norms_warn(tmp_path: Path) -> None:
+    torch.save(small("densenet").state_dict(), tmp_path / "stripped.pth")
+    with pytest.warns(UserWarning, match="hold means.* pass it as `into`.* name its `norm`"):
+        load_official(tmp_path / "stripped.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_official(tmp_path / "stripped.pth", norm=BatchNormUncentered2d)
+        load_official(tmp_path / "stripped.pth", into=small("densenet"))
 
 
 def test_official_files_with_other_names_in_the_same_order(tmp_path: Path) -> None:
@@ -258,7 +270,7 @@ def test_official_files_with_other_names_in_the_same_order(tmp_path: Path) -> No
 
 def test_a_converted_simple_vit_is_named(tmp_path: Path) -> None:
     torch.save({"model.model.to_patch_embedding.linear.linear.weight": torch.ones(4, 4)}, tmp_path / "vit.ckpt")
-    with pytest.raises(ValueError, match="B-cosified simple ViT"):
+    with pytest.raises(ValueError, match="no such network for its simple ViT"):
         load_official(tmp_path / "vit.ckpt")
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the tensors
-# Lightning, DistributedDataParallel, torch.compile, B-cosification's networks
-WRAPPERS = ("model.", "module.", "_orig_mod.", "model.")
+WRAPPERS = ("model.", "module.", "_orig_mod.")  # Lightning, DistributedDataParallel, torch.compile
 EMA = "ema.module."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from e2kd.bcos.blocks import Layer
 from e2kd.bcos.files import read_network
 from e2kd.bcos.recognition import recognised
 from e2kd.errors import shape
+
+CONVERTED = "model."  # before the keys of networks that B-cosification made: they hold the standard one as `model`
 
 
 def load_official(
@@ -29,8 +32,9 @@ def load_official(
     no file says is what all released networks have: b = 2 and the logit bias -log(classes - 1). Nothing is unpickled
     and nothing is downloaded. The network takes images encoded by `AddInverse`.
 
-    B-cosified CNNs have the same keys but other layers, which no file says: their weights are not brought to norm 1
-    and they have activations. Make such a network by `bcosify(timm.create_model("resnet50"))` and pass it as `into`.
+    B-cosified CNNs have the same keys but other layers: weights that are not brought to norm 1, and activations. Make
+    such a network by `bcosify(timm.create_model("resnet50"))` and pass it as `into`. Their training checkpoints are
+    known by a prefix; where only batch norms that hold means hint at it, there is a warning, which naming `norm` ends.
 
     Args:
         path: `.safetensors`, or what `torch.save` or Lightning wrote.
@@ -54,7 +58,8 @@ def load_official(
     >>> type(model).__name__, model.training, model(torch.rand(1, 6, 32, 32)).shape
     ('BcosResNet', False, torch.Size([1, 10]))
     """
-    state = read_network(path, ema=ema)
+    found = read_network(path, ema=ema)
+    state = {key.removeprefix(CONVERTED): value for key, value in found.items()}
     if into is not None:
         if b != 2 or norm is not None or logit_bias is not None:
             raise ValueError("Expected no b, norm or logit_bias beside `into`: that network has settings of its own.")
@@ -62,8 +67,7 @@ def load_official(
         _check(state, into, path, f"{type(into).__name__} that was given")
         into.load_state_dict(state)
         return into.eval()
-    if norm is None:
-        _check_origin(state, path)
+    _check_origin(state, path, converted=state.keys() != found.keys(), norm=norm)
     build = recognised(state)
     options: dict[str, Any] = {"b": b, "logit_bias": logit_bias}
     if norm is not None:
@@ -82,20 +86,26 @@ def _in_order(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Ten
     return dict(zip(own, state.values(), strict=True)) if same else state
 
 
-def _check_origin(state: dict[str, Tensor], path: str | Path) -> None:
-    """Raise for B-cosified networks, as far as their files tell.
+def _check_origin(state: dict[str, Tensor], path: str | Path, *, converted: bool, norm: Layer | None) -> None:
+    """Raise for B-cosified networks, and warn of what may be one.
 
-    Uncentred batch norms never change their `running_mean`, so that one that is not 0 is a standard network's.
+    Uncentred batch norms never change their `running_mean`: one that is not 0 comes from a standard network, if from
+    training at all.
     """
-    if any(key.endswith("running_mean") and value.any() for key, value in state.items()):
+    make = 'Make the network, as by `bcosify(timm.create_model("resnet50"))`, and pass it as `into`.'
+    if converted:
+        vit = "to_patch_embedding.linear.linear.weight" in state
+        advice = "e2kd has no such network for its simple ViT." if vit else make
         raise ValueError(
-            f"{path} is of a network that was made from a standard one: its batch norms hold means, which those of "
-            "B-cos networks never get. It uses its weights as they are and has activations, which the file doesn't "
-            'say: make the network, as by `bcosify(timm.create_model("resnet50"))`, and pass it as `into`. If it was '
-            "trained with centred norms, pass `norm`."
+            f"{path} is of a network that was made from a standard one. It uses its weights as they are and has "
+            f"activations, unlike other B-cos networks with these keys. {advice}"
         )
-    if "to_patch_embedding.linear.linear.weight" in state:
-        raise ValueError(f"{path} is of a B-cosified simple ViT, for which e2kd has no network.")
+    if norm is None and any(key.endswith("running_mean") and value.any() for key, value in state.items()):
+        warnings.warn(
+            f"The batch norms of {path} hold means, which networks that were B-cos from the start don't use. Was it "
+            f"made from a standard network? Then this is not it. {make} If it is what you want, name its `norm`.",
+            stacklevel=3,
+        )
 
 
 def _check(state: dict[str, Tensor], model: nn.Module, path: str | Path, whose: str) -> None:

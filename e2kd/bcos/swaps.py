@@ -198,6 +198,7 @@ SWAPS: dict[str, Swap] = {f"{cls.__module__}.{cls.__qualname__}": swap for cls, 
     "timm.layers.norm.LayerNorm": layer_norm,
     "timm.layers.norm.LayerNorm2d": position_norm,
     "timm.layers.norm_act.BatchNormAct2d": batch_norm_act,
+    "timm.models.vision_transformer.LayerScale": keep,  # older timm
 }
 
 

@@ -330,6 +330,10 @@ def doubled() -> nn.Module:
             timm_model("resnet18", act_layer="silu", block_args={"attn_layer": "se"}, num_classes=0),
             ["gave Identity", "SiLU without a B-cos form", "8 SEModule without a B-cos form: layer1.0.se"],
         ),
+        (
+            lambda: DenseNet(4, (2, 2), act_layer="silu"),
+            ["10 BatchNormAct2d with Identity and SiLU, one without a B-cos form: features.norm0"],
+        ),
         (timm_model("convnextv2_atto"), ["GlobalResponseNormMlp without a B-cos form: stages.0.blocks.0.mlp"]),
         (timm_model("resnet18", aa_layer=timm.layers.BlurPool2d), ["BlurPool2d without a B-cos form: "]),
         (timm_model("resnet18", global_pool="avgmax"), ["SelectAdaptivePool2d by 'avgmax' in place of 'avg': global"]),

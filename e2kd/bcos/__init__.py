@@ -1,5 +1,6 @@
 """B-cos networks: networks whose weights W(x) on the image explain their logits."""
 
+from e2kd.bcos.adapted import BatchNormActUncentered2d, EncodedConv2d, HeldAttention, NormaliseEncoded
 from e2kd.bcos.attention import Attention
 from e2kd.bcos.blocks import BasicBlock, Bottleneck
 from e2kd.bcos.conversion import Change, Conversion, bcosify
@@ -11,6 +12,7 @@ from e2kd.bcos.linear import BcosLinear
 from e2kd.bcos.loading import load_official
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d, GroupNorm2d, LayerNorm, LayerNorm2d, PositionNorm2d
+from e2kd.bcos.pooled import ConvClassifier, LinearClassifier, PooledNorm
 from e2kd.bcos.rendering import contributions, render, render_contributions, save_explanation
 from e2kd.bcos.resnet import (
     BcosResNet,
@@ -32,6 +34,7 @@ __all__ = [
     "AddInverse",
     "Attention",
     "BasicBlock",
+    "BatchNormActUncentered2d",
     "BatchNormUncentered2d",
     "BcosConv2d",
     "BcosConvNeXt",
@@ -41,12 +44,18 @@ __all__ = [
     "BcosVGG",
     "Bottleneck",
     "Change",
+    "ConvClassifier",
     "Conversion",
+    "EncodedConv2d",
     "ExplanationMode",
     "GroupNorm2d",
+    "HeldAttention",
     "LayerNorm",
     "LayerNorm2d",
+    "LinearClassifier",
     "LogitLayer",
+    "NormaliseEncoded",
+    "PooledNorm",
     "PositionNorm2d",
     "SimpleViT",
     "bcos_vit",

@@ -92,7 +92,12 @@ def batch_norm(norm: nn.BatchNorm2d, recipe: Recipe) -> nn.Module:
 
 def batch_norm_act(norm: Any, recipe: Recipe) -> nn.Module:
     """The same, and what timm puts into the same module: dropout and activation."""
-    after = [swapped(part, recipe) for part in (norm.drop, norm.act)]
+    try:
+        after = [swapped(part, recipe) for part in (norm.drop, norm.act)]
+    except Unconvertible as problem:
+        raise Unconvertible(
+            f"with {type(norm.drop).__name__} and {type(norm.act).__name__}, one {problem}"
+        ) from problem
     return _uncentred(bare(BatchNormActUncentered2d, after, *_batch_settings(norm), bias=recipe.bias), norm)
 
 

@@ -50,6 +50,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "depthwise": (lambda: BcosConv2d(4, 4, 3, padding=1, groups=4), MAPS),
     "dilated": (lambda: BcosConv2d(4, 6, 3, padding=2, dilation=2, groups=2), MAPS),
     "reflected": (lambda: BcosConv2d(4, 3, (3, 1), (1, 2), (1, 0), padding_mode="reflect"), MAPS),
+    "biased": (lambda: BcosConv2d(4, 6, 3, groups=2, bias=True), MAPS),
+    "biased linear": (lambda: BcosLinear(5, 3, unit_weights=False, bias=True), MAPS),
     "raw weights": (lambda: BcosConv2d(4, 3, 3, unit_weights=False), MAPS),
     "b 3": (lambda: BcosLinear(5, 3, b=3), MAPS),
     "max-out groups": (lambda: BcosConv2d(4, 4, 3, groups=2, max_out=3), MAPS),

@@ -1,7 +1,9 @@
 """B-cos networks: networks whose weights W(x) on the image explain their logits."""
 
+from e2kd.bcos.adapted import BatchNormActUncentered2d, EncodedConv2d, HeldAttention, NormaliseEncoded
 from e2kd.bcos.attention import Attention
 from e2kd.bcos.blocks import BasicBlock, Bottleneck
+from e2kd.bcos.conversion import Change, Conversion, bcosify
 from e2kd.bcos.convnext import BcosConvNeXt, convnext_base, convnext_large, convnext_small, convnext_tiny
 from e2kd.bcos.convolution import BcosConv2d
 from e2kd.bcos.densenet import BcosDenseNet, densenet121, densenet161, densenet169, densenet201
@@ -10,6 +12,8 @@ from e2kd.bcos.linear import BcosLinear
 from e2kd.bcos.loading import load_official
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d, GroupNorm2d, LayerNorm, LayerNorm2d, PositionNorm2d
+from e2kd.bcos.pooled import ConvClassifier, LinearClassifier, PooledNorm
+from e2kd.bcos.rendering import contributions, render, render_contributions, save_explanation
 from e2kd.bcos.resnet import (
     BcosResNet,
     resnet18,
@@ -30,6 +34,7 @@ __all__ = [
     "AddInverse",
     "Attention",
     "BasicBlock",
+    "BatchNormActUncentered2d",
     "BatchNormUncentered2d",
     "BcosConv2d",
     "BcosConvNeXt",
@@ -38,14 +43,24 @@ __all__ = [
     "BcosResNet",
     "BcosVGG",
     "Bottleneck",
+    "Change",
+    "ConvClassifier",
+    "Conversion",
+    "EncodedConv2d",
     "ExplanationMode",
     "GroupNorm2d",
+    "HeldAttention",
     "LayerNorm",
     "LayerNorm2d",
+    "LinearClassifier",
     "LogitLayer",
+    "NormaliseEncoded",
+    "PooledNorm",
     "PositionNorm2d",
     "SimpleViT",
     "bcos_vit",
+    "bcosify",
+    "contributions",
     "convnext_base",
     "convnext_large",
     "convnext_small",
@@ -56,6 +71,8 @@ __all__ = [
     "densenet201",
     "explanation_mode",
     "load_official",
+    "render",
+    "render_contributions",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -65,6 +82,7 @@ __all__ = [
     "resnet101",
     "resnet152",
     "resnext50",
+    "save_explanation",
     "vgg11",
     "vgg13",
     "vgg16",

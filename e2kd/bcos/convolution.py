@@ -24,7 +24,7 @@ class UnitConv2d(nn.Conv2d):
 
 
 class BcosConv2d(nn.Module):
-    """B-cos convolution: at each place |cos(patch, w_o)|^(b-1) * w_o.patch / ||w_o||, without bias.
+    """B-cos convolution: at each place |cos(patch, w_o)|^(b-1) * w_o.patch / ||w_o||.
 
     Args:
         in_channels: of the input.
@@ -34,6 +34,7 @@ class BcosConv2d(nn.Module):
         b: >= 1.
         max_out: the largest of so many consecutive filters makes one output channel.
         unit_weights: False uses the filters as they are, as networks made from pretrained ones do.
+        bias: a bias is added to w_o.patch; B-cos networks have none.
 
     >>> import torch
     >>> BcosConv2d(6, 64, 7, stride=2, padding=3)(torch.rand(1, 6, 224, 224)).shape
@@ -54,6 +55,7 @@ class BcosConv2d(nn.Module):
         b: float = 2,
         max_out: int = 1,
         unit_weights: bool = True,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         check_transform(b, max_out)
@@ -62,13 +64,13 @@ class BcosConv2d(nn.Module):
         self.in_channels, self.out_channels, self.b, self.max_out = in_channels, out_channels, b, max_out
         layer = UnitConv2d if unit_weights else nn.Conv2d
         self.linear = layer(
-            in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, False, padding_mode
+            in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, bias, padding_mode
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, h, w]."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(_wrong_input(x, self.in_channels))
+            raise ValueError(wrong_input(x, self.in_channels))
         linear = self.linear(x)
         if self.max_out > 1:
             linear = linear.unflatten(1, (self.out_channels, self.max_out)).max(2).values
@@ -123,7 +125,8 @@ def _windows(squares: Tensor, conv: nn.Conv2d) -> Tensor:
     return sums
 
 
-def _wrong_input(x: Tensor, channels: int) -> str:
+def wrong_input(x: Tensor, channels: int) -> str:
+    """The sentence for an input that is not [B, channels, H, W]."""
     advice = " B-cos networks see images in [0, 1] and their inverse: encode them with AddInverse()."
     return (
         f"Expected an input [B, {channels}, H, W], but got {shape(x.shape)}."

@@ -64,6 +64,23 @@ def attended(attention: Tensor, values: Tensor) -> Tensor:
     return _typed(_Attended.apply(attention.to(values.dtype), values, current_mode()))
 
 
+def held(weights: Tensor) -> Tensor:
+    """The weights themselves, dynamic for whatever they are multiplied with: an explanation does not enter them.
+
+    Args:
+        weights: any shape.
+
+    >>> import torch
+    >>> from e2kd.bcos import explanation_mode
+    >>> x = torch.tensor([2., 3.], requires_grad=True)
+    >>> with explanation_mode() as mode:
+    ...     y = x * held(x.abs())
+    >>> mode.weights(y, x)
+    tensor([2., 3.])
+    """
+    return _typed(_Held.apply(weights, current_mode()))
+
+
 def _typed(result: Any) -> Tensor:
     assert isinstance(result, Tensor)
     return result
@@ -158,3 +175,19 @@ class _Attended(Function):
         g = gradients[0].to(values.dtype)
         by_values = attention.transpose(-1, -2) @ g
         return None if _fixed(ctx.mode) else g @ values.transpose(-1, -2), by_values, None
+
+
+class _Held(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights: Tensor, mode: ExplanationMode | None) -> Tensor:
+        return weights.view_as(weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ExplanationMode | None], output: Tensor) -> None:
+        _, ctx.mode = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None if _fixed(ctx.mode) else gradients[0], None

@@ -60,7 +60,7 @@ class UnitLinear(nn.Linear):
 
 
 class BcosLinear(nn.Module):
-    """B-cos layer on vectors: y_o = |cos(x, w_o)|^(b-1) * w_o.x / ||w_o||, without bias.
+    """B-cos layer on vectors: y_o = |cos(x, w_o)|^(b-1) * w_o.x / ||w_o||.
 
     Args:
         in_features: length of the inputs.
@@ -68,19 +68,27 @@ class BcosLinear(nn.Module):
         b: >= 1.
         max_out: the largest of so many units makes one output.
         unit_weights: False uses the weights as they are, as networks made from pretrained ones do.
+        bias: a bias is added to w_o.x; B-cos networks have none.
 
     >>> BcosLinear(192, 10)(torch.rand(2, 196, 192)).shape
     torch.Size([2, 196, 10])
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, b: float = 2, max_out: int = 1, unit_weights: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        b: float = 2,
+        max_out: int = 1,
+        unit_weights: bool = True,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         check_transform(b, max_out)
         self.in_features, self.out_features, self.b, self.max_out = in_features, out_features, b, max_out
         layer = UnitLinear if unit_weights else nn.Linear
-        self.linear = layer(in_features, out_features * max_out, bias=False)
+        self.linear = layer(in_features, out_features * max_out, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

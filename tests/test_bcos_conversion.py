@@ -332,7 +332,7 @@ def doubled() -> nn.Module:
         ),
         (
             lambda: DenseNet(4, (2, 2), act_layer="silu"),
-            ["10 BatchNormAct2d with Identity and SiLU, one without a B-cos form: features.norm0"],
+            ["11 BatchNormAct2d with Identity and SiLU, one without a B-cos form: features.norm0"],
         ),
         (timm_model("convnextv2_atto"), ["GlobalResponseNormMlp without a B-cos form: stages.0.blocks.0.mlp"]),
         (timm_model("resnet18", aa_layer=timm.layers.BlurPool2d), ["BlurPool2d without a B-cos form: "]),

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
 from e2kd.errors import shape, taking_images
-from e2kd.readings import LayerReading, Reading, read
-from e2kd.targets import label_features
-from e2kd.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
+from e2kd.transfer.readings import LayerReading, Reading, read
+from e2kd.transfer.targets import label_features
+from e2kd.transfer.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
 
 FEW = 16  # images below which a map says more about its companions than about its image
 
@@ -101,8 +101,8 @@ def unicam(
     """UniCAM: where a distilled student sees what its base does not, and the other way round, at any layers.
 
     One forward per model without gradients gives all layers and both directions. A map is a statement about a batch:
-    with other companions the map of an image is another one (see `e2kd.companions`), so use one fixed batch of 64
-    images or more. Results carry no graph; the models stay as they were.
+    with other companions the map of an image is another one (see `e2kd.transfer.stability`), so use one fixed batch of
+    64 images or more. Results carry no graph; the models stay as they were.
 
     Args:
         student: the model that was distilled.
@@ -136,7 +136,8 @@ def unicam(
     if len(given) != len(images):
         raise ValueError(f"Expected the same pictures for both models, but got {len(images)} and {len(given)}.")
     readings = (_read("student", student, images, mine, options), _read("base", base, given, others, options))
-    return compare(*readings, features, objective=objective, papers=papers)
+    _warn_few(len(images))
+    return contrast(*readings, features, objective, papers)
 
 
 def compare(
@@ -151,7 +152,7 @@ def compare(
     """UniCAM of what was read before, layer by layer in their order: a fixed base needs to be read only once.
 
     Args:
-        student, base: from `e2kd.readings.read`, of the same pictures in the same order and as many layers.
+        student, base: from `e2kd.transfer.read`, of the same pictures in the same order and as many layers.
         targets, embeddings, objective, papers: as for `unicam`.
 
     Raises:
@@ -162,13 +163,8 @@ def compare(
     >>> compare(first, second).layers["1"].sums.names
     ('student', 'base')
     """
-    if (n := student.count) < FEW:
-        warnings.warn(
-            f"UniCAM of {n} images: their maps say more about the other images of the batch than about their own. "
-            "Use 64 or more.",
-            stacklevel=2,
-        )
-    return contrast(student, base, _label_features(targets, embeddings, n), objective, papers)
+    _warn_few(student.count)
+    return contrast(student, base, _label_features(targets, embeddings, student.count), objective, papers)
 
 
 def contrast(
@@ -226,6 +222,15 @@ def _blank(x: LayerReading, reason: str, size: tuple[int, int] | None) -> UniCAM
     count, channels, *grid = x.maps.shape
     maps, weights = x.maps.new_zeros(count, 1, *(size or grid)), x.distances.new_zeros(count, channels)
     return UniCAM(maps, weights, float("nan"), torch.ones_like(weights[:, 0], dtype=torch.bool), reason)
+
+
+def _warn_few(n: int) -> None:
+    if n < FEW:
+        warnings.warn(
+            f"UniCAM of {n} images: their maps say more about the other images of the batch than about their own. "
+            "Use 64 or more.",
+            stacklevel=3,
+        )
 
 
 def _label_features(targets: Tensor | None, embeddings: Tensor | None, n: int) -> Tensor | None:

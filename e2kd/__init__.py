@@ -16,8 +16,9 @@ from e2kd.taught import Taught
 from e2kd.version import __version__
 
 if TYPE_CHECKING:
-    from e2kd import bcos, distance, perturb, transfer
+    from e2kd import bcos, distance, metrics, perturb, transfer
     from e2kd.augment import JointAugmentation
+    from e2kd.embeddings import label_embeddings
     from e2kd.frozen import CanonicalView, FrozenDataset, FrozenTeacher, freeze
     from e2kd.transfer import UniCAMResult, unicam
 
@@ -48,13 +49,15 @@ __all__ = [
     "explain",
     "freeze",
     "kd_loss",
+    "label_embeddings",
+    "metrics",
     "multilabel_kd_loss",
     "perturb",
     "transfer",
     "unicam",
 ]
 
-_PARTS = ("bcos", "distance", "perturb", "transfer")  # packages that load when they are asked for
+_PARTS = ("bcos", "distance", "metrics", "perturb", "transfer")  # packages that load when they are asked for
 _LATER = {  # names that do, from the module named
     "CanonicalView": "frozen",
     "FrozenDataset": "frozen",
@@ -62,6 +65,7 @@ _LATER = {  # names that do, from the module named
     "JointAugmentation": "augment",
     "UniCAMResult": "transfer",
     "freeze": "frozen",
+    "label_embeddings": "embeddings",
     "unicam": "transfer",
 }
 

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 
 import reference
+import transfer_cases
 
 import e2kd
 
@@ -267,6 +268,7 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "cnn-timm": partial(timm_task, "cnn"),
         "vit-timm": partial(timm_task, "vit"),
     },
+    "transfer": transfer_cases.CASES,
 }
 
 

@@ -129,13 +129,10 @@ def unicam(
     >>> found.distilled["1"].maps.shape, sorted(found.layers)
     (torch.Size([16, 1, 6, 6]), ['0', '1'])
     """
-    mine, others = _names(layers)
+    features = label_rows(targets, embeddings, len(images))  # before the forwards: it may raise
+    pictures = (images, images if base_images is None else base_images)
     options = {"pooled": pooled, "batch_size": batch_size, "eps": PAPERS.distance if papers else 0.0}
-    features = _label_features(targets, embeddings, len(images))  # before the forwards: it may raise
-    given = images if base_images is None else base_images
-    if len(given) != len(images):
-        raise ValueError(f"Expected the same pictures for both models, but got {len(images)} and {len(given)}.")
-    readings = (_read("student", student, images, mine, options), _read("base", base, given, others, options))
+    readings = read_both(student, base, pictures, layers, **options)
     _warn_few(len(images))
     return contrast(*readings, features, objective, papers)
 
@@ -164,7 +161,7 @@ def compare(
     ('student', 'base')
     """
     _warn_few(student.count)
-    return contrast(student, base, _label_features(targets, embeddings, student.count), objective, papers)
+    return contrast(student, base, label_rows(targets, embeddings, student.count), objective, papers)
 
 
 def contrast(
@@ -233,7 +230,8 @@ def _warn_few(n: int) -> None:
         )
 
 
-def _label_features(targets: Tensor | None, embeddings: Tensor | None, n: int) -> Tensor | None:
+def label_rows(targets: Tensor | None, embeddings: Tensor | None, n: int) -> Tensor | None:
+    """What stands for the labels of n images, [n, d]; None without targets."""
     if targets is None:
         return None
     if len(targets) != n:
@@ -250,6 +248,20 @@ def _names(layers: Sequence[str | tuple[str, str]] | None) -> tuple[list[str] | 
     if len(set(mine)) < len(mine) or not mine:
         raise ValueError(f"Expected every layer of the student once, but got {', '.join(mine) or 'none'}.")
     return mine, [pair[1] for pair in pairs]
+
+
+def read_both(
+    student: nn.Module,
+    base: nn.Module,
+    images: tuple[Tensor, Tensor],
+    layers: Sequence[str | tuple[str, str]] | None,
+    **options: Any,
+) -> tuple[Reading, Reading]:
+    """The readings of two models, each of the pictures as it expects them, at layers as `unicam` takes them."""
+    if len(images[0]) != len(images[1]):
+        raise ValueError(f"Expected the same pictures for both models, but got {len(images[0])} and {len(images[1])}.")
+    mine, others = _names(layers)
+    return _read("student", student, images[0], mine, options), _read("base", base, images[1], others, options)
 
 
 def _read(who: str, model: nn.Module, images: Tensor, names: list[str] | None, options: dict[str, Any]) -> Reading:

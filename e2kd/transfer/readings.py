@@ -42,6 +42,11 @@ class LayerReading:
         """The maps averaged over space, [n, C] float64."""
         return _means(self.maps)
 
+    @property
+    def features(self) -> Tensor:
+        """What the distances are between: [n, C h w], or the means over space [n, C]."""
+        return self.means if self.pooled else self.maps.flatten(1)
+
     def of(self, rows: Tensor) -> LayerReading:
         """The reading of some of the images, by their indices."""
         rows = rows.to(self.maps.device)

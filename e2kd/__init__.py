@@ -16,10 +16,11 @@ from e2kd.taught import Taught
 from e2kd.version import __version__
 
 if TYPE_CHECKING:
-    from e2kd import bcos, distance, metrics, perturb, transfer
+    from e2kd import bcos, distance, metrics, monitor, perturb, transfer
     from e2kd.augment import JointAugmentation
     from e2kd.embeddings import label_embeddings
     from e2kd.frozen import CanonicalView, FrozenDataset, FrozenTeacher, freeze
+    from e2kd.monitor import TransferMonitor
     from e2kd.transfer import UniCAMResult, unicam
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "MultiLabelKDLoss",
     "NoEffectWarning",
     "Taught",
+    "TransferMonitor",
     "UniCAMResult",
     "UnsupportedModel",
     "__version__",
@@ -51,18 +53,20 @@ __all__ = [
     "kd_loss",
     "label_embeddings",
     "metrics",
+    "monitor",
     "multilabel_kd_loss",
     "perturb",
     "transfer",
     "unicam",
 ]
 
-_PARTS = ("bcos", "distance", "metrics", "perturb", "transfer")  # packages that load when they are asked for
+_PARTS = ("bcos", "distance", "metrics", "monitor", "perturb", "transfer")  # packages that load when they are asked for
 _LATER = {  # names that do, from the module named
     "CanonicalView": "frozen",
     "FrozenDataset": "frozen",
     "FrozenTeacher": "frozen",
     "JointAugmentation": "augment",
+    "TransferMonitor": "monitor",
     "UniCAMResult": "transfer",
     "freeze": "frozen",
     "label_embeddings": "embeddings",

@@ -65,21 +65,23 @@ def test_pooled_features_are_means_over_space() -> None:
 
 @pytest.mark.parametrize("kind", ["unicam", "gradcam"])
 def test_each_model_sees_the_pixels_of_its_own_maps(kind: str) -> None:
+    many = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 3
     regions = UniCAMRegions() if kind == "unicam" else GradCAMRegions()
-    found = layer_features(net(0), net(1), images(), LABELS, LAYERS, regions=regions, keep=30, seed=4)
+    found = layer_features(net(0), net(3), many, labels, LAYERS, regions=regions, keep=30, seed=4)
     for layer in LAYERS:
         if kind == "unicam":
-            both = unicam(net(0), net(1), images(), LABELS, [layer]).layers[layer]
+            both = unicam(net(0), net(3), many, labels, [layer]).layers[layer]
             maps = (both.distilled.maps, both.residual.maps)
         else:
-            maps = tuple(e2kd.explain(net(s), images(), explainer=e2kd.GradCAM(layer)).maps for s in (0, 1))
+            maps = tuple(e2kd.explain(net(s), many, explainer=e2kd.GradCAM(layer)).maps for s in (0, 3))
         alive = (maps[0].flatten(1).amax(1) > 0) & (maps[1].flatten(1).amax(1) > 0)
         assert torch.equal(found[layer].rows, alive)
-        assert 4 <= alive.sum() <= 16
+        assert 4 <= alive.sum() <= 40
         assert found[layer].targets is not None
         assert len(found[layer].targets) == alive.sum()
-        for seed, name, side in ((0, "student", maps[0]), (1, "base", maps[1])):
-            shown = road(images()[alive], side[alive], 30, seed=4).images
+        for seed, name, side in ((0, "student", maps[0]), (3, "base", maps[1])):
+            shown = road(many[alive], side[alive], 30, seed=4).images
             torch.testing.assert_close(getattr(found[layer], name), output(net(seed), layer, shown))
 
 
@@ -148,8 +150,13 @@ class TestUntrained:
         assert not torch.equal(control.token, vit.token)
         assert control.position.std().item() == pytest.approx(vit.position.std().item(), rel=0.3)
 
+    def test_is_not_what_the_same_seed_made(self) -> None:
+        """A control with the student's own first weights would be alike to it for that reason."""
+        assert not any(torch.equal(untrained(net(0), seed=s)[0].weight, net(0)[0].weight) for s in range(3))
+
     def test_is_seeded_and_leaves_the_random_state(self) -> None:
-        state, model = torch.get_rng_state(), net(0)
+        model = net(0)
+        state = torch.get_rng_state()
         first, again, other = untrained(model), untrained(model), untrained(model, seed=1)
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(first[0].weight, again[0].weight)

@@ -18,14 +18,14 @@ PACKAGE = Path(e2kd.__file__).parent
 NAMES = {
     "CanonicalView", "E2KDLoss", "Explainer", "Explanation", "ExplanationLoss", "FrozenDataset", "FrozenTeacher",
     "GradCAM", "HiResCAM", "InputGradient", "JointAugmentation", "KDLoss", "LayerCAM", "MultiLabelKDLoss",
-    "NoEffectWarning", "Taught", "UniCAMResult", "UnsupportedModel", "__version__", "check", "cosine", "explain",
-    "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss", "unicam",
+    "NoEffectWarning", "Taught", "TransferMonitor", "UniCAMResult", "UnsupportedModel", "__version__", "check",
+    "cosine", "explain", "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss", "unicam",
 }  # fmt: skip
-PARTS = {"bcos", "distance", "metrics", "perturb", "transfer"}  # packages that are public as a whole
+PARTS = {"bcos", "distance", "metrics", "monitor", "perturb", "transfer"}  # packages that are public as a whole
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught", "graph", "embeddings"],
+    ["errors", "version", "taught", "graph", "embeddings", "pictures"],
     ["similarity", "layout", "outputs", "modes", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb", "localization"],
@@ -40,7 +40,7 @@ LAYERS = [
     ["capture", "inspection"],
     ["student", "teacher"],
     ["losses", "frozen", "transfer"],
-    ["dryrun", "metrics"],
+    ["dryrun", "metrics", "monitor", "report"],
     ["demo", "commands"],
     ["cli"],
 ]

@@ -9,6 +9,8 @@ from torch import nn
 
 from e2kd.modes import device_of, rng_state, set_rng_state, unwrap
 
+STREAM = 0x5EED << 32  # far from the seeds people train with: a control with the student's own first weights is none
+
 
 def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a model with its weights drawn anew: what FSS and RS come to without any training.
@@ -27,7 +29,7 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     made = copy.deepcopy(unwrap(model))
     device = device_of(made, torch.device("cpu"))
     before = rng_state(device)
-    torch.manual_seed(seed)
+    torch.manual_seed(STREAM + seed)
     try:
         with torch.no_grad():
             for module in made.modules():

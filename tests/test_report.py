@@ -123,6 +123,23 @@ class TestNumbers:
         assert math.isfinite(found.pairs[0].layers[0].scores["fss"].value)
 
 
+@pytest.mark.parametrize(
+    ("n", "labels", "reason"),
+    [
+        (3, torch.arange(3), "3 images are too few"),
+        (12, torch.zeros(12, dtype=torch.long), "labels is the same for every image"),
+    ],
+)
+def test_degenerate_images_give_a_page_of_reasons(n: int, labels: Tensor, reason: str, tmp_path: Path) -> None:
+    subjects = [
+        Subject(role, "net", net(s).eval(), images()[:n], ["1", "3"]) for role, s in (("student", 0), ("base", 3))
+    ]
+    found = measure(subjects, Pictures(images()[:n], labels, ("a", "b", "c")), regions=GradCAMRegions())
+    texts = Page(page.write(found, tmp_path).read_text(encoding="utf-8")).texts
+    assert any(f"There is no rs_student: {reason}" in text for text in texts)
+    json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+
 class TestPage:
     def test_stands_alone_and_escapes_everything(self, measured: Measured, tmp_path: Path) -> None:
         path = page.write(measured, tmp_path, f"e2kd report --out {NASTY}")

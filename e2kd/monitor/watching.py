@@ -8,21 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from e2kd.distance import DistanceSums, Score
 from e2kd.errors import shape
 from e2kd.explainers import Explainer
-from e2kd.inspection import explain
 from e2kd.modes import device_of, rng_state, set_rng_state, unwrap
 from e2kd.monitor import ranks
-from e2kd.monitor.answers import Answers, answers_of, check_classes, compared
 from e2kd.monitor.budget import Budget
+from e2kd.monitor.probed import Part, Probed
 from e2kd.monitor.sinks import Log, LogImages
-from e2kd.pictures import displayable, enlarge, overlay, panel
-from e2kd.transfer import Regions, UniCAMResult, compare, layer_features, read, scores_of, untrained
-from e2kd.transfer.contrasting import label_rows, read_both
+from e2kd.transfer import Regions
+from e2kd.transfer.contrasting import label_rows
 
 Probe = Tensor | tuple[Tensor, Tensor]
-SIDE = 128  # of the pictures, pixels
 
 
 class TransferMonitor:
@@ -67,6 +63,11 @@ class TransferMonitor:
         pictures: images shown in a picture.
         normalization: (mean, std) of the probe's images, to show them in their own colours.
         batch_size: images per forward; None is all.
+        prefix: of every name that is logged.
+
+    Attributes:
+        latest: every scalar of the last probe, NaN included, for summaries that need the same columns every time.
+        reasons: why scalars of the last probe are NaN; each is warned of once.
 
     Raises:
         ValueError: when the probe's images, labels, masks and other images are not as many.
@@ -107,163 +108,85 @@ class TransferMonitor:
         batch_size: int | None = None,
         prefix: str = "e2kd/",
     ) -> None:
-        self.student, self.base, self.teacher = (
-            unwrap(student),
-            unwrap(base),
-            None if teacher is None else unwrap(teacher),
-        )
-        self.images, labels = probe if isinstance(probe, tuple) else (probe, None)
-        self.base_images = self.images if base_images is None else base_images
-        self.teacher_images = self.images if teacher_images is None else teacher_images
-        self.masks = masks
-        self.targets = label_rows(labels, embeddings, len(self.images))
-        _check(len(self.images), base_images=base_images, teacher_images=teacher_images, masks=masks)
+        images, labels = probe if isinstance(probe, tuple) else (probe, None)
+        _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)
+        self.student, self.base = unwrap(student), unwrap(base)
         self.log, self.log_images, self.prefix = log, log_images, prefix
-        self.layers, self.regions, self.explainer, self.batch_size = layers, regions, explainer, batch_size
-        self.pictures, self.normalization = pictures, normalization
-        self.control = untrained(self.student) if control else None
         self.budget = Budget(every, max_seconds, max_share)
-        self.latest: dict[str, float] = {}  # every scalar of the last probe, NaN included
-        self.reasons: dict[str, str] = {}  # why scalars of the last probe are NaN
-        self._reference: Answers | None = None
-        self._control_distances: list[Tensor] = []
+        self.latest: dict[str, float] = {}
+        self.reasons: dict[str, str] = {}
         self._warned: set[str] = set()
+        self._probed = Probed(
+            self.student,
+            self.base,
+            None if teacher is None else unwrap(teacher),
+            images,
+            images if base_images is None else base_images,
+            images if teacher_images is None else teacher_images,
+            label_rows(labels, embeddings, len(images)),
+            masks,
+            layers=layers,
+            regions=regions,
+            control=control,
+            explainer=explainer,
+            pictures=0 if log_images is None else pictures,
+            normalization=normalization,
+            batch_size=batch_size,
+        )
 
     def __call__(self, step: int) -> None:
         """Probe if it is time to. Call it at every step, in every process."""
         together = ranks.takes_all(self.student, self.base)
         if not together and not ranks.is_main():
             return
-        due = self.budget.steps_passed(step)
-        if due:
-            now = self.budget.affordable()
-            due = ranks.agreed(now, self.student) if together else now
-        if due:
+        if self.budget.steps_passed(step) and self._agreed(self.budget.affordable(), together):
             self.measure(step, together=together)
 
     def measure(self, step: int, *, together: bool = False) -> dict[str, float]:
-        """Probe now and log; returns the scalars, NaN included."""
-        device = device_of(self.student, self.images.device)
+        """Probe now and log; returns the scalars, NaN included.
+
+        Args:
+            step: of training.
+            together: several processes do this at once, because the student is sharded among them.
+        """
+        device = device_of(self.student, self._probed.images.device)
         states = rng_state(device)
         self.budget.begin(step)
         try:
-            scalars, drawn = self._measured(device, together)
+            found = self._measured(device, together)
         finally:
             set_rng_state(states, device)
             if together:
                 ranks.reshard(self.student, self.base)
             self.budget.end()
-        scalars |= {"seconds": self.budget.last, "share": self.budget.share}
+        scalars = found.scalars | {"seconds": self.budget.last, "share": self.budget.share}
         self.latest = {self.prefix + name: value for name, value in scalars.items()}
+        self.reasons = found.reasons
         if ranks.is_main():
             self._warn()
             self.log({name: value for name, value in self.latest.items() if value == value}, step)
-            if self.log_images is not None and drawn:
-                self.log_images({self.prefix + name: picture for name, picture in drawn.items()}, step)
+            if self.log_images is not None and found.pictures:
+                self.log_images({self.prefix + name: picture for name, picture in found.pictures.items()}, step)
         return self.latest
 
-    def _measured(self, device: torch.device, together: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """All scalars and pictures that the budget allows."""
-        scalars: dict[str, float] = {}
-        drawn: dict[str, Tensor] = {}
-        self.reasons = {}
-        stages: list[tuple[str, Callable[[torch.device, dict[str, Tensor]], dict[str, float]]]] = [
-            ("explanations", self._answers),
-            ("UniCAM", self._transfer),
-        ]
-        stages += [("regions", self._regions)] if self.regions is not None else []
-        for place, (_, stage) in enumerate(stages):
-            over = place > 0 and self.budget.over()
-            if ranks.agreed(over, self.student) if together else over:
-                left = ", ".join(left for left, _ in stages[place:])
-                self.reasons["max_seconds"] = f"{left} skipped after {self.budget.max_seconds} seconds"
-                break
-            scalars |= stage(device, drawn)
-        return scalars, drawn
-
-    def _answers(self, device: torch.device, drawn: dict[str, Tensor]) -> dict[str, float]:
-        """How the student's answers and explanations compare with the reference's, which is asked once."""
-        images = self.images.to(device)
-        if self._reference is None:
-            self._reference = self._asked(device)
-            check_classes(explain(self.student, images[:2], explainer=self.explainer).logits, self._reference.logits)
-        student = answers_of(self.student, images, self._reference.classes, self.explainer, self.batch_size)
-        if self.log_images is not None:
-            drawn["explanations"] = self._drawn(student.maps, self._reference.maps)
-        return compared(student, self._reference, self.masks)
-
-    def _asked(self, device: torch.device) -> Answers:
-        """The answers of the teacher, or of the base."""
-        model, images = (self.base, self.base_images)
-        if self.teacher is not None:
-            model, images = self.teacher, self.teacher_images
-        return answers_of(model, images.to(device), None, self.explainer, self.batch_size)
-
-    def _transfer(self, device: torch.device, drawn: dict[str, Tensor]) -> dict[str, float]:
-        """UniCAM, and the scores of whole images."""
-        pictures = (self.images.to(device), self.base_images.to(device))
-        readings = read_both(self.student, self.base, pictures, self.layers, batch_size=self.batch_size)
-        found = compare(*readings, self.targets)
-        scalars: dict[str, float] = {}
-        for name, layer in found.layers.items():
-            scalars |= self._scores(layer.sums, name)
-            scalars[f"blank_distilled/{name}"] = layer.distilled.blank.double().mean().item()
-            scalars[f"blank_residual/{name}"] = layer.residual.blank.double().mean().item()
-            if self.log_images is not None:
-                drawn[f"unicam/{name}"] = self._drawn(layer.distilled.maps, layer.residual.maps)
-        distances = [(layer.layer, layer.distances) for layer in readings[0].layers]
-        return scalars | self._against_control(distances, pictures[0]) | _chance(found)
-
-    def _against_control(self, student: list[tuple[str, Tensor]], images: Tensor) -> dict[str, float]:
-        """The student's similarity to the untrained network, whose distances are measured once."""
-        if self.control is None:
-            return {}
-        if not self._control_distances:
-            found = read(
-                self.control.to(images.device), images, [name for name, _ in student], batch_size=self.batch_size
-            )
-            self._control_distances = [layer.distances for layer in found.layers]
-        both = zip(student, self._control_distances, strict=True)
-        sums = {name: DistanceSums.of_distances(student=mine, control=control) for (name, mine), control in both}
-        return {
-            key: value
-            for name, each in sums.items()
-            for key, value in self._kept({"fss_control": each.score("student", "control")}, name).items()
+    def _measured(self, device: torch.device, together: bool) -> Part:
+        """All that the budget allows."""
+        stages: dict[str, Callable[[torch.device], Part]] = {
+            "explanations": self._probed.answers,
+            "UniCAM": self._probed.transfer,
         }
+        if self._probed.regions is not None:
+            stages["regions"] = self._probed.seen
+        found = Part()
+        for place, (name, stage) in enumerate(stages.items()):
+            if place and self._agreed(self.budget.over(), together):
+                left = ", ".join(list(stages)[list(stages).index(name) :])
+                return found | Part(reasons={left: f"skipped after max_seconds={self.budget.max_seconds}"})
+            found |= stage(device)
+        return found
 
-    def _regions(self, device: torch.device, drawn: dict[str, Tensor]) -> dict[str, float]:
-        """The scores of the pixels that each model's maps keep."""
-        found = layer_features(
-            self.student,
-            self.base,
-            self.images.to(device),
-            self.targets,
-            self.layers,
-            regions=self.regions,
-            base_images=self.base_images.to(device),
-            batch_size=self.batch_size,
-        )
-        scalars: dict[str, float] = {}
-        for name, layer in found.items():
-            scalars |= self._scores(layer.sums, name, "regions/")
-            scalars[f"regions/n/{name}"] = float(layer.rows.sum())
-        return scalars
-
-    def _scores(self, sums: DistanceSums, layer: str, group: str = "") -> dict[str, float]:
-        return self._kept(scores_of(sums), layer, group)
-
-    def _kept(self, scores: dict[str, Score], layer: str, group: str = "") -> dict[str, float]:
-        """The values by full name; why some are NaN is noted."""
-        found = {f"{group}{name}/{layer}": score for name, score in scores.items()}
-        self.reasons |= {name: score.reason for name, score in found.items() if score.reason}
-        return {name: score.value for name, score in found.items()}
-
-    def _drawn(self, first: Tensor, second: Tensor) -> Tensor:
-        """A picture of rows: the images, and two kinds of maps of them."""
-        pictures = displayable(self.images[: self.pictures], self.normalization)
-        size = (SIDE, SIDE)
-        maps = (m[: self.pictures].abs().sum(1, keepdim=True) for m in (first, second))
-        return panel([enlarge(pictures, size), *(overlay(pictures, m, size) for m in maps)])
+    def _agreed(self, said: bool, together: bool) -> bool:
+        return ranks.agreed(said, self.student) if together else said
 
     def _warn(self) -> None:
         """Every reason once in a run: a dead layer stays dead, and a tracker full of NaN tells nobody."""
@@ -272,12 +195,6 @@ class TransferMonitor:
             where = ", ".join(name for name, said in self.reasons.items() if said == reason)
             warnings.warn(f"The monitor has no value for {where}: {reason}.", stacklevel=4)
         self._warned |= new
-
-
-def _chance(found: UniCAMResult) -> dict[str, float]:
-    """How many images there are, and the spread of a score by chance."""
-    score = next(iter(found.layers.values())).sums.score("student", "base")
-    return {"n": float(found.n), "chance": score.chance}
 
 
 def _check(count: int, **others: Tensor | None) -> None:

@@ -269,7 +269,6 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "vit-timm": partial(timm_task, "vit"),
     },
     "transfer": transfer_cases.CASES,
-    "monitor": transfer_cases.MONITOR_CASES,
 }
 
 

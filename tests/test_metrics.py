@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import run_group
 from safetensors.torch import load_file
 from torch import Tensor
-from transfer_cases import transfer_batches
 
 from e2kd.distance import DistanceSums, dcor_unbiased, semi_partial_dcor
 from e2kd.metrics import FeatureSimilarityScore, RelevanceScore
@@ -179,19 +177,3 @@ class TestBadInput:
             FeatureSimilarityScore().update(torch.rand(8, 4, 2, 2), torch.rand(8, 4))
         with pytest.raises(ValueError, match="embeddings of 2 classes"):
             RelevanceScore(torch.rand(2, 3)).update(torch.rand(8, 4), torch.arange(8) % 3)
-
-
-def test_two_ranks_agree_on_the_score_of_all_batches(tmp_path: Path) -> None:
-    """Also where one has more batches, of other sizes, and where one has none."""
-    found = run_group("transfer", tmp_path)
-    for case, batches in (("metrics-uneven", transfer_batches()), ("metrics-idle", transfer_batches()[:2])):
-        fss, rs = FeatureSimilarityScore(), RelevanceScore()
-        for student, base, labels in batches:
-            fss.update(student, base)
-            rs.update(student, labels, base)
-        for rank in found:
-            assert "refusal" not in rank[case], rank[case]
-            assert rank[case]["fss"].item() == pytest.approx(fss.compute().item(), abs=1e-12)
-            assert rank[case]["rs"].item() == pytest.approx(rs.compute().item(), abs=1e-12)
-            assert rank[case]["n"] == fss.score().n
-            assert rank[case]["error"] == pytest.approx(rs.score().error, abs=1e-12)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import run_group
 from nets import TinyViT, cnn
 from torch import Tensor, nn
 
@@ -373,15 +372,3 @@ class TestTrackers:
         nn.init.normal_(monitor.student[2].weight)
         monitor(1)
         assert set(monitor.latest) == first
-
-
-def test_ranks(tmp_path: Path) -> None:
-    """Rank 0 logs what one process would; training gives the same weights as without; sharded students too."""
-    found = run_group("monitor", tmp_path)
-    for case in ("monitor-ddp", "monitor-sharded"):
-        for rank in found:
-            assert "refusal" not in rank[case], rank[case]
-            assert rank[case]["apart"] == 0
-        assert found[0][case]["steps"] == [0, 2]
-        assert found[1][case]["steps"] == []
-        assert found[0][case]["fss"] == pytest.approx(found[0][case]["fss_alone"], abs=1e-9)

@@ -98,8 +98,6 @@ def _local(parameter: Tensor) -> Tensor:
 CASES = {
     "metrics-uneven": partial(metrics, idle=False),
     "metrics-idle": partial(metrics, idle=True),
-}
-MONITOR_CASES = {
     "monitor-ddp": partial(monitored, sharded=False),
     "monitor-sharded": partial(monitored, sharded=True),
 }

@@ -24,11 +24,11 @@ SIDE = (160, 160)  # of a picture, pixels
 def similarity_curves(measured: Measured) -> bytes:
     """FSS over the layers of every pair, and of the student with an untrained network."""
     figure, axis = _axes("Feature similarity (FSS)", "1: the same geometry, 0: nothing in common")
-    for colour, pair in zip(COLOURS, measured.pairs, strict=False):
+    for place, pair in enumerate(measured.pairs):
         scores = [layer.scores["fss"] for layer in pair.layers]
-        _curve(axis, scores, colour, f"{pair.roles[0]} - {pair.roles[1]}")
+        _curve(axis, scores, place, f"{pair.roles[0]} - {pair.roles[1]}")
     first = measured.pairs[0]
-    _curve(axis, [layer.scores["fss_control"] for layer in first.layers], GREY, "student - untrained", dashed=True)
+    _curve(axis, [layer.scores["fss_control"] for layer in first.layers], -1, "student - untrained", dashed=True)
     _finish(axis, first)
     return _png(figure)
 
@@ -37,9 +37,9 @@ def relevance_curves(measured: Measured) -> bytes:
     """RS over the layers of the first pair, whole and beyond each other; none without labels."""
     pair = measured.pairs[0]
     figure, axis = _axes("Relevance to the labels (RS)", "0: none; the band is what chance gives, two spreads")
-    for colour, (name, said) in zip(COLOURS, relevance_names(pair).items(), strict=True):
+    for place, (name, said) in enumerate(relevance_names(pair).items()):
         scores = [layer.scores[name] for layer in pair.layers]
-        _curve(axis, scores, colour, said, dashed="beyond" in said)
+        _curve(axis, scores, place, said, dashed="beyond" in said)
     _finish(axis, pair)
     return _png(figure)
 
@@ -97,11 +97,14 @@ def _axes(title: str, subtitle: str) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-def _curve(axis: Axes, scores: Sequence[Score], colour: str, said: str, *, dashed: bool = False) -> None:
-    """Values with their standard errors; NaN leaves a gap."""
+def _curve(axis: Axes, scores: Sequence[Score], place: int, said: str, *, dashed: bool = False) -> None:
+    """Values with their standard errors, beside those of other places; NaN leaves a gap. Place -1 is grey."""
+    colour = GREY if place < 0 else COLOURS[place]
     values, errors = [s.value for s in scores], [s.error for s in scores]
     style: dict[str, Any] = {"ls": "--" if dashed else "-", "marker": "o", "ms": 4, "lw": 1.4, "capsize": 2}
-    axis.errorbar(range(len(scores)), values, yerr=errors, color=colour, label=said, **style)
+    axis.errorbar(
+        [k + 0.05 * place for k in range(len(scores))], values, yerr=errors, color=colour, label=said, **style
+    )
 
 
 def _finish(axis: Axes, pair: Pair) -> None:
@@ -113,7 +116,7 @@ def _finish(axis: Axes, pair: Pair) -> None:
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.tick_params(axis="y", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7.5, frameon=False)
+    axis.legend(fontsize=7.5, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def _show(axis: Axes, picture: torch.Tensor) -> None:

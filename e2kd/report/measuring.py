@@ -134,7 +134,7 @@ def measure(
 
     Args:
         subjects: two or three networks, the student first.
-        regions: of the perturbed scores; None leaves them out.
+        regions: of the perturbed scores of the first pair; None leaves them out.
         keep: percentage of the pixels kept in them.
         say: told what is being done.
     """
@@ -143,11 +143,12 @@ def measure(
         say(f"{subject.role}: answers and explanations")
         explained[subject.role] = _explained(subject, batch_size)
         answers[subject.role] = _answer(explained[subject.role], pictures)
-    pairs = []
+    pairs: list[Pair] = []
     for first, second in combinations(subjects, 2):
         say(f"{first.role} and {second.role}: layers")
         agreement, alike = _alike(first, second, explained, batch_size, notes)
-        layers, maps = _layers(first, second, pictures, regions, keep, batch_size)
+        shown = regions if not pairs else None  # the imputation costs more than everything else
+        layers, maps = _layers(first, second, pictures, shown, keep, batch_size)
         pairs.append(Pair((first.role, second.role), agreement, alike, layers, maps))
     return Measured(list(subjects), pictures, answers, pairs, keep, notes)
 

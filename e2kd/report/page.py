@@ -12,7 +12,7 @@ from typing import Any
 
 from e2kd.distance import Score
 from e2kd.report import drawing, wording
-from e2kd.report.measuring import Measured, Pair
+from e2kd.report.measuring import LayerScores, Measured, Pair
 from e2kd.version import __version__
 
 STYLE = """
@@ -24,14 +24,7 @@ th { border-bottom: 2px solid #bbb; } td.n { text-align: right; white-space: now
 img { max-width: 100%; } figure { margin: 1em 0; } figcaption { color: #555; font-size: 13px; }
 .row { display: flex; flex-wrap: wrap; gap: 1em; } .row figure { flex: 1 1 440px; } code { font-size: 12px; }
 """
-SCORES = {
-    "fss": "FSS",
-    "fss_control": "FSS, untrained",
-    "rs_student": "RS first",
-    "rs_base": "RS second",
-    "rs_distilled": "RS distilled",
-    "rs_residual": "RS residual",
-}
+SCORES = ("fss", "fss_control", "rs_student", "rs_base", "rs_distilled", "rs_residual")  # columns, in their order
 
 
 def write(measured: Measured, folder: Path, command: str = "") -> Path:
@@ -72,7 +65,7 @@ def render(measured: Measured, figures: dict[str, bytes], command: str = "") -> 
         *(_table(pair, measured) for pair in measured.pairs),
         "<h2>Where each sees what the other does not (UniCAM)</h2>",
         *(
-            _figure(figures[f"unicam-{index + 1}.png"], f"unicam-{index + 1}.png", " and ".join(layer.layers))
+            _figure(figures[f"unicam-{index + 1}.png"], f"unicam-{index + 1}.png", _name(layer))
             for index, layer in enumerate(first.layers)
         ),
         "<h2>What these numbers can't say</h2>",
@@ -97,16 +90,21 @@ def _table(pair: Pair, measured: Measured) -> str:
     """Scores of whole images and, if there are any, of the pixels that the maps keep."""
     first, second = pair.roles
     heading = f"<h3>{escape(first)} and {escape(second)}</h3>"
-    header = ["layer", "pixels", *SCORES.values(), "n", "by chance", "to keep in mind"]
+    columns = ["FSS", "FSS, untrained", f"RS {first}", f"RS {second}", "RS distilled", "RS residual"]
+    header = ["layer", "pixels", *columns, "n", "by chance", "to keep in mind"]
     rows = []
     for layer in pair.layers:
-        name = layer.layers[0] if len(set(layer.layers)) == 1 else " / ".join(layer.layers)
-        rows.append(_scores(name, "all", layer.scores, wording.flags(layer)))
+        rows.append(_scores(_name(layer), "all", layer.scores, wording.flags(layer)))
         if layer.regions:
             reasons = "; ".join(dict.fromkeys(s.reason for s in layer.regions.values() if s.reason))
             rows.append(_scores("", f"{measured.keep:g} % by own map", layer.regions, reasons))
-    note = f"First is the {first}, second the {second}. Distilled: first beyond second; residual: second beyond first."
+    note = f"Distilled: the {first} beyond the {second}; residual: the {second} beyond the {first}."
     return heading + _html_table(header, rows) + f"<figcaption>{escape(note)}</figcaption>"
+
+
+def _name(layer: LayerScores) -> str:
+    """Both networks' names of a layer, one if they are equal."""
+    return " / ".join(dict.fromkeys(layer.layers))
 
 
 def _scores(layer: str, pixels: str, scores: dict[str, Score], said: str) -> list[str]:

@@ -64,10 +64,8 @@ def _similar(pair: Pair) -> list[str]:
         return []
     most, least = (pick(scored, key=lambda each: each[1].value) for pick in (max, min))
     student, base = pair.roles
-    said = (
-        f"The {student}'s features are most like the {base}'s at {most[0].layers[0]} (FSS {_value(most[1])}) and least "
-        f"at {least[0].layers[0]} ({_value(least[1])})."
-    )
+    said = f"The {student}'s features are most like the {base}'s at {most[0].layers[0]} (FSS {_value(most[1])})"
+    said += f" and least at {least[0].layers[0]} ({_value(least[1])})." if least is not most else "."
     plain = [layer.layers[0] for layer in pair.layers if _no_more_than_control(layer)]
     if plain:
         said += f" At {_listed(plain)} that is no more than an untrained network has in common with the {student}."

@@ -16,8 +16,12 @@ from e2kd.taught import Taught
 from e2kd.version import __version__
 
 if TYPE_CHECKING:
+    from e2kd import bcos, distance, metrics, monitor, perturb, transfer
     from e2kd.augment import JointAugmentation
+    from e2kd.embeddings import label_embeddings
     from e2kd.frozen import CanonicalView, FrozenDataset, FrozenTeacher, freeze
+    from e2kd.monitor import TransferMonitor
+    from e2kd.transfer import UniCAMResult, unicam
 
 __all__ = [
     "CanonicalView",
@@ -36,28 +40,45 @@ __all__ = [
     "MultiLabelKDLoss",
     "NoEffectWarning",
     "Taught",
+    "TransferMonitor",
+    "UniCAMResult",
     "UnsupportedModel",
     "__version__",
+    "bcos",
     "check",
     "cosine",
+    "distance",
     "explain",
     "freeze",
     "kd_loss",
+    "label_embeddings",
+    "metrics",
+    "monitor",
     "multilabel_kd_loss",
+    "perturb",
+    "transfer",
+    "unicam",
 ]
 
-_LATER = {  # what needs more than torch loads when it is asked for
+_PARTS = ("bcos", "distance", "metrics", "monitor", "perturb", "transfer")  # packages that load when they are asked for
+_LATER = {  # names that do, from the module named
     "CanonicalView": "frozen",
     "FrozenDataset": "frozen",
     "FrozenTeacher": "frozen",
     "JointAugmentation": "augment",
+    "TransferMonitor": "monitor",
+    "UniCAMResult": "transfer",
     "freeze": "frozen",
+    "label_embeddings": "embeddings",
+    "unicam": "transfer",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'e2kd' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PARTS:
+        return import_module(f"e2kd.{name}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'e2kd' has no attribute {name!r}")
     return getattr(import_module(f"e2kd.{_LATER[name]}"), name)

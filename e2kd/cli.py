@@ -1,4 +1,4 @@
-"""The command `e2kd`: demo, check, freeze, verify, inspect, merge."""
+"""The command `e2kd`: demo, check, freeze, verify, inspect, merge, report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from e2kd.commands import caches, checking, freezing
+from e2kd.commands import caches, checking, freezing, reporting
 from e2kd.demo import run as demo
 from e2kd.errors import UnsupportedModel
 from e2kd.version import __version__
@@ -20,6 +20,11 @@ COMMANDS: dict[str, tuple[str, Arguments, Main]] = {
     "freeze": ("ask a teacher once about every image of a data set", freezing.add_arguments, freezing.main),
     "verify": ("compare a cache with its teacher, as it is and augmented", caches.add_verify, caches.verify),
     "inspect": ("what a cache holds and how it was made", caches.add_inspect, caches.inspect),
+    "report": (
+        "what was transferred between two or three networks, as one page",
+        reporting.add_arguments,
+        reporting.main,
+    ),
     "merge": ("join the parts of a cache that several machines wrote", caches.add_merge, caches.merge),
 }
 

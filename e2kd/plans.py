@@ -58,7 +58,8 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
     known = _plans.setdefault(model, {})
     key = (explainer.layer, hash(tuple(map(id, model.modules()))))
     if key not in known:
-        known.clear()
+        for outdated in [k for k in known if k[1] != key[1]]:
+            del known[outdated]
         known[key] = _make_plan(model, explainer.layer, images)
     return known[key]
 

@@ -30,6 +30,7 @@ from torch.utils.data.distributed import DistributedSampler
 sys.path.insert(0, str(Path(__file__).parent))
 
 import reference
+import transfer_cases
 
 import e2kd
 
@@ -287,6 +288,7 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "cnn-timm": partial(timm_task, "cnn"),
         "vit-timm": partial(timm_task, "vit"),
     },
+    "transfer": transfer_cases.CASES,
 }
 
 

@@ -23,7 +23,7 @@ from e2kd.demo.data import INK, SIDES, SIZE, Mode, Part, Scenes, all_digits, dig
 from e2kd.demo.experiment import SeedRun, criterion_for, example_places, make_data, train_student
 from e2kd.demo.extras import MissingExtra
 from e2kd.demo.lessons import SHIFT, Lessons, frozen_lessons
-from e2kd.demo.measure import Scores, energy_on_mask, evaluate, mean_and_missing, predictions, worst_group
+from e2kd.demo.measure import Scores, evaluate, mean_and_missing, predictions, worst_group
 from e2kd.demo.progress import Tracker
 from e2kd.demo.report import COLUMNS, NAMES, difference_lines, rows
 from e2kd.demo.results import interval, results_of
@@ -144,19 +144,6 @@ def test_direction_tells_the_textures_apart() -> None:
 
 
 # The measures
-
-
-def test_epg_of_maps_on_the_masks_grid() -> None:
-    maps = torch.tensor([[[[3.0, 1.0], [0.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]], [[[0.0, 2.0], [0.0, 0.0]]]])
-    masks = torch.tensor([[True, False], [False, False]]).expand(3, 2, 2)
-    torch.testing.assert_close(energy_on_mask(maps, masks), torch.tensor([0.75, math.nan, 0.0]), equal_nan=True)
-
-
-def test_epg_of_a_map_brought_to_the_masks_size() -> None:
-    """Bilinear from 2 to 4 cells weighs (1, 3/4, 1/4, 0): inside (7/4)^2 of 2^2."""
-    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
-    mask[:, :2, :2] = True
-    assert energy_on_mask(torch.tensor([[[[5.0, 0.0], [0.0, 0.0]]]]), mask).item() == pytest.approx(49 / 64)
 
 
 def test_zero_maps_are_left_out_and_counted() -> None:

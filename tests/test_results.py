@@ -60,6 +60,18 @@ def test_a_frozen_teacher_costs_next_to_nothing() -> None:
     assert precompute["ratio"]["median"] <= 1.05
 
 
+@measured("transfer")
+def test_seeing_the_transfer_costs_little() -> None:
+    """The promises: UniCAM of four layers like two forwards, far below the papers' procedure; ROAD; the monitor."""
+    ratios = list(tables.results("transfer")["ratios"].values())
+    unicam, papers, memory, road, _, _, share = ratios
+    assert unicam <= 1.15
+    assert papers >= 10
+    assert memory <= 0.25
+    assert road >= 5
+    assert share <= 0.02
+
+
 @measured("frozen_quality")
 def test_the_quality_of_frozen_teachers_is_compared_in_pairs() -> None:
     """Five seeds of each arm, each arm with what was best for it on other images and seeds."""

@@ -13,13 +13,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from e2kd import distance
-from e2kd.companions import stability
 from e2kd.distance import PAPERS, correlation, residual, u_center
 from e2kd.errors import UnsupportedModel
-from e2kd.readings import LayerReading, read
-from e2kd.targets import label_features
-from e2kd.transfer import UniCAM, compare, unicam
-from e2kd.unique import Objective, channel_weights, energy, papers_scaled, relevance, scaled, unlikeness, weighted
+from e2kd.transfer.companions import stability
+from e2kd.transfer.contrasting import UniCAM, compare, unicam
+from e2kd.transfer.readings import LayerReading, read
+from e2kd.transfer.targets import label_features
+from e2kd.transfer.unique import (
+    Objective,
+    channel_weights,
+    energy,
+    papers_scaled,
+    relevance,
+    scaled,
+    unlikeness,
+    weighted,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:UniCAM of .* images")
 LAYER = {1: "layer4", 2: "layer4", 3: "layer3", 4: "layer2", 5: "layer1"}  # by the papers' depth; 1 is pooled

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.commands.models import make_model
+from e2kd.commands.photos import find_photos, normalized, read_photos
 
 CLASSES = 1000
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,18 +54,4 @@ def _images(args: argparse.Namespace, student: nn.Module) -> Tensor:
     side = args.size or (example.shape[-1] if example is not None else 224)
     if args.images is None:
         return torch.randn(args.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return _photos(args.images, args.batch, side, getattr(student, "pretrained_cfg", {}))
-
-
-def _photos(folder: Path, count: int, side: int, configuration: dict[str, tuple[float, ...]]) -> Tensor:
-    from PIL import Image
-
-    from e2kd.frozen.views import CanonicalView
-
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:count]
-    if not paths:
-        raise FileNotFoundError(f"Expected images ({', '.join(SUFFIXES)}) in {folder}, but found none.")
-    view = CanonicalView((side, side))
-    images = torch.stack([view(Image.open(path)) for path in paths]).float() / 255
-    mean, std = (torch.tensor(configuration.get(name, (0.5,) * 3))[:, None, None] for name in ("mean", "std"))
-    return (images - mean) / std
+    return normalized(read_photos(find_photos(args.images, args.batch).paths, side), student)

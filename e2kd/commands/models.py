@@ -71,10 +71,11 @@ def make_teacher(args: argparse.Namespace, dataset: Any) -> nn.Module:
         names = class_names_of(dataset)
         classes = None if names is None else len(names)
     model = make_model(args.teacher, classes, args.teacher_checkpoint, pretrained=args.teacher_checkpoint is None)
-    return model.to(_device(args.device)).eval()
+    return model.to(device_for(args.device)).eval()
 
 
-def _device(wanted: str | None) -> torch.device:
+def device_for(wanted: str | None) -> torch.device:
+    """The device that was asked for, else this process's GPU, else the CPU."""
     if wanted is not None:
         return torch.device(wanted)
     if not torch.cuda.is_available():

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import e2kd
 from e2kd.demo.data import Scenes
+from e2kd.localization import energy_on_mask
 
 CHUNK = 500  # images per forward
 
@@ -54,18 +54,6 @@ def share(correct: Tensor) -> float:
     0.75
     """
     return correct.double().mean().item()
-
-
-def energy_on_mask(maps: Tensor, masks: Tensor) -> Tensor:
-    """Energy pointing game: share of a map's energy inside the mask, [N] in [0, 1]; nan for a map of zeros.
-
-    The maps [N, 1, h, w], not negative, are brought to the masks' [N, H, W] size bilinearly, as GradCAM is shown.
-
-    >>> energy_on_mask(torch.ones(1, 1, 2, 2), torch.tensor([[[True, False], [False, False]]]))
-    tensor([0.2500])
-    """
-    energy = F.interpolate(maps, size=masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    return (energy * masks).sum((1, 2)) / energy.sum((1, 2))
 
 
 def mean_and_missing(values: Tensor) -> tuple[float, int]:

@@ -7,22 +7,20 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from e2kd.demo.data import SIZE, Scenes, all_digits
 from e2kd.demo.experiment import EXAMPLES, SeedRun
 from e2kd.demo.measure import maps_of, predictions
 from e2kd.demo.settings import Arm
 from e2kd.demo.show_scores import RIGHT, WRONG, draw_scores
+from e2kd.pictures import enlarge, overlay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-FINE = 4 * SIZE  # side to which images and maps are brought, pixels
-COLORMAP = "inferno"
+FINE = (4 * SIZE, 4 * SIZE)  # size to which images and maps are brought, pixels
 ROWS = {Arm.TEACHER: "teacher", Arm.KD: "KD", Arm.E2KD: "e²KD"}
 CLASSES = ("0-4", "5-9")
 TITLE = "Where each network looks when the background misleads"
@@ -75,7 +73,7 @@ def panels(figure: SubFigure) -> list[list[Axes]]:
 
 def draw_images(row: list[Axes], scenes: Scenes) -> None:
     """The images, with their digits named."""
-    for axis, image, mask, place in zip(row, enlarge(scenes.images), scenes.masks, scenes.places, strict=True):
+    for axis, image, mask, place in zip(row, enlarge(scenes.images, FINE), scenes.masks, scenes.places, strict=True):
         show(axis, image.permute(1, 2, 0), mask)
         axis.set_xlabel(f"digit {int(all_digits().classes[place])}", fontsize=9, labelpad=3, color="0.15")
 
@@ -83,34 +81,18 @@ def draw_images(row: list[Axes], scenes: Scenes) -> None:
 def draw_row(row: list[Axes], net: nn.Module, scenes: Scenes) -> None:
     """A net's maps, each of the class that it predicts, which stands below with a tick or a cross."""
     classes = predictions(net, scenes.images)
-    shaded = overlay(scenes.images, maps_of(net, scenes.images, classes))
+    shaded = overlay(scenes.images, maps_of(net, scenes.images, classes), FINE)
     for axis, image, mask, found, label in zip(row, shaded, scenes.masks, classes, scenes.labels, strict=True):
-        show(axis, image, mask)
+        show(axis, image.permute(1, 2, 0), mask)
         good = bool(found == label)
         text = f"{CLASSES[int(found)]} {'✓' if good else '✗'}"
         axis.set_xlabel(text, fontsize=9, labelpad=3, color=RIGHT if good else WRONG)
 
 
-def enlarge(images: Tensor) -> Tensor:
-    """Images [N, C, h, w] at the figure's resolution [N, C, FINE, FINE]."""
-    return F.interpolate(images, size=(FINE, FINE), mode="bilinear", align_corners=False)
-
-
-def overlay(images: Tensor, maps: Tensor) -> Tensor:
-    """Maps [N, 1, h, w], each by its own maximum, in colour over grey images [N, 3, H, W]: [N, FINE, FINE, 3]."""
-    from matplotlib import colormaps
-
-    heat = enlarge(maps)[:, 0]
-    heat = heat / heat.amax((1, 2), keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny)
-    colours = torch.from_numpy(colormaps[COLORMAP](heat.numpy())[..., :3]).float()
-    grey = enlarge(images).mean(1)[..., None]
-    return (0.3 * grey + 0.7 * colours).clamp(0, 1)
-
-
 def show(axis: Axes, image: Tensor, mask: Tensor) -> None:
-    """An image [FINE, FINE, 3] with the outline of the digit's mask [SIZE, SIZE]."""
+    """An image [*FINE, 3] with the outline of the digit's mask [SIZE, SIZE]."""
     axis.imshow(image.numpy(), interpolation="nearest")
-    outline = enlarge(mask[None, None].float())[0, 0]
+    outline = enlarge(mask[None, None].float(), FINE)[0, 0]
     axis.contour(outline.numpy(), levels=[0.5], colors="white", linewidths=0.9)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)

@@ -40,7 +40,12 @@ class LayerReading:
     @property
     def means(self) -> Tensor:
         """The maps averaged over space, [n, C] float64."""
-        return torch.stack([image.double().mean((1, 2)) for image in self.maps])  # never all of them in float64
+        return _means(self.maps)
+
+    @property
+    def features(self) -> Tensor:
+        """What the distances are between: [n, C h w], or the means over space [n, C]."""
+        return self.means if self.pooled else self.maps.flatten(1)
 
     def of(self, rows: Tensor) -> LayerReading:
         """The reading of some of the images, by their indices."""
@@ -105,10 +110,9 @@ def read(
         images = images.clone() if images.is_inference() else images
         names = [_default(model, images)] if layers is None else list(layers)
         found = [_forward(model, batch, names) for batch in images.split(batch_size or len(images))]
-        maps = [torch.cat([part[1][name] for part in found]) for name in names]
+        maps = [_joined([part[1][name] for part in found]) for name in names]
         readings = [_measure(name, m, pooled, eps) for name, m in zip(names, maps, strict=True)]
-    logits = torch.cat([part[0] for part in found])
-    return Reading(logits, tuple(readings), (images.shape[-2], images.shape[-1]))
+    return Reading(_joined([part[0] for part in found]), tuple(readings), (images.shape[-2], images.shape[-1]))
 
 
 def _default(model: nn.Module, images: Tensor) -> str:
@@ -118,8 +122,17 @@ def _default(model: nn.Module, images: Tensor) -> str:
     return site.tensor_of
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _means(maps: Tensor) -> Tensor:
+    """Means over space [n, C] float64, of rows summed in the maps' own type: no float64 copy of the maps."""
+    return maps.sum(3).double().sum(2) / (maps.shape[2] * maps.shape[3])
+
+
 def _measure(name: str, maps: Tensor, pooled: bool, eps: float) -> LayerReading:
-    features = torch.stack([image.double().mean((1, 2)) for image in maps]) if pooled else maps.flatten(1)
+    features = _means(maps) if pooled else maps.flatten(1)
     return LayerReading(name, maps, distance_matrix(features, eps=eps), pooled)
 
 

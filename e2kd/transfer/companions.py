@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2kd.readings import Reading
-from e2kd.targets import label_features
-from e2kd.transfer import UniCAM, contrast
-from e2kd.unique import Objective
+from e2kd.transfer.contrasting import UniCAM, contrast
+from e2kd.transfer.readings import Reading
+from e2kd.transfer.targets import label_features
+from e2kd.transfer.unique import Objective
 
 
 class Stability(NamedTuple):
@@ -37,13 +37,13 @@ def stability(
     Costs no forward.
 
     Args:
-        student, base: from `e2kd.readings.read`, of the same n images; 8 or more, for halves of 4.
+        student, base: from `e2kd.transfer.read`, of the same n images; 8 or more, for halves of 4.
         targets, embeddings, objective: as for `unicam`.
         draws: of halves, 2 or more.
         seed: of the draws. The global random state stays as it is.
 
     >>> from torch import nn
-    >>> from e2kd.readings import read
+    >>> from e2kd.transfer.readings import read
     >>> make = lambda: nn.Sequential(
     ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     >>> images = torch.rand(16, 3, 8, 8)

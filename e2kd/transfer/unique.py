@@ -11,7 +11,7 @@ from torch import Tensor
 from e2kd.distance import Guards, correlation, inner, residual, u_center
 from e2kd.distance.centring import NONE
 from e2kd.distance.matrices import pull_back
-from e2kd.readings import LayerReading
+from e2kd.transfer.readings import LayerReading
 
 Objective = Callable[[Tensor, "Tensor | None", Guards], Tensor]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
 from e2kd.errors import shape, taking_images
-from e2kd.readings import LayerReading, Reading, read
-from e2kd.targets import label_features
-from e2kd.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
+from e2kd.transfer.readings import LayerReading, Reading, read
+from e2kd.transfer.targets import label_features
+from e2kd.transfer.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
 
 FEW = 16  # images below which a map says more about its companions than about its image
 
@@ -101,8 +101,8 @@ def unicam(
     """UniCAM: where a distilled student sees what its base does not, and the other way round, at any layers.
 
     One forward per model without gradients gives all layers and both directions. A map is a statement about a batch:
-    with other companions the map of an image is another one (see `e2kd.companions`), so use one fixed batch of 64
-    images or more. Results carry no graph; the models stay as they were.
+    with other companions the map of an image is another one (see `e2kd.transfer.stability`), so use one fixed batch of
+    64 images or more. Results carry no graph; the models stay as they were.
 
     Args:
         student: the model that was distilled.
@@ -129,14 +129,12 @@ def unicam(
     >>> found.distilled["1"].maps.shape, sorted(found.layers)
     (torch.Size([16, 1, 6, 6]), ['0', '1'])
     """
-    mine, others = _names(layers)
+    features = label_rows(targets, embeddings, len(images))  # before the forwards: it may raise
+    pictures = (images, images if base_images is None else base_images)
     options = {"pooled": pooled, "batch_size": batch_size, "eps": PAPERS.distance if papers else 0.0}
-    features = _label_features(targets, embeddings, len(images))  # before the forwards: it may raise
-    given = images if base_images is None else base_images
-    if len(given) != len(images):
-        raise ValueError(f"Expected the same pictures for both models, but got {len(images)} and {len(given)}.")
-    readings = (_read("student", student, images, mine, options), _read("base", base, given, others, options))
-    return compare(*readings, features, objective=objective, papers=papers)
+    readings = read_both(student, base, pictures, layers, **options)
+    _warn_few(len(images))
+    return contrast(*readings, features, objective, papers)
 
 
 def compare(
@@ -151,7 +149,7 @@ def compare(
     """UniCAM of what was read before, layer by layer in their order: a fixed base needs to be read only once.
 
     Args:
-        student, base: from `e2kd.readings.read`, of the same pictures in the same order and as many layers.
+        student, base: from `e2kd.transfer.read`, of the same pictures in the same order and as many layers.
         targets, embeddings, objective, papers: as for `unicam`.
 
     Raises:
@@ -162,13 +160,8 @@ def compare(
     >>> compare(first, second).layers["1"].sums.names
     ('student', 'base')
     """
-    if (n := student.count) < FEW:
-        warnings.warn(
-            f"UniCAM of {n} images: their maps say more about the other images of the batch than about their own. "
-            "Use 64 or more.",
-            stacklevel=2,
-        )
-    return contrast(student, base, _label_features(targets, embeddings, n), objective, papers)
+    _warn_few(student.count)
+    return contrast(student, base, label_rows(targets, embeddings, student.count), objective, papers)
 
 
 def contrast(
@@ -228,7 +221,17 @@ def _blank(x: LayerReading, reason: str, size: tuple[int, int] | None) -> UniCAM
     return UniCAM(maps, weights, float("nan"), torch.ones_like(weights[:, 0], dtype=torch.bool), reason)
 
 
-def _label_features(targets: Tensor | None, embeddings: Tensor | None, n: int) -> Tensor | None:
+def _warn_few(n: int) -> None:
+    if n < FEW:
+        warnings.warn(
+            f"UniCAM of {n} images: their maps say more about the other images of the batch than about their own. "
+            "Use 64 or more.",
+            stacklevel=3,
+        )
+
+
+def label_rows(targets: Tensor | None, embeddings: Tensor | None, n: int) -> Tensor | None:
+    """What stands for the labels of n images, [n, d]; None without targets."""
     if targets is None:
         return None
     if len(targets) != n:
@@ -245,6 +248,20 @@ def _names(layers: Sequence[str | tuple[str, str]] | None) -> tuple[list[str] | 
     if len(set(mine)) < len(mine) or not mine:
         raise ValueError(f"Expected every layer of the student once, but got {', '.join(mine) or 'none'}.")
     return mine, [pair[1] for pair in pairs]
+
+
+def read_both(
+    student: nn.Module,
+    base: nn.Module,
+    images: tuple[Tensor, Tensor],
+    layers: Sequence[str | tuple[str, str]] | None,
+    **options: Any,
+) -> tuple[Reading, Reading]:
+    """The readings of two models, each of the pictures as it expects them, at layers as `unicam` takes them."""
+    if len(images[0]) != len(images[1]):
+        raise ValueError(f"Expected the same pictures for both models, but got {len(images[0])} and {len(images[1])}.")
+    mine, others = _names(layers)
+    return _read("student", student, images[0], mine, options), _read("base", base, images[1], others, options)
 
 
 def _read(who: str, model: nn.Module, images: Tensor, names: list[str] | None, options: dict[str, Any]) -> Reading:

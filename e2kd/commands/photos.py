@@ -1,0 +1,98 @@
+"""Photographs from a folder, as the models of a command expect them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+class Found(NamedTuple):
+    """Files, the label of each and the names of the classes; without classes no label and no name."""
+
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+
+
+def find_photos(folder: Path, count: int) -> Found:
+    """At most `count` images: as many of every class, if the folder has one folder for each, in the names' order.
+
+    Raises:
+        FileNotFoundError: when there are none.
+    """
+    classes = (
+        sorted(path.name for path in folder.iterdir() if path.is_dir() and _images(path)) if folder.is_dir() else []
+    )
+    if not classes:
+        return Found(_some(folder, _images(folder), count), [], [])
+    sorted_by_class = [_images(folder / name) for name in classes]
+    turns = [(path, label) for turn in zip_longest(*sorted_by_class) for label, path in enumerate(turn) if path]
+    chosen = sorted(turns[:count], key=lambda each: (each[1], each[0]))
+    return Found([path for path, _ in chosen], [label for _, label in chosen], classes)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def _some(folder: Path, paths: list[Path], count: int) -> list[Path]:
+    if not paths:
+        raise FileNotFoundError(f"Expected images ({', '.join(SUFFIXES)}) in {folder}, but found none.")
+    return paths[:count]
+
+
+def read_photos(paths: Sequence[Path], side: int) -> Tensor:
+    """Images [n, 3, side, side] in [0, 1], cut to a square as validation transforms do."""
+    from PIL import Image
+
+    from e2kd.frozen.views import CanonicalView
+
+    view = CanonicalView((side, side))
+    return torch.stack([view(Image.open(path)) for path in paths]).float() / 255
+
+
+def read_masks(folder: Path, photos: Path, paths: Sequence[Path], side: int, value: int | None) -> Tensor:
+    """The objects in the photos, bool [n, side, side], from images of the same names in another folder.
+
+    Args:
+        photos: the folder the paths lie in.
+        value: of the object's pixels; None is everything above 0.
+
+    Raises:
+        FileNotFoundError: when a photo has no mask.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from e2kd.frozen.views import CanonicalView
+
+    view, found = CanonicalView((side, side)), []
+    for path in paths:
+        file = _mask_of(folder, path.relative_to(photos))
+        with Image.open(file) as image:
+            pixels = np.asarray(image if image.mode in ("L", "P", "1", "I", "I;16") else image.convert("L"))
+        inside = pixels > 0 if value is None else pixels == value
+        found.append(view(Image.fromarray(inside.astype(np.uint8) * 255))[0] >= 128)
+    return torch.stack(found)
+
+
+def _mask_of(folder: Path, name: Path) -> Path:
+    for suffix in (name.suffix, *SUFFIXES):
+        for place in (folder / name.with_suffix(suffix), folder / f"{name.stem}{suffix}"):
+            if place.is_file():
+                return place
+    raise FileNotFoundError(f"Expected the mask of {name} in {folder}, named like the photo, but found none.")
+
+
+def normalized(images: Tensor, model: nn.Module) -> Tensor:
+    """Images [n, 3, H, W] in [0, 1] as a timm model expects them; others with mean and deviation 1/2."""
+    configuration = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (torch.tensor(configuration.get(name, (0.5,) * 3))[:, None, None] for name in ("mean", "std"))
+    return (images - mean) / std

@@ -1,0 +1,68 @@
+"""How much of an explanation lies on the object: energy pointing game and intersection over union."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from e2kd.errors import shape
+from e2kd.similarity import at_least_float32, resize
+
+
+def energy_on_mask(maps: Tensor, masks: Tensor) -> Tensor:
+    """Energy pointing game (Wang et al. 2020): share of a map's positive energy inside the mask, in [0, 1].
+
+    Args:
+        maps: [B, 1, h, w]; brought to the masks' size bilinearly, as maps are shown. Only positive values count.
+        masks: of the object, [B, H, W], bool or in [0, 1].
+
+    Returns:
+        [B]; NaN for a map without positive values.
+
+    Raises:
+        ValueError: when the shapes don't fit.
+
+    >>> energy_on_mask(torch.ones(1, 1, 2, 2), torch.tensor([[[True, False], [False, False]]]))
+    tensor([0.2500])
+    """
+    energy = _on_grid(maps, masks)
+    return (energy * masks.to(energy)).sum((1, 2)) / energy.sum((1, 2))
+
+
+def intersection_over_union(maps: Tensor, masks: Tensor) -> Tensor:
+    """Intersection over union of the object with as many of the map's highest pixels, in [0, 1].
+
+    The map is cut where it leaves as many pixels as the object has, so that no threshold has to be chosen. Pixels of
+    equal height at the cut are not told apart, and those at zero never belong to it.
+
+    Args:
+        maps: [B, 1, h, w]; brought to the masks' size bilinearly.
+        masks: of the object, [B, H, W], bool or in [0, 1], cut at 1/2.
+
+    Returns:
+        [B]; NaN for a map without positive values or an empty mask.
+
+    Raises:
+        ValueError: when the shapes don't fit.
+
+    >>> intersection_over_union(torch.tensor([[[[3., 2.], [1., 0.]]]]), torch.tensor([[[1, 0], [1, 0]]]))
+    tensor([0.3333])
+    """
+    energy, inside = _on_grid(maps, masks).flatten(1), masks.flatten(1) >= 0.5
+    count = inside.sum(1, keepdim=True)
+    ranked = energy.sort(1, descending=True).values
+    cut = ranked.gather(1, (count - 1).clamp_min(0))
+    chosen = (energy >= cut) & (energy > 0)
+    shared, either = ((chosen & inside).sum(1), (chosen | inside).sum(1))
+    defined = (energy.amax(1) > 0) & (count[:, 0] > 0)
+    return torch.where(defined, shared / either, torch.nan)
+
+
+def _on_grid(maps: Tensor, masks: Tensor) -> Tensor:
+    """The maps' positive part on the masks' grid, [B, H, W]."""
+    if maps.ndim != 4 or maps.shape[1] != 1 or masks.ndim != 3 or len(maps) != len(masks):
+        raise ValueError(
+            f"Expected maps [B, 1, h, w] and masks [B, H, W] of the same images, but got {shape(maps.shape)} and "
+            f"{shape(masks.shape)}."
+        )
+    return resize(at_least_float32(maps).relu(), (masks.shape[1], masks.shape[2]))[:, 0]

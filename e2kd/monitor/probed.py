@@ -1,0 +1,152 @@
+"""The models that a monitor watches, the images they are given, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.distance import DistanceSums, Score
+from e2kd.explainers import Explainer
+from e2kd.inspection import explain
+from e2kd.monitor.answers import Answers, answers_of, check_classes, compared
+from e2kd.pictures import displayable, enlarge, overlay, panel
+from e2kd.transfer import Reading, Regions, compare, layer_features, read, scores_of, untrained
+from e2kd.transfer.contrasting import read_both
+
+SIZE = (128, 128)  # of the pictures, pixels
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a probe: scalars, pictures [3, H, W] uint8, and why some scalars are NaN, all by name.
+
+    >>> Part({"a": 1.0}) | Part({"b": 2.0})
+    Part(scalars={'a': 1.0, 'b': 2.0}, pictures={}, reasons={})
+    """
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __or__(self, other: Part) -> Part:
+        """Both."""
+        return Part(self.scalars | other.scalars, self.pictures | other.pictures, self.reasons | other.reasons)
+
+    @classmethod
+    def of(cls, scores: dict[str, Score], layer: str, group: str = "") -> Part:
+        """The scores of a layer."""
+        named = {f"{group}{name}/{layer}": score for name, score in scores.items()}
+        return cls(
+            {name: score.value for name, score in named.items()},
+            reasons={name: score.reason for name, score in named.items() if score.reason},
+        )
+
+
+class Probed:
+    """Models and images; what `TransferMonitor` was given. Models that stay the same are asked once.
+
+    Args:
+        images, base_images, teacher_images: the same pictures for each model, [n, C, H, W].
+        targets: what stands for the labels, [n, d].
+        pictures: images shown in a picture, 0 for none.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        base: nn.Module,
+        teacher: nn.Module | None,
+        images: Tensor,
+        base_images: Tensor,
+        teacher_images: Tensor,
+        targets: Tensor | None,
+        masks: Tensor | None,
+        *,
+        layers: Sequence[str | tuple[str, str]] | None,
+        regions: Regions | None,
+        control: bool,
+        explainer: Explainer | None,
+        pictures: int,
+        normalization: tuple[Sequence[float], Sequence[float]] | None,
+        batch_size: int | None,
+    ) -> None:
+        self.student, self.base, self.teacher = student, base, teacher
+        self.images, self.base_images, self.teacher_images = images, base_images, teacher_images
+        self.targets, self.masks = targets, masks
+        self.layers, self.regions, self.explainer, self.batch_size = layers, regions, explainer, batch_size
+        self.pictures, self.normalization = pictures, normalization
+        self.control = untrained(student) if control else None
+        self.reference: Answers | None = None
+        self.control_distances: list[Tensor] = []
+
+    def answers(self, device: torch.device) -> Part:
+        """How the student's answers and explanations compare with the teacher's, or the base's."""
+        images = self.images.to(device)
+        if self.reference is None:
+            self.reference = self._asked(device)
+            check_classes(explain(self.student, images[:2], explainer=self.explainer).logits, self.reference.logits)
+        student = answers_of(self.student, images, self.reference.classes, self.explainer, self.batch_size)
+        drawn = self._drawn("explanations", student.maps, self.reference.maps)
+        return Part(compared(student, self.reference, self.masks), drawn)
+
+    def _asked(self, device: torch.device) -> Answers:
+        model, images = (self.base, self.base_images)
+        if self.teacher is not None:
+            model, images = self.teacher, self.teacher_images
+        return answers_of(model, images.to(device), None, self.explainer, self.batch_size)
+
+    def transfer(self, device: torch.device) -> Part:
+        """UniCAM, and the scores of whole images."""
+        images = (self.images.to(device), self.base_images.to(device))
+        readings = read_both(self.student, self.base, images, self.layers, batch_size=self.batch_size)
+        part = Part({"n": float(len(images[0]))})
+        for name, layer in compare(*readings, self.targets).layers.items():
+            scores = scores_of(layer.sums)
+            both = {"distilled": layer.distilled, "residual": layer.residual}
+            blank = {f"blank_{side}/{name}": found.blank.double().mean().item() for side, found in both.items()}
+            drawn = self._drawn(f"unicam/{name}", layer.distilled.maps, layer.residual.maps)
+            part |= Part.of(scores, name) | Part(blank | {"chance": scores["fss"].chance}, drawn)
+        return part | self._against_control(readings[0], images[0])
+
+    def _against_control(self, student: Reading, images: Tensor) -> Part:
+        """The student's similarity to the untrained network."""
+        part = Part()
+        if self.control is None:
+            return part
+        if not self.control_distances:
+            names = [layer.layer for layer in student.layers]
+            found = read(self.control.to(images.device), images, names, batch_size=self.batch_size)
+            self.control_distances = [layer.distances for layer in found.layers]
+        for layer, control in zip(student.layers, self.control_distances, strict=True):
+            sums = DistanceSums.of_distances(student=layer.distances, control=control)
+            part |= Part.of({"fss_control": sums.score("student", "control")}, layer.layer)
+        return part
+
+    def seen(self, device: torch.device) -> Part:
+        """The scores of the pixels that each model's maps keep."""
+        found = layer_features(
+            self.student,
+            self.base,
+            self.images.to(device),
+            self.targets,
+            self.layers,
+            regions=self.regions,
+            base_images=self.base_images.to(device),
+            batch_size=self.batch_size,
+        )
+        part = Part()
+        for name, layer in found.items():
+            part |= Part.of(scores_of(layer.sums), name, "regions/")
+            part |= Part({f"regions/n/{name}": float(layer.rows.sum())})
+        return part
+
+    def _drawn(self, name: str, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        """A picture of rows: the images, and two kinds of maps of them."""
+        if not self.pictures:
+            return {}
+        images = displayable(self.images[: self.pictures], self.normalization)
+        maps = (m[: self.pictures].abs().sum(1, keepdim=True) for m in (first, second))
+        return {name: panel([enlarge(images, SIZE), *(overlay(images, m, SIZE) for m in maps)])}

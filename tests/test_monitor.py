@@ -1,0 +1,374 @@
+"""The monitor: what it logs, what it leaves alone, what it costs, and the trackers it logs to."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import TinyViT, cnn
+from torch import Tensor, nn
+
+import e2kd
+from e2kd.localization import energy_on_mask
+from e2kd.monitor import TransferMonitor, to_accelerate, to_folder, to_tensorboard, to_trainer, trainer_callback
+from e2kd.monitor.budget import Budget
+from e2kd.transfer import GradCAMRegions, layer_features, scores_of, unicam, untrained
+
+pytestmark = [pytest.mark.filterwarnings("ignore:UniCAM of .* images"), pytest.mark.usefixtures("one_thread")]
+LABELS = torch.arange(16) % 3
+
+
+def net(seed: int) -> nn.Sequential:
+    return cnn(seed=seed).float()
+
+
+def images(n: int = 16) -> Tensor:
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Tracker:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[tuple[int, dict[str, Tensor]]] = []
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self.scalars.append((step, scalars))
+
+    def log_images(self, pictures: dict[str, Tensor], step: int) -> None:
+        self.pictures.append((step, pictures))
+
+
+def watch(tracker: Tracker, student: nn.Module | None = None, **settings: Any) -> TransferMonitor:
+    settings = {"max_share": None, "layers": ["1", "3"]} | settings
+    return TransferMonitor(student or net(0), net(3), (images(), LABELS), tracker.log, **settings)
+
+
+class TestWhatIsLogged:
+    def test_scores_are_those_of_unicam(self) -> None:
+        tracker = Tracker()
+        watch(tracker)(0)
+        ((step, scalars),) = tracker.scalars
+        assert step == 0
+        found = unicam(net(0), net(3), images(), LABELS, ["1", "3"])
+        for name, layer in found.layers.items():
+            for key, score in scores_of(layer.sums).items():
+                assert scalars[f"e2kd/{key}/{name}"] == pytest.approx(score.value, abs=1e-12)
+            assert scalars[f"e2kd/blank_distilled/{name}"] == layer.distilled.blank.double().mean().item()
+        assert scalars["e2kd/n"] == 16
+        assert scalars["e2kd/chance"] == e2kd.distance.null_spread(16)
+        assert scalars["e2kd/seconds"] > 0
+
+    def test_answers_are_compared_with_the_teachers_else_the_bases(self) -> None:
+        masks = torch.zeros(16, 16, 16, dtype=torch.bool)
+        masks[:, 4:12, 4:12] = True
+        for teacher in (None, net(4)):
+            tracker = Tracker()
+            watch(tracker, teacher=teacher, masks=masks)(0)
+            scalars = tracker.scalars[0][1]
+            theirs = e2kd.explain(teacher or net(3), images())
+            mine = e2kd.explain(net(0), images(), theirs.classes)
+            agreement = (mine.logits.argmax(1) == theirs.classes).double().mean().item()
+            assert scalars["e2kd/agreement"] == agreement
+            cosines = e2kd.cosine(mine.maps, theirs.maps)
+            alive = mine.maps.flatten(1).any(1) & theirs.maps.flatten(1).any(1)
+            assert scalars["e2kd/explanation_cosine"] == pytest.approx(cosines[alive].mean().item(), abs=1e-6)
+            assert scalars["e2kd/epg_student"] == pytest.approx(energy_on_mask(mine.maps, masks).nanmean().item())
+            assert scalars["e2kd/epg_reference"] == pytest.approx(energy_on_mask(theirs.maps, masks).nanmean().item())
+
+    def test_regions_and_a_control_on_request(self) -> None:
+        tracker = Tracker()
+        watch(tracker, regions=GradCAMRegions(), control=True)(0)
+        scalars = tracker.scalars[0][1]
+        found = layer_features(net(0), net(3), images(), LABELS, ["1", "3"], regions=GradCAMRegions())
+        control = layer_features(net(0), untrained(net(0)), images(), LABELS, ["1", "3"])
+        for name in ("1", "3"):
+            assert scalars[f"e2kd/regions/fss/{name}"] == pytest.approx(scores_of(found[name].sums)["fss"].value)
+            assert scalars[f"e2kd/regions/n/{name}"] == found[name].rows.sum()
+            assert scalars[f"e2kd/fss_control/{name}"] == pytest.approx(scores_of(control[name].sums)["fss"].value)
+
+    def test_without_labels_there_is_no_relevance(self) -> None:
+        tracker = Tracker()
+        TransferMonitor(net(0), net(3), images(), tracker.log, layers=["3"])(0)
+        assert "e2kd/fss/3" in tracker.scalars[0][1]
+        assert not any("rs_" in name for name in tracker.scalars[0][1])
+
+    def test_pictures_show_images_and_maps(self) -> None:
+        tracker = Tracker()
+        watch(tracker, log_images=tracker.log_images, pictures=5)(0)
+        ((_, pictures),) = tracker.pictures
+        assert set(pictures) == {"e2kd/explanations", "e2kd/unicam/1", "e2kd/unicam/3"}
+        for picture in pictures.values():
+            assert picture.dtype == torch.uint8
+            assert picture.shape == (3, 3 * 128 + 2 * 2, 5 * 128 + 4 * 2)
+        first = pictures["e2kd/unicam/3"][:, :128, :128].float() / 255
+        low, high = images()[:5].min(), images()[:5].max()
+        shown = nn.functional.interpolate((images()[:1] - low) / (high - low), (128, 128), mode="bilinear")
+        torch.testing.assert_close(first, shown[0], rtol=0, atol=1 / 255)
+
+    def test_what_has_no_value_is_left_out_and_warned_of_once(self) -> None:
+        tracker, same = Tracker(), net(3)
+        monitor = watch(tracker, same, every=1)
+        with pytest.warns(UserWarning, match="no value for rs_distilled/1, .*differs from base by nothing but scale"):
+            monitor(0)
+        assert "e2kd/rs_distilled/3" not in tracker.scalars[0][1]
+        assert math.isnan(monitor.latest["e2kd/rs_distilled/3"])
+        assert "nothing but scale" in monitor.reasons["rs_distilled/3"]
+        assert tracker.scalars[0][1]["e2kd/fss/3"] == pytest.approx(1, abs=1e-6)
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="UniCAM of")
+            monitor(1)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode too, and has statistics to spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x + 0 * torch.rand_like(x))).relu()
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+class TestWhatIsLeftAlone:
+    def test_mode_gradients_buffers_hooks_and_random_state(self) -> None:
+        torch.manual_seed(0)
+        student = Noisy().train()
+        student.drop.eval()
+        student(images()).sum().backward()
+        before = copy.deepcopy(student.state_dict())
+        gradients = [p.grad.clone() for p in student.parameters()]
+        monitor = watch(Tracker(), student, layers=[("norm", "3")], control=True, regions=GradCAMRegions())
+        state = torch.get_rng_state()
+        monitor(0)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [m.training for m in student.modules()] == [True, True, True, False, True]
+        assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+        assert all(torch.equal(p.grad, g) for p, g in zip(student.parameters(), gradients, strict=True))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+
+    def test_training_with_e2kd_is_the_same_with_and_without_it(self) -> None:
+        def trained(watched: bool) -> dict[str, Tensor]:
+            torch.manual_seed(0)
+            student, teacher = Noisy(), net(4)
+            criterion = e2kd.E2KDLoss(student, teacher, nn.CrossEntropyLoss())
+            optimizer = torch.optim.SGD(student.parameters(), 0.1)
+            monitor = watch(Tracker(), student, teacher=teacher, layers=[("norm", "3")], every=1)
+            for step in range(3):
+                loss = criterion(student(images()), LABELS)
+                optimizer.zero_grad()
+                loss.backward()
+                if watched:
+                    monitor(step)  # between backward and the optimizer's step
+                optimizer.step()
+            return student.state_dict()
+
+        plain, watched = trained(False), trained(True)
+        assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+    def test_fixed_models_are_explained_once(self) -> None:
+        teacher, calls = net(4), []
+        teacher.register_forward_hook(lambda *_: calls.append(1))
+        monitor = watch(Tracker(), teacher=teacher, every=1)
+        monitor(0)
+        first = len(calls)
+        monitor(1)
+        assert len(calls) == first
+
+    def test_works_around_a_compiled_student(self) -> None:
+        student = torch.compile(net(0), backend="eager")
+        tracker = Tracker()
+        watch(tracker, student)(0)
+        plain = Tracker()
+        watch(plain, net(0))(0)
+        assert tracker.scalars[0][1]["e2kd/fss/3"] == plain.scalars[0][1]["e2kd/fss/3"]
+
+
+class TestBudget:
+    def test_steps(self) -> None:
+        tracker = Tracker()
+        monitor = watch(tracker, every=3)
+        for step in range(1, 9):
+            monitor(step)
+        assert [step for step, _ in tracker.scalars] == [1, 4, 7]
+        monitor(0)  # another run
+        assert tracker.scalars[-1][0] == 0
+
+    def test_a_probe_that_takes_too_long_is_cut_short(self) -> None:
+        tracker = Tracker()
+        monitor = watch(tracker, regions=GradCAMRegions(), max_seconds=1e-9)
+        with pytest.warns(UserWarning, match="no value for UniCAM, regions: skipped after max_seconds=1e-09"):
+            monitor(0)
+        scalars = tracker.scalars[0][1]
+        assert "e2kd/agreement" in scalars
+        assert "e2kd/fss/3" not in scalars
+
+    def test_probes_come_later_where_they_would_cost_more_than_their_share(self) -> None:
+        now = [0.0]
+        budget, probed = Budget(every=10, max_share=0.02, clock=lambda: now[0]), []
+        for step in range(2000):
+            now[0] += 1.0
+            if budget.due(step):
+                budget.begin(step)
+                now[0] += 2.0  # as long as two steps
+                budget.end()
+                probed.append(step)
+                assert step == 0 or budget.share <= 0.0201
+        assert probed[0] == 0
+        assert len(probed) == pytest.approx(2000 * 0.02 / 2, abs=1)
+
+    def test_settings_that_make_no_sense(self) -> None:
+        for settings in ({"every": 0}, {"max_seconds": 0.0}, {"max_share": -1.0}):
+            with pytest.raises(ValueError, match="Expected every >= 1"):
+                watch(Tracker(), **settings)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"masks": torch.ones(15, 16, 16)}, "Expected masks of the probe's 16 images"),
+            ({"teacher_images": torch.ones(2, 3, 8, 8)}, "Expected teacher_images of the probe's 16"),
+            ({"embeddings": torch.ones(2, 5)}, "embeddings of 2 classes"),
+        ],
+    )
+    def test_that_does_not_fit_is_found_before_training(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            watch(Tracker(), **settings)
+
+    def test_models_of_other_classes(self) -> None:
+        with pytest.raises(ValueError, match="of the same classes"):
+            watch(Tracker(), teacher=cnn(classes=7).float())(0)
+
+    def test_models_of_other_sizes(self) -> None:
+        large = nn.functional.interpolate(images(), (32, 32))
+        with pytest.raises(ValueError, match="base TinyViT can't take images"):
+            TransferMonitor(net(0), TinyViT().float(), (large, LABELS), Tracker().log, teacher=net(3))(0)
+        tracker = Tracker()
+        TransferMonitor(
+            net(0), TinyViT().float(), (large, LABELS), tracker.log, base_images=images(), layers=[("3", "blocks.0")]
+        )(0)
+        assert "e2kd/fss/3" in tracker.scalars[0][1]
+
+
+class TestTrackers:
+    def test_tensorboard(self, tmp_path: Path) -> None:
+        pytest.importorskip("tensorboard")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(tmp_path))
+        TransferMonitor(net(0), net(3), (images(), LABELS), *to_tensorboard(writer), layers=["3"])(7)
+        writer.close()
+        events = EventAccumulator(str(tmp_path)).Reload()
+        (event,) = events.Scalars("e2kd/fss/3")
+        assert event.step == 7
+        assert "e2kd/unicam/3" in events.Tags()["images"]
+
+    def test_accelerate_trackers_with_and_without_images(self) -> None:
+        from accelerate.tracking import GeneralTracker
+
+        class Plain(GeneralTracker):
+            name, requires_logging_directory, tracker = "plain", False, None
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.seen: list[Any] = []
+
+            def store_init_configuration(self, values: Any) -> None: ...
+
+            def log(self, values: Any, step: int | None, **_: Any) -> None:
+                self.seen.append((step, values))
+
+        class Pictures(Plain):
+            name = "pictures"
+
+            def log_images(self, values: Any, step: int | None = None, **_: Any) -> None:
+                self.seen.append((step, values))
+
+        class TensorBoard(Pictures):
+            name = "tensorboard"
+
+        class Aim(Pictures):
+            name = "aim"
+
+        class Accelerator:
+            trackers = (Plain(), Pictures(), TensorBoard(), Aim())
+
+            def log(self, values: Any, step: int) -> None:
+                for tracker in self.trackers:
+                    tracker.log(values, step)
+
+        accelerator = Accelerator()
+        TransferMonitor(net(0), net(3), (images(), LABELS), *to_accelerate(accelerator), layers=["3"])(5)
+        plain, pictures, board, aim = (tracker.seen for tracker in accelerator.trackers)
+        assert len(plain) == 1
+        assert plain[0][0] == 5
+        ((image,), batch, alone) = (seen[1][1]["e2kd/unicam/3"] for seen in (pictures, board, aim))
+        assert image.shape == (388, 1038, 3)
+        assert batch.shape == (1, 3, 388, 1038)
+        assert alone.shape == (388, 1038, 3)
+
+    def test_files(self, tmp_path: Path) -> None:
+        monitor = TransferMonitor(
+            net(0), net(3), (images(), LABELS), *to_folder(tmp_path), layers=["3"], every=1, max_share=None
+        )
+        monitor(0)
+        monitor(1)
+        rows = list(csv.DictReader((tmp_path / "scalars.csv").open()))
+        assert [row["step"] for row in rows if row["name"] == "e2kd/n"] == ["0", "1"]
+        assert {path.name for path in tmp_path.glob("*.png")} == {
+            f"e2kd-{name}-0000000{step}.png" for name in ("explanations", "unicam-3") for step in (0, 1)
+        }
+
+    def test_hugging_face_trainer(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        student = net(0)
+
+        def loss(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+            return nn.functional.cross_entropy(outputs[1], labels)
+
+        class Wrapped(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = student
+
+            def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+                logits = self.inner(pixel_values)
+                return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+        data = [{"pixel_values": image, "labels": label} for image, label in zip(images(), LABELS, strict=True)]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, per_device_train_batch_size=8
+        )
+        trainer = transformers.Trainer(Wrapped(), arguments, train_dataset=data)
+        monitor = TransferMonitor(
+            student, net(3), (images(), LABELS), *to_trainer(trainer), layers=["3"], every=2, max_share=None
+        )
+        trainer.add_callback(trainer_callback(monitor))
+        trainer.train()
+        logged = [(row["step"], row["e2kd/fss/3"]) for row in trainer.state.log_history if "e2kd/fss/3" in row]
+        assert [step for step, _ in logged] == [1, 3]
+        assert logged[0] != logged[1]
+
+    def test_what_a_summary_of_epochs_needs(self) -> None:
+        """timm's update_summary writes the columns of its first row: names stay, NaN included."""
+        monitor = watch(Tracker(), net(3), every=1)
+        with pytest.warns(UserWarning, match="nothing but scale"):
+            monitor(0)
+        first = set(monitor.latest)
+        nn.init.normal_(monitor.student[2].weight)
+        monitor(1)
+        assert set(monitor.latest) == first

@@ -1,0 +1,307 @@
+"""The report: its numbers against the library's, its page parsed, its words, and the command from folders to HTML."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from nets import cnn
+from torch import Tensor, nn
+
+import e2kd
+from e2kd.distance import Score
+from e2kd.report import page, wording
+from e2kd.report.measuring import LayerScores, Measured, Pair, Pictures, Subject, measure
+from e2kd.report.stages import stages
+from e2kd.transfer import GradCAMRegions, layer_features, scores_of, stability, unicam
+from e2kd.transfer.readings import read
+
+pytestmark = [pytest.mark.filterwarnings("ignore:UniCAM of .* images"), pytest.mark.usefixtures("one_thread")]
+LABELS = torch.arange(24) % 3
+NASTY = '<script>alert("x")</script> & $x_1$'
+
+
+def net(seed: int, classes: int = 3) -> nn.Sequential:
+    return cnn(classes=classes, seed=seed).float()
+
+
+def images() -> Tensor:
+    return torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def subject(role: str, seed: int, name: str = "net", classes: int = 3) -> Subject:
+    return Subject(role, name, net(seed, classes).eval(), images(), ["1", "3"])
+
+
+def masks() -> Tensor:
+    found = torch.zeros(24, 16, 16, dtype=torch.bool)
+    found[:, 4:12, 4:12] = True
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    pictures = Pictures(images(), LABELS, ("cat", "dog", NASTY), masks=masks())
+    subjects = [subject("student", 0, NASTY), subject("base", 3), subject("teacher", 4)]
+    return measure(subjects, pictures, regions=GradCAMRegions(), keep=40)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would see: texts, tables, images, and tags that were not closed."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.texts: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert not any(name.startswith("on") for name, _ in attrs)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+class TestNumbers:
+    def test_are_those_of_the_library(self, measured: Measured) -> None:
+        assert [pair.roles for pair in measured.pairs] == [
+            ("student", "base"), ("student", "teacher"), ("base", "teacher"),
+        ]  # fmt: skip
+        expected = unicam(net(0), net(3), images(), LABELS, ["1", "3"])
+        region = layer_features(
+            net(0), net(3), images(), LABELS, ["1", "3"], regions=GradCAMRegions(), keep=40, batch_size=32
+        )
+        steady = stability(*(read(net(s), images(), ["1", "3"]) for s in (0, 3)), LABELS)
+        for layer, (name, transfer) in zip(measured.pairs[0].layers, expected.layers.items(), strict=True):
+            for key, score in scores_of(transfer.sums).items():
+                assert layer.scores[key].value == pytest.approx(score.value, abs=1e-12)
+                assert layer.regions[key].value == pytest.approx(scores_of(region[name].sums)[key].value, abs=1e-9)
+            assert -1 <= layer.scores["fss_control"].value <= 1
+            assert layer.blank[0] == transfer.distilled.blank.double().mean().item()
+            assert layer.steady[0] == pytest.approx(steady[name].distilled.nanmean().item(), nan_ok=True)
+
+    def test_answers_and_explanations(self, measured: Measured) -> None:
+        found = e2kd.explain(net(0).eval(), images())
+        answer = measured.answers["student"]
+        assert answer.accuracy == (found.logits.argmax(1) == LABELS).double().mean().item()
+        energy = e2kd.localization.energy_on_mask(found.maps, masks())
+        assert answer.epg == pytest.approx(energy.double().nanmean().item())
+        assert 0 <= answer.iou <= 1
+        other = e2kd.explain(net(3).eval(), images())
+        assert measured.pairs[0].agreement == (found.classes == other.classes).double().mean().item()
+
+    def test_networks_of_other_classes_are_not_compared_by_their_answers(self) -> None:
+        found = measure([subject("student", 0), subject("base", 3, classes=5)], Pictures(images(), LABELS, ("a",) * 3))
+        assert math.isnan(found.pairs[0].agreement)
+        assert math.isnan(found.answers["base"].accuracy)
+        assert "3 classes apart and the base 5" in found.notes[0]
+        assert math.isfinite(found.pairs[0].layers[0].scores["fss"].value)
+
+
+@pytest.mark.parametrize(
+    ("n", "labels", "reason"),
+    [
+        (3, torch.arange(3), "3 images are too few"),
+        (12, torch.zeros(12, dtype=torch.long), "labels is the same for every image"),
+    ],
+)
+def test_degenerate_images_give_a_page_of_reasons(n: int, labels: Tensor, reason: str, tmp_path: Path) -> None:
+    subjects = [
+        Subject(role, "net", net(s).eval(), images()[:n], ["1", "3"]) for role, s in (("student", 0), ("base", 3))
+    ]
+    found = measure(subjects, Pictures(images()[:n], labels, ("a", "b", "c")), regions=GradCAMRegions())
+    texts = Page(page.write(found, tmp_path).read_text(encoding="utf-8")).texts
+    assert any(f"There is no rs_student: {reason}" in text for text in texts)
+    json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+
+class TestPage:
+    def test_stands_alone_and_escapes_everything(self, measured: Measured, tmp_path: Path) -> None:
+        path = page.write(measured, tmp_path, f"e2kd report --out {NASTY}")
+        text = path.read_text(encoding="utf-8")
+        seen = Page(text)
+        assert "script" not in seen.tags
+        assert text.count(NASTY) == 0
+        assert sum(NASTY in part for part in seen.texts) >= 3  # heading, table, command: as text
+        assert seen.sources
+        for source in seen.sources:
+            assert source.startswith("data:image/png;base64,")
+            assert base64.b64decode(source.split(",")[1])[:4] == b"\x89PNG"
+        assert {p.name for p in tmp_path.iterdir()} == {
+            "report.html", "report.json", "fss.png", "rs.png", "unicam-1.png", "unicam-2.png",
+        }  # fmt: skip
+
+    def test_tables_show_the_numbers_with_n_chance_and_flags(self, measured: Measured) -> None:
+        rows = Page(page.render(measured, page._figures(measured))).rows
+        layer = measured.pairs[0].layers[1]
+        row = next(row for row in rows if row[0] == "3")
+        fss = layer.scores["fss"]
+        assert row[2] == f"{fss.value:.2f} ± {fss.error:.2f}"
+        assert row[8:10] == ["24", f"{fss.chance:.3f}"]
+        assert row[10] == wording.flags(layer)
+        by_own_map = rows[rows.index(row) + 1]
+        assert by_own_map[1] == "40 % by own map"
+        assert by_own_map[8] == str(layer.regions["fss"].n)
+
+    def test_numbers_are_json_without_nan(self, measured: Measured, tmp_path: Path) -> None:
+        page.write(measured, tmp_path)
+        found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert found["pairs"][0]["layers"][0]["scores"]["fss"]["n"] == 24
+        json.dumps(found, allow_nan=False)
+
+    def test_without_labels_there_is_no_relevance(self, tmp_path: Path) -> None:
+        found = measure([subject("student", 0), subject("base", 3)], Pictures(images()))
+        text = page.write(found, tmp_path).read_text(encoding="utf-8")
+        assert not (tmp_path / "rs.png").exists()
+        assert "relevant to the labels" not in text
+
+
+def score(value: float, error: float = 0.01, reason: str = "") -> Score:
+    return Score(value, error, 0.02, 64, 1, 0, reason)
+
+
+def pair(**scores: Score) -> Pair:
+    made = LayerScores(("layer1", "layer1"), scores, {}, (0.0, 0.0), (0.9, 0.9))
+    return Pair(("student", "base"), 0.5, 0.25, [made], unicam(net(0), net(3), images()))
+
+
+class TestWords:
+    def say(self, **scores: Score) -> str:
+        subjects = [subject("student", 0), subject("base", 3)]
+        return " ".join(wording.findings(Measured(subjects, Pictures(images()), {}, [pair(**scores)], 50)))
+
+    def test_speak_of_what_is_above_chance_only(self) -> None:
+        fss, control = score(0.9), score(0.3)
+        clear = self.say(fss=fss, fss_control=control, rs_distilled=score(0.3), rs_residual=score(0.05))
+        assert "The student learned features relevant to the labels that the base lacks at layer1" in clear
+        assert "Nothing relevant to the labels that the base has beyond the student stands out" in clear
+        assert "untrained network has in common" not in clear
+
+    def test_a_similarity_that_needs_no_training_is_called_so(self) -> None:
+        assert "At layer1 that is no more than an untrained" in self.say(fss=score(0.9), fss_control=score(0.88))
+
+    def test_say_why_there_is_no_number(self) -> None:
+        said = self.say(fss=score(math.nan, reason="base is the same for every image"), fss_control=score(0.3))
+        assert "There is no fss: base is the same for every image." in said
+
+    def test_limits_name_few_images_two_classes_and_blank_maps(self, measured: Measured) -> None:
+        said = " ".join(wording.limits(measured))
+        assert "24 images are few" in said
+        assert ("Blank maps are no error" in said) == any(max(x.blank) > 0.25 for x in measured.pairs[0].layers)
+        two = Measured(measured.subjects, Pictures(images(), LABELS % 2, ("a", "b")), {}, measured.pairs, 50)
+        assert "With two classes" in " ".join(wording.limits(two))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of two classes with masks, and checkpoints of three small networks."""
+    timm = pytest.importorskip("timm")
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    root = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for label in ("cat", "dog"):
+        for kind in ("images", "masks"):
+            (root / kind / label).mkdir(parents=True)
+        for k in range(6):
+            pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / "images" / label / f"{k}.jpg")
+            object_ = torch.full((40, 50), 2, dtype=torch.uint8)
+            object_[10:30, 10:30] = 1
+            Image.fromarray(object_.numpy()).save(root / "masks" / label / f"{k}.png")
+    for seed, name in enumerate(("student", "base", "teacher")):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("resnet10t", num_classes=2).state_dict(), root / f"{name}.safetensors")
+    return root
+
+
+class TestCommand:
+    def arguments(self, folder: Path, out: Path, *more: str) -> list[str]:
+        models = [
+            part
+            for role in ("student", "base")
+            for part in (f"--{role}", "resnet10t", f"--{role}-checkpoint", str(folder / f"{role}.safetensors"))
+        ]
+        sizes = ["--student-size", "64", "--base-size", "64"]
+        return ["report", *models, *sizes, "--images", str(folder / "images"), "--out", str(out), *more]
+
+    def test_from_folders_to_a_page(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        from e2kd.cli import main
+
+        masked = ("--masks", str(folder / "masks"), "--mask-value", "1", "--count", "12", "--regions", "gradcam")
+        assert main(self.arguments(folder, tmp_path, *masked)) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+        found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert found["n"] == 12
+        assert found["networks"][0]["layers"] == ["layer1", "layer2", "layer3", "layer4"]
+        assert 0 < found["networks"][0]["epg"] < 1
+        assert found["pairs"][0]["layers"][3]["scores"]["rs_student"]["n"] == 12
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (["--masks", "images"], "Expected the mask of"),
+            (["--encoder", "nowhere/nothing"], "neither a folder nor in the hub's cache"),
+            (["--student-layers", "nowhere"], "no layer named 'nowhere'"),
+        ],
+    )
+    def test_bad_input_is_said_in_a_sentence(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        change: list[str],
+        message: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        import huggingface_hub as hub
+
+        from e2kd.cli import main
+
+        def offline(*_: object, **__: object) -> None:
+            raise hub.errors.LocalEntryNotFoundError("offline")
+
+        monkeypatch.setattr(hub, "snapshot_download", offline)
+        if change[0] == "--masks":
+            change = ["--masks", str(tmp_path)]
+        assert main(self.arguments(folder, tmp_path / "out", "--count", "8", "--regions", "none", *change)) == 2
+        assert message in capsys.readouterr().err
+
+    def test_one_network_is_not_enough(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        from e2kd.cli import main
+
+        assert main(["report", "--student", "resnet10t", "--images", str(folder), "--out", "out"]) == 2
+        assert "two or three networks" in capsys.readouterr().err
+
+    def test_stages_of_a_transformer_are_spread_evenly(self) -> None:
+        timm = pytest.importorskip("timm")
+        vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=8)
+        assert stages(vit, torch.rand(2, 3, 32, 32)) == ["blocks.1", "blocks.3", "blocks.5", "blocks.7"]
+        with pytest.raises(e2kd.UnsupportedModel, match="--layers"):
+            stages(net(0), images())

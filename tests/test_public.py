@@ -16,10 +16,10 @@ import e2kd
 PACKAGE = Path(e2kd.__file__).parent
 
 NAMES = {
-    "CanonicalView", "E2KDLoss", "Explainer", "Explanation", "ExplanationLoss", "FrozenDataset", "FrozenTeacher",
-    "GradCAM", "HiResCAM", "InputGradient", "JointAugmentation", "KDLoss", "LayerCAM", "MultiLabelKDLoss",
-    "NoEffectWarning", "Taught", "UnsupportedModel", "__version__", "check", "cosine", "explain", "freeze", "kd_loss",
-    "multilabel_kd_loss",
+    "BcosContributions", "BcosWeights", "CanonicalView", "E2KDLoss", "Explainer", "Explanation", "ExplanationLoss",
+    "FrozenDataset", "FrozenTeacher", "GradCAM", "HiResCAM", "InputGradient", "JointAugmentation", "KDLoss",
+    "LayerCAM", "MultiLabelKDLoss", "NoEffectWarning", "Taught", "UnsupportedModel", "__version__", "check",
+    "cosine", "explain", "freeze", "kd_loss", "multilabel_kd_loss",
 }  # fmt: skip
 
 # An import may only point to a lower layer, or sideways within one package.
@@ -35,7 +35,7 @@ LAYERS = [
     ["heads"],
     ["narrow"],
     ["plans"],
-    ["views"],
+    ["views", "passes"],
     ["capture", "inspection", "readings"],
     ["student", "teacher", "unique"],
     ["losses", "frozen", "transfer"],

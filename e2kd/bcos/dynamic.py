@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -30,7 +31,10 @@ def scaled(x: Tensor, weight: Tensor) -> Tensor:
     >>> mode.weights(y, x, retain_graph=True), torch.autograd.grad(y.sum(), x)[0]
     (tensor([2., 3.]), tensor([4., 6.]))
     """
-    return _typed(_Scaled.apply(x, weight, current_mode()))
+    mode = _mode_for(x)
+    if mode is not None and mode.detached:
+        return (x * _constant(weight, mode)).to(x.dtype)
+    return _typed(_Scaled.apply(x, weight, mode))
 
 
 def aligned(linear: Tensor, norm: Tensor) -> Tensor:
@@ -44,7 +48,10 @@ def aligned(linear: Tensor, norm: Tensor) -> Tensor:
     >>> aligned(torch.tensor([3., -4.]), torch.tensor(5.))
     tensor([ 1.8000, -3.2000])
     """
-    return _typed(_Aligned.apply(linear, norm, current_mode()))
+    mode = _mode_for(linear)
+    if mode is not None and mode.detached:
+        return (linear * _constant(linear.detach().abs() / norm.detach(), mode)).to(linear.dtype)
+    return _typed(_Aligned.apply(linear, norm, mode))
 
 
 def attended(attention: Tensor, values: Tensor) -> Tensor:
@@ -61,7 +68,22 @@ def attended(attention: Tensor, values: Tensor) -> Tensor:
     >>> attended(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.], [3.]]))
     tensor([[2.]])
     """
-    return _typed(_Attended.apply(attention.to(values.dtype), values, current_mode()))
+    mode, attention = _mode_for(values), attention.to(values.dtype)
+    if mode is not None and mode.detached:
+        return _constant(attention, mode) @ values
+    return _typed(_Attended.apply(attention, values, mode))
+
+
+def _mode_for(x: Tensor) -> ExplanationMode | None:
+    mode = current_mode()
+    if mode is not None:
+        mode.low_precision |= x.dtype in (torch.float16, torch.bfloat16)
+    return mode
+
+
+def _constant(weight: Tensor, mode: ExplanationMode) -> Tensor:
+    mode.met += 1
+    return weight.detach()
 
 
 def _typed(result: Any) -> Tensor:

@@ -63,7 +63,8 @@ def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:
         return None
     images = asked.teacher.prepared(asked.prepared(example[None].expand(2, -1, -1, -1)))
     site = plan_for(asked.model, explainer, images).site
-    return {
+    resolution = {"resolution": explainer.resolution} if hasattr(explainer, "resolution") else {}
+    return resolution | {
         "name": type(explainer).__name__,
         "settings": repr(explainer) if is_dataclass(explainer) else type(explainer).__qualname__,
         "layer": None if site is None else site.layer,

@@ -14,6 +14,7 @@ from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d
 from e2kd.bcos.statistics import Kept, keeping_statistics
 from e2kd.modes import is_compiled
+from e2kd.views import differentiable
 
 
 @dataclass
@@ -61,13 +62,15 @@ class PassKeeper:
         self.stack.enter_context(keeping_statistics(self.found.statistics))
         if not self._reads(images) or self.encoder is not None:
             return None
-        self.found.encoded = images if images.requires_grad else images.detach().requires_grad_()
+        self.found.encoded = differentiable(images)
         return _replaced(args, kwargs, images, self.found.encoded)
 
-    def encoded(self, args: tuple[Any, ...], output: Tensor) -> None:
-        """After the module that encodes the images."""
-        if not torch.compiler.is_compiling() and self.found is not None and self._reads(output):
-            self.found.encoded = output if output.requires_grad else output.requires_grad_()
+    def encoded(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After the module that encodes the images; returns what is to be its output, None for what it is."""
+        if torch.compiler.is_compiling() or self.found is None or not self._reads(output):
+            return None
+        self.found.encoded = differentiable(output)
+        return self.found.encoded
 
     def end(self, *_: Any) -> None:
         """After the forward, and when it raised."""

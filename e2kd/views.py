@@ -98,8 +98,7 @@ def whole_view(
     """
     assert plan.head is not None
     images = images.to(dtype_of(model))
-    source = images if images.requires_grad else images.detach().requires_grad_()
-    source = source.view_as(source)  # fully_shard's hooks sit on the tensor itself
+    source = differentiable(images)
     if not plan.dynamic:
         return autograd_view(
             source, plan.head(source), plan, (source.shape[-2], source.shape[-1]), create_graph=create_graph
@@ -111,6 +110,16 @@ def whole_view(
             stack.enter_context(using_statistics(statistics))
         logits = plan.head(source)
     return dynamic_view(kept[-1] if kept else source, logits, mode, create_graph=create_graph)
+
+
+def differentiable(images: Tensor) -> Tensor:
+    """The images, such that there is a gradient with respect to them; those that came stay as they are.
+
+    >>> differentiable(torch.zeros(1, 3, 2, 2)).requires_grad
+    True
+    """
+    source = images if images.requires_grad else images.detach().requires_grad_()
+    return source.view_as(source)  # hosts' hooks (fully_shard, FLOP counters) don't expect a leaf
 
 
 def _scores(logits: Tensor, classes: Tensor) -> Tensor:

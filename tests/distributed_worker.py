@@ -45,6 +45,8 @@ def joint_case(name: str, *, eval_norm: bool = True, **settings: Any) -> referen
         student = reference.Branching() if name == "branching" else reference.small(hidden=name == "hidden")
         layer = "trunk" if name == "branching" else "3"
         made = reference.Case(**{**made.__dict__, "student": student, "layer": layer})
+    elif name == "bcos":
+        made = reference.bcos_case(batch=BATCH)
     else:
         made = reference.case(name, batch=BATCH, **settings)
     if eval_norm:
@@ -229,6 +231,17 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
                     "teacher_explainer": e2kd.GradCAM(),
                     "static_graph": True,
                 },
+            }.items()
+        },
+        **{
+            f"bcos-{label}": partial(ddp, "bcos", **settings)
+            for label, settings in {
+                "plain": {},
+                "separate": {"explainer": e2kd.BcosWeights(passes="separate")},
+                "static_graph": {"static_graph": True},
+                "find_unused": {"find_unused_parameters": True},
+                "no_sync": {"no_sync": True, "before": False},
+                "train_batchnorm": {"eval_norm": False},
             }.items()
         },
         "branching-plain": partial(ddp, "branching"),

@@ -78,6 +78,8 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
     def _remember(self, variance: Tensor) -> None:
         if not (self.training and self.track_running_stats):
             return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing runs it again inside of backward
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)

@@ -35,7 +35,7 @@ def using_statistics(kept: Kept) -> Iterator[None]:
     """Inside, `of_batch` returns what was kept, call by call, with its graph.
 
     Raises:
-        NotKept: when more or fewer calls come than were kept, or one was kept without its graph.
+        NotKept: when more or fewer calls come than were kept, or one ran in activation checkpointing.
     """
     given = iter(kept)
     token = _USED.set(given)
@@ -61,9 +61,14 @@ def of_batch(compute: Callable[[], Tensor]) -> Tensor:
     if used is not None:
         found = next(used, None)
         if found is None:
-            raise NotKept("a statistic was not kept, or without a graph")
+            raise NotKept("a statistic was not kept, or was checkpointed")
         return found
     value, kept = compute(), _KEPT.get()
-    if kept is not None:  # without gradients (reentrant checkpointing) there is nothing that a loss could go through
-        kept.append(value if torch.is_grad_enabled() else None)
+    if kept is not None:
+        kept.append(None if _is_checkpointed() else value)
     return value
+
+
+def _is_checkpointed() -> bool:
+    """Whether the code that runs now will run again inside of backward, where no context of its first run is left."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -99,13 +99,15 @@ class E2KDLoss(nn.Module):
         temperature: τ. The paper tries 1 and 5.
         classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets),
             an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`).
-        fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term.
+        fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
+            with explainers that need a pass of the whole network, such as `BcosWeights`.
         every: explain every k-th step, the term times k. The paper's code skips without that factor.
         resize: "image" compares maps at image size as the paper's code does; None on the student's grid.
         distillation: (student logits, teacher logits) -> []; None is `kd_loss` at `temperature`. Use
             `MultiLabelKDLoss()` for multi-label teachers.
         input_normalization: (mean, std) your images are normalised with; tells how to renormalise for the teacher.
-        teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own.
+        teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own, a B-cos teacher expects
+            images in [0, 1], to which their inverse is added where it takes that from outside.
         teacher_size: side or (H, W) the teacher expects; timm teachers of fixed size know theirs.
         example: images [B, C, H, W] to find the student's layer with; None makes noise of a usual size.
 

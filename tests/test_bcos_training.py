@@ -27,6 +27,7 @@ import e2kd
 from e2kd import bcos
 from e2kd.bcos import AddInverse, BasicBlock, BcosConv2d
 from e2kd.bcos.mode import current_mode
+from e2kd.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Shared = Callable[[str], Path]
@@ -34,6 +35,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SHARED, SEPARATE = e2kd.BcosWeights(passes="shared"), e2kd.BcosWeights(passes="separate")
 BUILD: dict[str, Callable[[], nn.Module]] = {
     "cnn": lambda: bcos.BcosResNet(BasicBlock, (1, 1), 5, width=4, small_images=True),
+    "densenet": lambda: bcos.BcosDenseNet((2, 1), 5, growth=2, width=4, small_images=True),
     "vit": lambda: bcos.bcos_vit(8, 2, 2, 5, patch_size=4),
 }
 
@@ -520,6 +522,34 @@ def test_a_cache_remembers_the_resolution_of_its_maps(tmp_path: Path) -> None:
         assert frozen is not None
         assert frozen.explainer == explainer
         assert frozen.verify(teacher, dataset).ok
+
+
+# The command line
+
+
+def test_a_bcos_teacher_is_frozen_and_checked_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    for n in range(8):
+        (tmp_path / "data" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
+        pixels_of = pixels(8).tensors[0][n].permute(1, 2, 0).numpy()
+        image.fromarray(pixels_of).save(tmp_path / "data" / "ab"[n % 2] / f"{n}.png")
+    torch.manual_seed(0)
+    torch.save(bcos.resnet20(2).state_dict(), tmp_path / "teacher.pth")
+    teacher = ["--teacher", "bcos.resnet20", "--teacher-checkpoint", str(tmp_path / "teacher.pth")]
+    data = ["--data", str(tmp_path / "data"), "--workers", "0", "--device", "cpu"]
+    assert main(["freeze", *teacher, *data, "--out", str(tmp_path / "cache"), "--view", "32"]) == 0
+    assert "maps [6, 32, 32] int8" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "cache"), *teacher, *data]) == 0
+    pair = ["--student", "bcos.resnet20", *teacher, "--num-classes", "2", "--size", "32", "--batch", "2"]
+    assert main(["check", *pair]) == 0
+    assert "its own forward" in capsys.readouterr().out
+    assert main(["check", *pair, "--student-layer", "1.layer2", "--images", str(tmp_path / "data")]) in (0, 1)
+    assert "1.layer2" in capsys.readouterr().out
+    assert main(["check", *pair[2:], "--student", "bcos.Attention"]) == 2
+    assert "has no network 'Attention'" in capsys.readouterr().err
 
 
 # The papers' task loss

@@ -141,7 +141,7 @@ class _Aligned(Function):
 
 
 class _Cosine(Function):
-    """g |linear| / norm, keeping its arguments alone for the second derivative."""
+    """g |linear| / norm, which keeps itself in the place of g: a convolution, which comes next, keeps it anyway."""
 
     generate_vmap_rule = True
 
@@ -151,15 +151,17 @@ class _Cosine(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        g, linear, norm = inputs
+        ctx.type = g.dtype
+        ctx.save_for_backward(output, linear, norm)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (v,) = gradients
-        g, linear, norm = ctx.saved_tensors
-        by_g = linear.abs() / norm * v
-        by_norm = -(by_g * g / norm).sum_to_size(norm.shape)
-        return by_g.to(g.dtype), (linear.sign() / norm * (v * g)).to(linear.dtype), by_norm
+        result, linear, norm = ctx.saved_tensors
+        by_linear = result / torch.where(linear == 0, 1, linear) * v  # result is 0 where linear is
+        by_norm = -(v * result / norm).sum_to_size(norm.shape)
+        return (linear.abs() / norm * v).to(ctx.type), by_linear.to(linear.dtype), by_norm
 
 
 class _Attended(Function):

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d
-from e2kd.bcos.statistics import Kept, keeping_statistics
+from e2kd.bcos.statistics import Kept, is_checkpointed, keeping_statistics
 from e2kd.modes import is_compiled
 from e2kd.views import differentiable
 
@@ -83,7 +83,7 @@ class PassKeeper:
         """Whether W(x) can be read in full precision from a pass over these images."""
         full = images.dtype in (torch.float32, torch.float64)
         plain = not torch.is_autocast_enabled(images.device.type) and not images.is_inference()
-        return self.weights and full and plain
+        return self.weights and full and plain and not is_checkpointed()
 
 
 def _replaced(args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor) -> Any:

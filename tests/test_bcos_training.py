@@ -292,6 +292,19 @@ def test_checkpointed_parts_give_the_same_gradient(settings: dict[str, Any]) -> 
     assert_equal(mine, wanted)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["encoded outside", "encoded inside"])
+def test_a_checkpointed_student_is_explained_by_a_second_pass(inside: bool) -> None:
+    teacher, student = net(seed=1), net()
+    student, x = (nn.Sequential(AddInverse(), student), colours()) if inside else (student, encoded())
+    loss, wanted, _ = step(copy.deepcopy(student), teacher, x)
+    criterion = e2kd.E2KDLoss(student, teacher, example=x)
+    found = criterion(checkpoint(student, x, use_reentrant=False))
+    found.backward()
+    assert criterion.student.way == "separate"
+    assert_equal(found.detach(), loss)
+    assert_equal(gradient(student), wanted)
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     student = net()
     student.layer1 = Checkpointed(student.layer1, reentrant=True)

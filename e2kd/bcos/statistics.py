@@ -65,10 +65,14 @@ def of_batch(compute: Callable[[], Tensor]) -> Tensor:
         return found
     value, kept = compute(), _KEPT.get()
     if kept is not None:
-        kept.append(None if _is_checkpointed() else value)
+        kept.append(None if is_checkpointed() else value)
     return value
 
 
-def _is_checkpointed() -> bool:
-    """Whether the code that runs now will run again inside of backward, where no context of its first run is left."""
+def is_checkpointed() -> bool:
+    """Whether the code that runs now may run again inside of backward, where no context of its first run is left.
+
+    >>> is_checkpointed()
+    False
+    """
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -266,6 +266,8 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "hidden-shard_root-default": partial(fsdp, "hidden", shard_root),
         "convnext-shard_root-default": partial(fsdp, "convnext", shard_root),
         "cnn-shard_kept": partial(fsdp, "cnn", shard_kept),
+        "bcos-shard_root-default": partial(fsdp, "bcos", shard_root),
+        "bcos-shard_root-reshard": partial(fsdp, "bcos", partial(shard_root, reshard_after_forward=True)),
     },
     "fsdp_double": {  # torch dies of a double backward through parameters that were sharded in between
         "hidden-shard_root-reshard": partial(fsdp, "hidden", partial(shard_root, reshard_after_forward=True)),

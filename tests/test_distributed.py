@@ -68,7 +68,9 @@ def test_gradients_under_ddp_are_equal_on_all_ranks_and_those_of_one_process(lab
 
 
 def _head_is_sharded(label: str) -> bool:
-    """Whether what follows the explained layer of a transformer is sharded when the loss is called."""
+    """Whether what follows the explained layer of a transformer, or the images, is sharded when the loss is called."""
+    if label.startswith("bcos"):
+        return label.endswith("reshard")
     return label.startswith("vit") and not label.startswith(("vit-shard_root-default", "vit-shard_trunk"))
 
 

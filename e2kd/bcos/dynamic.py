@@ -91,6 +91,11 @@ def _typed(result: Any) -> Tensor:
     return result
 
 
+def _cosine(linear: Tensor, norm: Tensor) -> Tensor:
+    """|linear| / norm in one new tensor."""
+    return (linear / norm).abs_()
+
+
 def _fixed(mode: ExplanationMode | None) -> bool:
     return mode is not None and mode.fixes()
 
@@ -122,7 +127,7 @@ class _Aligned(Function):
 
     @staticmethod
     def forward(linear: Tensor, norm: Tensor, mode: ExplanationMode | None) -> Tensor:
-        return (linear.abs() / norm * linear).to(linear.dtype)
+        return _cosine(linear, norm).mul_(linear).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, ExplanationMode | None], output: Tensor) -> None:
@@ -136,7 +141,7 @@ class _Aligned(Function):
         by_linear = _Cosine.apply(g, linear, norm)
         if _fixed(ctx.mode):
             return by_linear, None, None
-        by_norm = -(by_linear * linear / norm).sum_to_size(norm.shape) if ctx.needs_input_grad[1] else None
+        by_norm = -(by_linear * linear).sum_to_size(norm.shape) / norm if ctx.needs_input_grad[1] else None
         return 2 * by_linear, by_norm, None
 
 
@@ -147,7 +152,7 @@ class _Cosine(Function):
 
     @staticmethod
     def forward(g: Tensor, linear: Tensor, norm: Tensor) -> Tensor:
-        return (linear.abs() / norm * g).to(linear.dtype)
+        return _cosine(linear, norm).mul_(g).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -160,8 +165,8 @@ class _Cosine(Function):
         (v,) = gradients
         result, linear, norm = ctx.saved_tensors
         by_linear = result / torch.where(linear == 0, 1, linear) * v  # result is 0 where linear is
-        by_norm = -(v * result / norm).sum_to_size(norm.shape)
-        return (linear.abs() / norm * v).to(ctx.type), by_linear.to(linear.dtype), by_norm
+        by_norm = -(v * result).sum_to_size(norm.shape) / norm
+        return _cosine(linear, norm).mul_(v).to(ctx.type), by_linear.to(linear.dtype), by_norm
 
 
 class _Attended(Function):

@@ -19,6 +19,7 @@ import copy
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 import e2kd
 from benchmarks import step
-from benchmarks.common import markdown_table, write_results
+from benchmarks.common import markdown_table, read_rows, write_results
 from e2kd import bcos
 from e2kd.bcos.dynamic import scaled
 from e2kd.similarity import pooled
@@ -36,6 +37,7 @@ PAIRS = {
     "B-cos ResNet-34 -> ResNet-18": (bcos.resnet34, bcos.resnet18),
     "B-cos ViT-Ti -> ViT-Ti": (bcos.vit_ti, bcos.vit_ti),
 }
+ARMS = ("kd", "shared", "separate", "half", "quarter", "frozen", "official")
 FRACTIONS = {"half": 0.5, "quarter": 0.25}
 
 
@@ -66,7 +68,7 @@ class Ready:
 class Bench(step.Arms):
     """One pair of B-cos networks; every arm has a student of its own, of which all are equal."""
 
-    def __init__(self, pair: str, batch: int, size: int, device: str) -> None:
+    def __init__(self, pair: str, batch: int, size: int, device: str, arms: Sequence[str] = ARMS) -> None:
         torch.manual_seed(0)
         teacher, student = PAIRS[pair]
         self.teacher = teacher().eval().to(device)
@@ -78,10 +80,11 @@ class Bench(step.Arms):
             "separate": {"explainer": e2kd.BcosWeights(passes="separate")},
             **{name: {"fraction": fraction} for name, fraction in FRACTIONS.items()},
             "frozen": {},
+            **({"official": {}} if student is bcos.vit_ti else {}),
         }
-        if student is bcos.vit_ti:
-            settings["official"] = {}
         for name, options in settings.items():
+            if name not in arms:
+                continue
             own = self.students[name] = copy.deepcopy(self.bare)
             source = Ready() if name in ("frozen", "official") else self.teacher
             self.criteria[name] = e2kd.E2KDLoss(own, source, example=self.images, **options)
@@ -110,8 +113,6 @@ class Bench(step.Arms):
     def keep_hooks_of(self, arm: str) -> None:
         """As in a training script: the arm's own criterion, and one student."""
         super().keep_hooks_of(arm)
-        self.students = {name: model for name, model in self.students.items() if name == arm}
-        self.criteria = {name: criterion for name, criterion in self.criteria.items() if name == arm}
         kept = self.students.get(arm, self.bare)
         self.optimizer = torch.optim.SGD(kept.parameters(), 1e-4)
 
@@ -125,20 +126,22 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=list(PAIRS), nargs="*", default=list(PAIRS))
+    parser.add_argument("--arms", choices=ARMS, nargs="*", default=ARMS, help="beside the KD step")
     parser.add_argument("--no-peak", action="store_true", help="time alone")
     parser.add_argument("--peak", nargs=2, metavar=("PAIR", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore", e2kd.NoEffectWarning)
     if args.peak:
         pair, arm = args.peak
-        print(json.dumps(step.growth(Bench(pair, args.batch, args.size, args.device), arm)))
+        print(json.dumps(step.growth(Bench(pair, args.batch, args.size, args.device, (arm,)), arm)))
         return
     if args.quick:
         args.rounds, args.batch = 2, 2
     rows = []
     for pair in args.only:
-        bench = Bench(pair, args.batch, args.size, args.device)
+        bench = Bench(pair, args.batch, args.size, args.device, args.arms)
         row = {"pair": pair, "batch": args.batch, "size": args.size, "device": args.device, "rounds": args.rounds}
+        row["command"] = "python -m benchmarks.bcos " + " ".join(sys.argv[1:])
         row |= step.interleaved(bench, args.rounds, args.warmup)
         if not args.no_peak:
             row["peak_mib"] = {arm: step.peak(pair, arm, args, "benchmarks.bcos") for arm in bench.arms()}
@@ -146,7 +149,9 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     print(table(rows))
     if not args.quick:
-        print(write_results(f"bcos_{args.device}", rows, command="python -m benchmarks.bcos " + " ".join(sys.argv[1:])))
+        name = f"bcos_{args.device}"
+        rows = [row for row in read_rows(name) if row["pair"] not in args.only] + rows  # pairs measured before stay
+        print(write_results(name, rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -114,8 +114,8 @@ class BcosWeights:
     """The dynamic weights W(x) of a B-cos network, its explanation in e²KD: signed, all channels.
 
     The gradient of the class logit with respect to the encoded images (x, 1 - x), while what depends on the images but
-    is multiplied to them (|cos|, 1 / std, attention) is held fixed (Böhle et al. 2022, Eq. 9): W(x) x is the logit.
-    In float32, whatever autocast is around it.
+    is multiplied to them (|cos|, 1 / std, attention) is held fixed (Böhle et al. 2022): W(x) x is a CNN's logit
+    without its bias. In float32, whatever autocast is around it.
 
     Args:
         resolution: side or (h, w) to which W is averaged; None leaves it at image size, as in the paper.

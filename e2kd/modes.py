@@ -114,8 +114,11 @@ def kept_statistics(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def untrained(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside, so that a graph keeps what its inputs need alone."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """No parameter requires a gradient inside, so that a graph keeps what its inputs need alone.
+
+    Shards of fully_shard stay as they are: what it gathers for the first time inside would never be trained.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad and not is_sharded(p)]
     for p in trained:
         p.requires_grad_(False)
     try:

@@ -82,10 +82,10 @@ class Teacher:
 
     def _completed(self, logits: Tensor, prepared: Tensor, rows: Tensor) -> Tensor:
         """The logits of a whole batch: those of `rows`, which are known, and of the others."""
-        others = torch.ones(len(prepared), dtype=torch.bool, device=prepared.device).index_fill(0, rows, False)
+        known = torch.zeros(len(prepared), dtype=torch.int8, device=prepared.device).index_fill(0, rows, 1)
+        others = known.argsort(stable=True)[: len(prepared) - len(rows)]  # not by nonzero, which waits for the device
         whole = logits.new_empty(len(prepared), logits.shape[1])
         whole[rows] = logits
-        others = others.nonzero()[:, 0]
         if len(others):
             whole[others] = self._logits(prepared[others]).to(logits.dtype)
         return whole

@@ -67,7 +67,45 @@ def cam_of_library(model: nn.Module, layer: str, images: Tensor, classes: Tensor
     return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
 
 
-class Bench:
+class Arms:
+    """Steps that are compared: what they share. Subclasses set the attributes.
+
+    Attributes:
+        images: of the batch.
+        optimizer: of every student.
+        criteria: those that listen to a student, by the name of their arm.
+    """
+
+    images: Tensor
+    optimizer: torch.optim.Optimizer
+    criteria: dict[str, e2kd.E2KDLoss]
+
+    def arms(self) -> dict[str, Step]:
+        """The loss of every arm; "kd" is what the others are measured by."""
+        raise NotImplementedError
+
+    def keep_hooks_of(self, arm: str) -> None:
+        """Only the arm's own criterion listens, as in a training script."""
+        for name, criterion in self.criteria.items():
+            if name != arm:
+                criterion.remove()
+
+    def step(self, loss: Step) -> float:
+        """Seconds of one optimizer step."""
+        self.wait()
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss().backward()
+        self.optimizer.step()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.images.is_cuda:
+            torch.cuda.synchronize()
+
+
+class Bench(Arms):
     """One pair of models and its arms."""
 
     def __init__(self, pair: str, batch: int, size: int, device: str, compile_student: bool) -> None:
@@ -80,6 +118,7 @@ class Bench:
         self.optimizer = torch.optim.SGD([*self.student.parameters(), *self.bare.parameters()], 1e-4)
         self.plain = e2kd.E2KDLoss(self.student, self.teacher, weight=0.0)
         self.full = e2kd.E2KDLoss(self.student, self.teacher)
+        self.criteria = {"kd*": self.plain, "e2kd": self.full}
         self.run, self.run_bare = self.student, self.bare
         if compile_student:
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # or one would run the other's code
@@ -109,40 +148,29 @@ class Bench:
         mine = cam_of_library(self.bare, self.student_layer, self.images, classes, create_graph=True)
         return loss + (1 - e2kd.cosine(mine, theirs)).mean()
 
-    def keep_hooks_of(self, arm: str) -> None:
-        """Only the arm's own criterion listens, as in a training script."""
-        for name, criterion in (("kd*", self.plain), ("e2kd", self.full)):
-            if name != arm:
-                criterion.remove()
 
-    def step(self, loss: Step) -> float:
-        """Seconds of one optimizer step."""
-        self.wait()
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        loss().backward()
-        self.optimizer.step()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        if self.images.is_cuda:
-            torch.cuda.synchronize()
+def interleaved(bench: Arms, rounds: int, warmup: int) -> dict[str, Any]:
+    """Median seconds of the KD step, and of every arm the median and quartiles of its ratios to it."""
+    arms = bench.arms()
+    for loss in arms.values():
+        for _ in range(warmup):
+            bench.step(loss)
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(bench.step(arms[name]))
+    ratios = {name: [s / k for s, k in zip(values, seconds["kd"], strict=True)] for name, values in seconds.items()}
+    return {
+        "kd_seconds": statistics.median(seconds["kd"]),
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "quartiles": {name: statistics.quantiles(values, n=4)[::2] for name, values in ratios.items()},
+    }
 
 
 def time_pair(pair: str, args: argparse.Namespace) -> dict[str, Any]:
     """Median ratios to KD of one pair."""
     bench = Bench(pair, args.batch, args.size, args.device, args.compile)
-    arms = bench.arms()
-    for loss in arms.values():
-        for _ in range(args.warmup):
-            bench.step(loss)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for turn in range(args.rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(bench.step(arms[name]))
-    ratios = {name: [s / k for s, k in zip(values, seconds["kd"], strict=True)] for name, values in seconds.items()}
     return {
         "pair": pair,
         "batch": args.batch,
@@ -150,18 +178,16 @@ def time_pair(pair: str, args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "compiled": args.compile,
         "rounds": args.rounds,
-        "kd_seconds": statistics.median(seconds["kd"]),
-        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
-        "quartiles": {name: statistics.quantiles(values, n=4)[::2] for name, values in ratios.items()},
+        **interleaved(bench, args.rounds, args.warmup),
     }
 
 
-def peak(pair: str, arm: str, args: argparse.Namespace) -> float:
+def peak(pair: str, arm: str, args: argparse.Namespace, module: str = "benchmarks.step") -> float:
     """MiB that one step of an arm adds at its peak, in a process of its own."""
     command = [
         sys.executable,
         "-m",
-        "benchmarks.step",
+        module,
         "--peak",
         pair,
         arm,
@@ -181,9 +207,8 @@ def peak(pair: str, arm: str, args: argparse.Namespace) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure_peak(pair: str, arm: str, args: argparse.Namespace) -> float:
-    """In a fresh process: the growth of the peak over one step."""
-    bench = Bench(pair, args.batch, args.size, args.device, False)
+def growth(bench: Arms, arm: str) -> float:
+    """In a fresh process: MiB by which one step raises the peak."""
     bench.keep_hooks_of(arm)
     bench.step(bench.arms()[arm])  # the first step also finds the teacher's layer
     if bench.images.is_cuda:
@@ -219,7 +244,8 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore", e2kd.NoEffectWarning)
     if args.peak:
-        print(json.dumps(measure_peak(*args.peak, args)))
+        pair, arm = args.peak
+        print(json.dumps(growth(Bench(pair, args.batch, args.size, args.device, False), arm)))
         return
     if args.quick:
         args.rounds, args.warmup, args.batch, args.only = 2, 1, 2, args.only[:1]

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from e2kd.kernels import MathKernel
 from e2kd.modes import rng_state
 from e2kd.outputs import first_tensor, images_in, logits_of
+from e2kd.passes import Pass, PassKeeper
 from e2kd.sites import Site
 
 
@@ -32,6 +33,8 @@ class Record:
     compiled: bool = False
     node: Node | None = None  # what made the logits
     logits: weakref.ref[Tensor] | None = None
+    random: bool = False  # whether it drew random numbers, where that was looked at
+    explained: Pass | None = None  # of a B-cos network
 
 
 def _inert(*_: Any) -> None:
@@ -48,9 +51,8 @@ class _Hook:
     def __init__(self, module: nn.Module, action: Any) -> None:
         self.module, self.action = module, action
 
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        if module is self.module:
-            self.action(*args)
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        return self.action(*args) if module is self.module else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _inert
@@ -73,6 +75,8 @@ class Tap:
         self.handles: list[Any] = []
         self.site_handles: list[Any] = []
         self.at_images = False
+        self.keeper: PassKeeper | None = None
+        self.explaining = True  # whether the next forward's loss is expected to explain it
         self.first: weakref.WeakMethod[Callable[[Tensor], None]] | None = None  # called with the first images
         self._add(self.handles, student, self._enter, pre=True, kwargs=True)
         self._add(self.handles, student, self._leave)
@@ -81,7 +85,7 @@ class Tap:
     def read(self, site: Site | None) -> None:
         """Capture at this site from now on; None captures images alone."""
         self._drop(self.site_handles)
-        self.at_images = site is None
+        self.at_images, self.keeper = site is None, None
         if site is None:
             return
         # Consumers come last and outside of checkpointed trunks; the last capture of a forward counts.
@@ -97,6 +101,13 @@ class Tap:
             module, kernel = self.student.get_submodule(name), MathKernel(self.student)
             self._add(self.site_handles, module, kernel.enter, pre=True)
             self._add(self.site_handles, module, kernel.leave, always=True)
+
+    def keep_passes(self, keeper: PassKeeper) -> None:
+        """Run the forwards that are expected to be explained so that their dynamic weights can be read."""
+        self.keeper = keeper
+        if keeper.encoder is not None:
+            self._add(self.site_handles, self.student.get_submodule(keeper.encoder), keeper.encoded)
+        self._add(self.site_handles, self.student, keeper.end, always=True)
 
     def remove(self) -> None:
         """Take every hook off the student and forget what was recorded."""
@@ -150,15 +161,16 @@ class Tap:
         self.images = self.features = self.rng = None
         self.open = self.compiled = False
 
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the arguments to run the student with, None for those that came."""
         if self.paused or not self.student.training or not torch.is_grad_enabled():
-            return
+            return None
         if torch.compiler.is_compiling():
             self.images, self.features, self.compiled = images_in(args, kwargs), None, True
             self.autocast = None if self.images is None else _autocast_type(self.images.device)
-            return
+            return None
         if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
-            return
+            return None
         self.records = [r for r in self.records if r.logits is not None and r.logits() is not None]
         self._clear()
         images = images_in(args, kwargs)
@@ -167,10 +179,11 @@ class Tap:
         self.images, self.open = images, True
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         self.static_graph = bool(ddp is not None and ddp.static_graph)
-        if images is not None:
-            device = images.device
-            self.autocast = _autocast_type(device)
-            self.rng = rng_state(device) if self.at_images else None
+        if images is None:
+            return None
+        self.autocast = _autocast_type(images.device)
+        self.rng = rng_state(images.device) if self.at_images else None
+        return self.keeper.begin(images, args, kwargs) if self.keeper is not None and self.explaining else None
 
     def _produced(self, args: tuple[Any, ...], output: Any) -> None:
         self.keep(first_tensor(output))
@@ -193,8 +206,17 @@ class Tap:
             return
         self._close(logits_of(output))
 
+    def _drew(self) -> bool:
+        """Whether the open forward drew random numbers; looked at where samples may be run again on their own."""
+        if not (self.at_images and self.rng is not None and self.images is not None):
+            return False
+        return _differ(self.rng, rng_state(self.images.device))
+
     def _close(self, logits: Tensor | None) -> None:
         if self.images is not None:
+            explained = None if self.keeper is None else self.keeper.found
+            if explained is not None and logits is not None:
+                explained.logits = logits.clone()  # the trainer's own may be changed in place, or wrapped
             self.records.append(
                 Record(
                     self.images,
@@ -205,6 +227,8 @@ class Tap:
                     self.compiled,
                     None if logits is None else logits.grad_fn,
                     None if logits is None else weakref.ref(logits),
+                    self._drew(),
+                    explained,
                 )
             )
         self._clear()
@@ -218,6 +242,10 @@ def _forget_compiled() -> None:
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def _differ(before: list[Tensor], after: list[Tensor]) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _autocast_type(device: torch.device) -> torch.dtype | None:

@@ -24,13 +24,20 @@ WAYS = {
     "narrow": "head run again on the live features, past its attention for the tokens it reads",
     "replay": "head run again on the live features",
     "graph": "the trainer's own graph",
+    "shared": "its own forward, its dynamic weights held fixed and differentiated once more",
+    "drawn": "a second pass of the samples to explain",
+    "separate": "a second pass of the whole network",
 }
+AGAIN = "student may be compiled, whole or in parts; no dropout or stochastic depth then"
 REPLAYED = "student may be compiled, whole or in parts; no dropout or stochastic depth after the layer then"
 COMPILE = {
     "closed": "student may be compiled, whole or in parts",
     "narrow": REPLAYED,
     "replay": REPLAYED,
     "graph": "don't compile the student and don't use DistributedDataParallel(static_graph=True): both are refused",
+    "shared": f"{AGAIN}, and a second, uncompiled pass",
+    "drawn": AGAIN,
+    "separate": AGAIN,
 }
 
 
@@ -206,6 +213,7 @@ def _flops(criterion: E2KDLoss, images: Tensor, weight: float) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # loads triton, which importing e2kd should not
 
     criterion.weight = weight
+    criterion.student.expect(weight != 0)
     parameters = [p for p in criterion.student.student.parameters() if p.requires_grad]
     with FlopCounterMode(display=False) as counter:
         loss = criterion(criterion.student.student(images))

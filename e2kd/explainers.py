@@ -7,7 +7,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from e2kd.bcos.images import is_bcos
+from e2kd.similarity import pooled
 
 
 @runtime_checkable
@@ -15,8 +18,9 @@ class Explainer(Protocol):
     """What an explainer is: a place to read and a formula. Write your own in a few lines.
 
     `layer` names the module whose output is explained; None lets e2kd find it. An explainer with
-    `reads_images = True` is given the images in place of features. The result must be differentiable;
-    e2kd takes care of the second derivative.
+    `reads_images = True` is given the images in place of features; with `fixes_weights = True` as well, the encoded
+    images of a B-cos network and its dynamic weights W(x) in place of the gradient. The result must be
+    differentiable; e2kd takes care of the second derivative.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -105,6 +109,82 @@ class InputGradient:
         return gradient
 
 
+@dataclass(frozen=True)
+class BcosWeights:
+    """The dynamic weights W(x) of a B-cos network, its explanation in e²KD: signed, all channels.
+
+    The gradient of the class logit with respect to the encoded images (x, 1 - x), while what depends on the images but
+    is multiplied to them (|cos|, 1 / std, attention) is held fixed (Böhle et al. 2022): W(x) x is a CNN's logit
+    without its bias. In float32, whatever autocast is around it.
+
+    Args:
+        resolution: side or (h, w) to which W is averaged; None leaves it at image size, as in the paper.
+        passes: "shared" reads W from the student's own forward, "separate" from a second one. Loss and gradients are
+            the same. A shared pass costs less, unless only a small `fraction` of each batch is explained: a second pass
+            runs those samples alone. None takes the cheaper one. Where the student's own forward can't be
+            differentiated twice in float32 (autocast, torch.compile) there always is a second.
+
+    >>> BcosWeights()(torch.ones(1, 6, 2, 2), torch.zeros(1, 6, 2, 2)).shape
+    torch.Size([1, 6, 2, 2])
+    """
+
+    resolution: int | tuple[int, int] | None = None
+    passes: str | None = None
+    reads_images = fixes_weights = True
+    layer = None
+
+    def __post_init__(self) -> None:
+        check_passes(self.passes)
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """Encoded images and W(x), [B, C, H, W] -> W(x), [B, C, h, w]."""
+        return averaged(gradient, self.resolution)
+
+
+@dataclass(frozen=True)
+class BcosContributions:
+    """What each cell of the image adds to the class logit of a B-cos network: ReLU(mean over the cell of W(x) x).
+
+    One channel, >= 0, on a coarse grid: comparable with the GradCAM of a network that is no B-cos network.
+
+    Args:
+        resolution: side or (h, w) of the grid; None is the image's.
+        passes: as for `BcosWeights`.
+
+    >>> BcosContributions()(torch.ones(1, 6, 28, 28), torch.ones(1, 6, 28, 28)).shape
+    torch.Size([1, 1, 14, 14])
+    """
+
+    resolution: int | tuple[int, int] | None = 14
+    passes: str | None = None
+    reads_images = fixes_weights = True
+    layer = None
+
+    def __post_init__(self) -> None:
+        check_passes(self.passes)
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """Encoded images and W(x), [B, C, H, W] -> [B, 1, h, w]."""
+        return F.relu(averaged((features * gradient).sum(1, keepdim=True), self.resolution))
+
+
+def check_passes(passes: str | None) -> None:
+    """Raise a ValueError for passes that don't exist."""
+    if passes not in (None, "shared", "separate"):
+        raise ValueError(f'Expected passes to be "shared", "separate" or None, but got {passes!r}.')
+
+
+def averaged(maps: Tensor, resolution: int | tuple[int, int] | None) -> Tensor:
+    """Maps averaged to a side or (h, w), where they are finer.
+
+    >>> averaged(torch.ones(1, 1, 4, 4), 2).shape
+    torch.Size([1, 1, 2, 2])
+    """
+    if resolution is None:
+        return maps
+    return pooled(maps, (resolution, resolution) if isinstance(resolution, int) else resolution)
+
+
 def reads_images(explainer: Explainer) -> bool:
     """Whether an explainer is given the images in place of features.
 
@@ -112,3 +192,57 @@ def reads_images(explainer: Explainer) -> bool:
     (True, False)
     """
     return bool(getattr(explainer, "reads_images", False))
+
+
+def fixes_weights(explainer: Explainer) -> bool:
+    """Whether an explainer is given the dynamic weights of a B-cos network in place of the gradient.
+
+    >>> fixes_weights(BcosWeights()), fixes_weights(InputGradient())
+    (True, False)
+    """
+    return bool(getattr(explainer, "fixes_weights", False))
+
+
+def shares_pass(explainer: Explainer, fraction: float) -> bool:
+    """Whether dynamic weights are to be read from the student's own forward, if that is possible.
+
+    In units of a forward, explaining a shared pass costs 3 more than a step without; a second pass of a share of the
+    batch 6 times that share.
+
+    >>> shares_pass(BcosWeights(), 1), shares_pass(BcosWeights(), 1 / 4)
+    (True, False)
+    """
+    passes = getattr(explainer, "passes", None)
+    return fixes_weights(explainer) and (fraction >= 0.5 if passes is None else passes == "shared")
+
+
+def default_explainer(model: object) -> Explainer:
+    """`BcosWeights()` for a B-cos network, else `GradCAM()`.
+
+    >>> default_explainer(nn.Linear(2, 2))
+    GradCAM(layer=None)
+    """
+    return BcosWeights() if isinstance(model, nn.Module) and is_bcos(model) else GradCAM()
+
+
+def explainers_of(
+    student: nn.Module, teacher: object, own: Explainer | None, theirs: Explainer | None
+) -> tuple[Explainer, Explainer]:
+    """The explainers of student and teacher, chosen where they are None so that their maps can be compared.
+
+    W(x) has the channels of the encoded images and GradCAM one; so beside the GradCAM of the other network, a
+    B-cos network is explained by its contributions.
+
+    >>> from e2kd.bcos import BcosLinear
+    >>> explainers_of(BcosLinear(4, 2), nn.Linear(4, 2), None, None)
+    (BcosContributions(resolution=14, passes=None), GradCAM(layer=None))
+    """
+    if own is not None:
+        return own, theirs or own
+    mine = default_explainer(student)
+    if theirs is not None:
+        return mine, theirs
+    other = default_explainer(teacher)
+    if fixes_weights(mine) == fixes_weights(other):
+        return mine, other
+    return (BcosContributions(), other) if fixes_weights(mine) else (mine, BcosContributions())

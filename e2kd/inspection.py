@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from e2kd.bcos.images import check_range
 from e2kd.errors import UnsupportedModel, shape
-from e2kd.explainers import Explainer, GradCAM
-from e2kd.modes import as_written, dtype_of, evaluating, replaying, unwrap
+from e2kd.explainers import Explainer, default_explainer
+from e2kd.modes import as_written, dtype_of, evaluating, replaying, untrained, unwrap
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
-from e2kd.views import View, autograd_view, closed_view
+from e2kd.views import View, autograd_view, closed_view, whole_view
 
 
 class Explanation(NamedTuple):
@@ -38,7 +39,7 @@ def explain(
         model: any image classifier.
         images: [B, C, H, W], as the model expects them.
         classes: [B] class indices; None explains each sample's top class.
-        explainer: `GradCAM()` if None.
+        explainer: None is `BcosWeights()` for a B-cos network, else `GradCAM()`.
 
     Raises:
         UnsupportedModel: when no layer of the model can be explained; the message says which `layer=` to try.
@@ -51,11 +52,11 @@ def explain(
     (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]), torch.Size([2]))
     """
     model = unwrap(model)
-    explainer = explainer or GradCAM()
+    explainer = explainer or default_explainer(model)
     with torch.inference_mode(False), torch.enable_grad():
         view = inspect(model, images, explainer)
         chosen = view.logits.argmax(1) if classes is None else _checked(classes, view.logits)
-        maps = view.explain(explainer, chosen)
+        maps = view.explain(explainer, chosen, again=False)
     return Explanation(view.logits.detach(), maps.detach(), chosen)
 
 
@@ -76,22 +77,24 @@ def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
         images = images.clone() if images.is_inference() else images.detach()
         with evaluating(model), as_written(list(model.modules())):
             plan = plan_for(model, explainer, images)
+            if plan.dynamic:
+                check_range(images, "model")
             if plan.head is None:
                 return _inspect_in_place(model, images, plan)
             return _inspect_by_replay(model, images, plan)
 
 
 def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
-    size = (images.shape[-2], images.shape[-1])
     assert plan.head is not None
     if plan.site is None:
-        captured = images.clone()
-    else:
-        with torch.no_grad(), _captured(model, plan.site.producers[0]) as kept:
-            logits = logits_of(model(images))
-        captured = plan.head.prologue(_single(kept, plan.site.layer))
-        if plan.linear is not None:
-            return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
+        with torch.enable_grad(), untrained(model), replaying(list(model.modules()), images.device, None):
+            return whole_view(model, plan, images, create_graph=False)
+    size = (images.shape[-2], images.shape[-1])
+    with torch.no_grad(), _captured(model, plan.site.producers[0]) as kept:
+        logits = logits_of(model(images))
+    captured = plan.head.prologue(_single(kept, plan.site.layer))
+    if plan.linear is not None:
+        return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
     captured = captured.to(dtype_of(model)).requires_grad_()
     with torch.enable_grad(), replaying(list(model.modules()), images.device, None):
         return autograd_view(captured, _logits(plan, captured), plan, size, create_graph=False)

@@ -18,14 +18,14 @@ class Lesson:
 
     Attributes:
         logits: [B, K].
-        explain: classes [B] and rows (indices of samples, None for all) -> maps [B, C, h, w]; None in a step that
-            explains nothing.
+        explain: classes [B, k] and rows (indices of samples, None for all) -> k maps [B, C, h, w]; None in a step that
+            explains nothing. Asked once.
         classes: the only classes there are maps of, [B]; None when any class can be explained.
         valid: share of each cell of the maps that is known, [B, 1, h, w]; None when all are.
     """
 
     logits: Tensor
-    explain: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    explain: Callable[[Tensor, Tensor | None], list[Tensor]] | None = None
     classes: Tensor | None = None
     valid: Tensor | None = None
 
@@ -33,8 +33,8 @@ class Lesson:
 def lesson_of(taught: Taught) -> Lesson:
     """The lesson that came with the batch."""
 
-    def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
-        return taught.maps if rows is None else taught.maps[rows]
+    def explain(classes: Tensor, rows: Tensor | None) -> list[Tensor]:
+        return [taught.maps if rows is None else taught.maps[rows]]
 
     return Lesson(taught.logits, explain if taught.explains else None, taught.classes, taught.valid)
 

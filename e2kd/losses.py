@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from e2kd.capture import Record
 from e2kd.classes import Choice, check_choice, choose
 from e2kd.comparing import Similarity, compare
-from e2kd.explainers import Explainer, GradCAM, reads_images
+from e2kd.explainers import Explainer, default_explainer, explainers_of, reads_images
 from e2kd.guards import (
     check_batch,
     check_grid,
@@ -31,7 +31,6 @@ from e2kd.student import StudentExplainer
 from e2kd.tasks import default_task, task_input
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher
-from e2kd.views import View
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
 
@@ -90,8 +89,9 @@ class E2KDLoss(nn.Module):
         teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode. Or a
             `FrozenTeacher`, whose lessons come with the batch in the targets' place.
         criterion: the criterion you had; None is pure distillation, the paper's setting.
-        explainer: the student's; None is `GradCAM()` at the layer found for the model.
-        teacher_explainer: the teacher's; None is the student's.
+        explainer: the student's; None is `GradCAM()` at the layer found for the model, `BcosWeights()` for a B-cos
+            network, and `BcosContributions()` for one beside a network of the other kind.
+        teacher_explainer: the teacher's; None is the student's, or chosen in the same way where that was not given.
         similarity: (student maps, teacher maps) -> [B].
         weight: λ, of the explanation term. The paper tries 1 to 10.
         kd_weight: of the logit term.
@@ -99,13 +99,15 @@ class E2KDLoss(nn.Module):
         temperature: τ. The paper tries 1 and 5.
         classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets),
             an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`).
-        fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term.
+        fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
+            with explainers that need a pass of the whole network, such as `BcosWeights`.
         every: explain every k-th step, the term times k. The paper's code skips without that factor.
         resize: "image" compares maps at image size as the paper's code does; None on the student's grid.
         distillation: (student logits, teacher logits) -> []; None is `kd_loss` at `temperature`. Use
             `MultiLabelKDLoss()` for multi-label teachers.
         input_normalization: (mean, std) your images are normalised with; tells how to renormalise for the teacher.
-        teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own.
+        teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own, a B-cos teacher expects
+            images in [0, 1], to which their inverse is added where it takes that from outside.
         teacher_size: side or (H, W) the teacher expects; timm teachers of fixed size know theirs.
         example: images [B, C, H, W] to find the student's layer with; None makes noise of a usual size.
 
@@ -161,15 +163,16 @@ class E2KDLoss(nn.Module):
         self.teacher: Teacher | Prepared
         if isinstance(teacher, Prepared):
             check_prepared(teacher, explainer, classes, weight, (teacher_explainer, *settings))
-            self.explainer = explainer or teacher.explainer or GradCAM()
+            self.explainer = explainer or teacher.explainer or default_explainer(unwrap(student))
             self.teacher = teacher
         else:
             if not isinstance(teacher, str):
                 check_module(teacher, "teacher")
-            self.explainer = explainer or GradCAM()
-            self.teacher = Teacher(teacher, teacher_explainer or self.explainer, *settings)
-        self.student = StudentExplainer(unwrap(student), self.explainer, example)
+            self.explainer, theirs = explainers_of(student, teacher, explainer, teacher_explainer)
+            self.teacher = Teacher(teacher, theirs, *settings)
+        self.student = StudentExplainer(unwrap(student), self.explainer, example, fraction)
         self.step, self.seed = 0, torch.initial_seed()
+        self.student.expect(self._explains())
         self._parts: dict[str, Tensor] = {}
 
     @property
@@ -223,8 +226,10 @@ class E2KDLoss(nn.Module):
         record = self.student.record(logits)
         taught = self._taught(targets, record.images)
         labels = targets if taught is None else taught.labels
-        explaining = self.weight != 0 and self.step % self.every == 0
+        explaining = self._explains()
         self.step += 1
+        self.student.expect(self._explains())
+        rows = self._rows(len(logits), logits.device) if explaining else None
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")} | {"cosine": zero + torch.nan}
         loss = zero
@@ -232,14 +237,14 @@ class E2KDLoss(nn.Module):
             parts["task"] = self._task(outputs, logits, labels)
             loss = loss + self.task_weight * parts["task"]
         if explaining or self.kd_weight != 0:
-            lesson = self._lesson(record, explaining) if taught is None else lesson_of(taught)
+            lesson = self._lesson(record, explaining, rows) if taught is None else lesson_of(taught)
             check_batch(logits, lesson.logits)
             parts["agreement"] = (logits.argmax(1) == lesson.logits.argmax(1)).float().mean()
             if self.kd_weight != 0:
                 parts["kd"] = self._distill(logits, lesson.logits)
                 loss = loss + self.kd_weight * parts["kd"]
             if explaining:
-                parts |= self._explain(self.student.view(record, logits), lesson, labels, record.images)
+                parts |= self._explain(record, logits, lesson, labels, rows)
                 loss = loss + self.weight * parts["explanation"]
         self._parts = {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
         return loss
@@ -255,22 +260,27 @@ class E2KDLoss(nn.Module):
             raise ValueError(TAUGHT_FOR_LIVE)
         return None
 
-    def _lesson(self, record: Record, explaining: bool) -> Lesson:
+    def _explains(self) -> bool:
+        """Whether the next step explains."""
+        return self.weight != 0 and self.step % self.every == 0
+
+    def _lesson(self, record: Record, explaining: bool, rows: Tensor | None) -> Lesson:
         assert isinstance(self.teacher, Teacher)
         with torch.autocast(record.images.device.type, record.autocast, enabled=record.autocast is not None):
-            return self.teacher.lesson(record.images, explaining=explaining)
+            return self.teacher.lesson(record.images, explaining=explaining, rows=rows)
 
     def _distill(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         if self.distillation is not None:
             return self.distillation(logits, teacher_logits)
         return kd_loss(logits, teacher_logits, self.temperature)
 
-    def _explain(self, student: View, lesson: Lesson, labels: Tensor | None, images: Tensor) -> dict[str, Tensor]:
+    def _explain(
+        self, record: Record, logits: Tensor, lesson: Lesson, labels: Tensor | None, rows: Tensor | None
+    ) -> dict[str, Tensor]:
         """The explanation term, unbiased over steps and batch, with what is reported of it."""
         assert lesson.explain is not None
+        images, valid = record.images, lesson.valid
         classes, weights = self._choose(lesson, labels)
-        rows = self._rows(len(images), images.device)
-        valid = lesson.valid
         if rows is not None:
             weights, valid = weights[rows], None if valid is None else valid[rows]
         if valid is not None:  # an image half of which left the frame counts half
@@ -278,8 +288,10 @@ class E2KDLoss(nn.Module):
         size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
         similarity = dead = torch.zeros((), device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            for chosen, weight in zip(classes.T, weights.T, strict=True):
-                mine, theirs = student.explain(self.explainer, chosen, rows), lesson.explain(chosen, rows)
+            taught = lesson.explain(classes, rows)  # first: the teacher's graph is gone when the student's is made
+            student = self.student.view(record, logits, rows)
+            for chosen, weight, theirs in zip(classes.T, weights.T, taught, strict=True):
+                mine = student.explain(self.explainer, chosen, rows)
                 check_grid(mine, f"student's (at {self.student.place})")
                 check_grid(theirs, "teacher's")
                 if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged

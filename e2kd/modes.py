@@ -112,6 +112,36 @@ def kept_statistics(modules: list[nn.Module]) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+@contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside, so that a graph keeps what its inputs need alone.
+
+    Shards of fully_shard stay as they are: what it gathers for the first time inside would never be trained.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad and not is_sharded(p)]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any module in a model runs compiled.
+
+    >>> is_compiled(nn.Linear(2, 2))
+    False
+    """
+    return any(
+        own.get("_compiled_call_impl") is not None
+        or "_orig_mod" in own.get("_modules", {})
+        or any(isinstance(v, FunctionType) and hasattr(v, "_torchdynamo_orig_callable") for v in own.values())
+        for own in map(vars, model.modules())
+    )
+
+
 def rng_state(device: torch.device) -> list[Tensor]:
     """The random generators a model on `device` draws from: the CPU's and the device's own."""
     states = [torch.get_rng_state()]

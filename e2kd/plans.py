@@ -5,11 +5,15 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from e2kd.explainers import Explainer, reads_images
+from e2kd.bcos.images import encoder_of, is_bcos
+from e2kd.errors import UnsupportedModel
+from e2kd.explainers import Explainer, fixes_weights, reads_images
 from e2kd.heads import Head, WholeModel, find_head, find_linear
 from e2kd.layout import Layout
+from e2kd.modes import dtype_of
 from e2kd.narrow import NarrowHead, find_narrow
 from e2kd.probe import Trace
 from e2kd.sites import Site, find_site
@@ -25,6 +29,8 @@ class Plan:
         linear: name of the classifier after average pooling, if the head is just that.
         after: names of the modules that run after the site.
         narrow: the head without its work on tokens that nobody reads, where it has such.
+        dynamic: whether the gradient is to be taken with the dynamic weights of a B-cos network held fixed.
+        encoder: name of the module inside of such a network that encodes its images; None where they come encoded.
     """
 
     site: Site | None
@@ -32,6 +38,8 @@ class Plan:
     linear: str | None
     after: tuple[str, ...] = ()
     narrow: NarrowHead | None = None
+    dynamic: bool = False
+    encoder: str | None = None
 
     def maps(self, captured: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The tensor the site holds, as maps [B, C, h, w]."""
@@ -54,7 +62,11 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
         UnsupportedModel: when the model can't be explained there.
     """
     if reads_images(explainer):
-        return Plan(None, WholeModel(model), None, tuple(name for name, _ in model.named_modules()))
+        dynamic, after = fixes_weights(explainer), tuple(name for name, _ in model.named_modules())
+        if dynamic:
+            _check_bcos(model, explainer)
+        encoder = encoder_of(model) if dynamic else None
+        return Plan(None, WholeModel(model), None, after, dynamic=dynamic, encoder=encoder)
     known = _plans.setdefault(model, {})
     key = (explainer.layer, hash(tuple(map(id, model.modules()))))
     if key not in known:
@@ -62,6 +74,20 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
             del known[outdated]
         known[key] = _make_plan(model, explainer.layer, images)
     return known[key]
+
+
+def _check_bcos(model: nn.Module, explainer: Explainer) -> None:
+    name, how = type(model).__name__, type(explainer).__name__
+    if not is_bcos(model):
+        raise UnsupportedModel(
+            f"{how} explains B-cos networks, and {name} has no B-cos layers. Leave explainers out to have them chosen "
+            "for each model, or explain both with GradCAM()."
+        )
+    if dtype_of(model) in (torch.float16, torch.bfloat16):
+        raise UnsupportedModel(
+            f"{how} needs float32: in {dtype_of(model)} the dynamic weights of {name} vanish or lose their digits. "
+            "Keep parameters in float32 and run the forward under torch.autocast; it is explained in float32 then."
+        )
 
 
 def _make_plan(model: nn.Module, layer: str | None, images: Tensor) -> Plan:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e2kd.bcos.images import channels_of
 from e2kd.modes import as_written, evaluating
 
 SIZES = (224, 256, 299, 384, 192, 160, 128, 96, 64, 32, 28)  # large first: small images hide late layers
@@ -23,7 +24,7 @@ def example_images(model: nn.Module) -> Tensor | None:
     where = next(model.parameters(), None)
     if where is None or where.is_meta:
         return None
-    channels = _channels(model)
+    channels = channels_of(model)
     generator = torch.Generator().manual_seed(0)
     for height, width in _sizes(model):
         images = torch.randn(2, channels, height, width, generator=generator).to(where.device, where.dtype)
@@ -39,11 +40,6 @@ def _runs(model: nn.Module, images: Tensor) -> bool:
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):  # how models refuse a size
         return False
     return True
-
-
-def _channels(model: nn.Module) -> int:
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels
 
 
 def _sizes(model: nn.Module) -> list[tuple[int, int]]:

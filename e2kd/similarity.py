@@ -43,7 +43,8 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(
             "Expected maps [B, C, h, w] with the same B and C, but the student's are "
             f"{shape(student.shape)} and the teacher's {shape(teacher.shape)}. "
-            "Use explainers that give the same number of channels for both models."
+            "Use explainers that give the same number of channels for both models: beside GradCAM(), "
+            "BcosContributions() for a B-cos network, whose W(x) has the channels of its images."
         )
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from e2kd.bcos.images import check_range
+from e2kd.bcos.statistics import Kept, NotKept
 from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, shape
-from e2kd.explainers import Explainer
-from e2kd.heads import Head, WholeModel
+from e2kd.explainers import Explainer, shares_pass
+from e2kd.heads import Head
 from e2kd.kernels import fused_attention_between
 from e2kd.modes import as_written, dtype_of, is_sharded, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
+from e2kd.passes import PassKeeper, alone_in_batch
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
-from e2kd.views import View, autograd_view, closed_view
+from e2kd.views import View, autograd_view, closed_view, dynamic_view, whole_view
 
-WAYS = ("closed", "narrow", "replay", "graph")
 FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
@@ -68,16 +71,25 @@ GRAPH_REFUSED = (
 class StudentExplainer:
     """Records the student's forwards and turns each into a `View`, by the first way that reproduces its logits.
 
-    In turn: the closed form of pooled linear heads, replaying the head on the live features, and the
-    trainer's own graph. A replay must give the logits the criterion was called with: that check finds
-    a wrong layer, features of another forward and random numbers drawn anew.
+    At a layer, in turn: "closed", the closed form of pooled linear heads; "narrow" and "replay", running the head again
+    on the live features; "graph", the trainer's own. At the images: "shared", the trainer's own forward in explanation
+    mode; "drawn", a second pass of the samples to explain; "separate", a second pass of all. What was run again
+    must give the logits the criterion was called with: that check finds a wrong layer, features of another
+    forward and random numbers drawn anew.
+
+    Args:
+        student: being trained.
+        explainer: of it.
+        images: to find its layer with; None makes some.
+        fraction: of each batch that will be explained.
     """
 
-    def __init__(self, student: nn.Module, explainer: Explainer, images: Tensor | None) -> None:
-        self.student, self.explainer = student, explainer
+    def __init__(self, student: nn.Module, explainer: Explainer, images: Tensor | None, fraction: float = 1.0) -> None:
+        self.student, self.explainer, self.fraction = student, explainer, fraction
         self.tap = Tap(student)
         self.plan: Plan | None = None
-        self.chosen: dict[bool, int] = {}
+        self.failed: dict[bool, set[str]] = {True: set(), False: set()}  # in train and in eval mode
+        self.last: str | None = None
         self.checks = 0
         images = example_images(student) if images is None else images
         weakref.finalize(self, self.tap.remove)
@@ -98,6 +110,13 @@ class StudentExplainer:
         self.tap.read(self.plan.site)
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
             self.tap.under_math(self.plan.after)
+        shared = shares_pass(self.explainer, self.fraction)
+        if self.plan.dynamic and (shared or self.fraction < 1):
+            self.tap.keep_passes(PassKeeper(self.student, self.plan.encoder, weights=shared))
+
+    def expect(self, explaining: bool) -> None:
+        """Say whether the next forward's loss will ask for an explanation, so that others needn't prepare for it."""
+        self.tap.explaining = explaining
 
     def record(self, logits: Tensor) -> Record:
         """The forward that made these logits.
@@ -115,33 +134,48 @@ class StudentExplainer:
             )
         return record
 
-    def view(self, record: Record, logits: Tensor) -> View:
-        """The differentiable view of a recorded forward, logits [B, K] being what it returned."""
+    def view(self, record: Record, logits: Tensor, rows: Tensor | None = None) -> View:
+        """The differentiable view of a recorded forward, logits [B, K] being what it returned.
+
+        Args:
+            rows: indices of the samples that will be explained; None for all.
+        """
         plan = self._plan()
         if plan.site is not None and record.features is None:
             raise RuntimeError(NO_FEATURES.format(layer=plan.site.layer))
-        training = self.student.training
-        error = 0.0
+        if plan.dynamic and self._looks(record):
+            check_range(record.images, "student")
+        failed, error = self.failed[self.student.training], 0.0
+        tried: set[str] = set()
         with self.tap.silent():
-            for way, make in self._ways(record, logits, plan):
-                if WAYS.index(way) < self.chosen.get(training, 0):
+            for way, make in self._ways(record, logits, plan, rows):
+                if way in failed:
                     continue
+                tried.add(way)
                 try:
                     view = make()
-                except NotNarrow:
+                except (NotNarrow, NotKept):
                     continue
-                error = _difference(view.logits, logits) if self._must_check(record) else 0.0
+                given = logits if view.rows is None else logits[view.rows]
+                error = _difference(view.logits, given) if self._must_check(record) else 0.0
                 if error <= _tolerance(record, logits):
-                    self.chosen[training] = WAYS.index(way)
+                    failed |= tried - {way}
+                    self.last = way
                     return view
-        return self._graph_view(record, logits, plan, error)
+        view = self._graph_view(record, logits, plan, error)
+        failed |= tried
+        self.last = "graph"
+        return view
 
     @property
     def way(self) -> str:
-        """How training forwards are explained: "closed", "narrow", "replay" or "graph"."""
+        """How forwards are explained, in one word of the class."""
         plan = self._plan()
-        first = "graph" if plan.head is None else "closed" if plan.linear else "narrow" if plan.narrow else "replay"
-        return WAYS[max(self.chosen.get(True, 0), WAYS.index(first))]
+        if self.last is not None:
+            return self.last
+        if plan.site is None:
+            return "shared" if self.tap.keeper is not None and self.tap.keeper.weights else "separate"
+        return "graph" if plan.head is None else "closed" if plan.linear else "narrow" if plan.narrow else "replay"
 
     @property
     def place(self) -> str:
@@ -153,15 +187,37 @@ class StudentExplainer:
             raise RuntimeError(NO_RECORD)
         return self.plan
 
-    def _ways(self, record: Record, logits: Tensor, plan: Plan) -> Iterator[tuple[str, Callable[[], View]]]:
-        """The ways that need no graph of the trainer's, cheapest first."""
+    def _ways(
+        self, record: Record, logits: Tensor, plan: Plan, rows: Tensor | None
+    ) -> Iterator[tuple[str, Callable[[], View]]]:
+        """The ways that need no graph of the trainer's but that of an explained pass, cheapest first."""
         if self._sharded(plan) or plan.head is None or not plan.head.follows():
+            return
+        if plan.site is None:
+            yield from self._whole_ways(record, plan, rows)
             return
         if plan.linear is not None and record.features is not None:
             yield "closed", partial(self._closed, record.features, logits, plan, plan.head, _size(record))
         if plan.narrow is not None:
             yield "narrow", partial(self._replay, record, plan, plan.narrow)
         yield "replay", partial(self._replay, record, plan, plan.head)
+
+    def _whole_ways(self, record: Record, plan: Plan, rows: Tensor | None) -> Iterator[tuple[str, Callable[[], View]]]:
+        found = record.explained
+        if found is not None and found.readable:
+            assert found.encoded is not None
+            assert found.logits is not None
+            yield "shared", partial(dynamic_view, found.encoded, found.logits, found.mode, create_graph=True)
+        kept = None if found is None else found.statistics
+        if rows is not None and not record.random and alone_in_batch(self.student, kept=kept is not None):
+            yield "drawn", partial(self._again, record, plan, rows, kept)
+        yield "separate", partial(self._again, record, plan, None, None)
+
+    def _again(self, record: Record, plan: Plan, rows: Tensor | None, kept: Kept | None) -> View:
+        images = record.images if rows is None else record.images[rows]
+        with replaying(list(self.student.modules()), images.device, record.rng):
+            view = whole_view(self.student, plan, images, create_graph=True, statistics=kept)
+        return replace(view, rows=rows)
 
     def _closed(self, features: Tensor, logits: Tensor, plan: Plan, head: Head, size: tuple[int, int]) -> View:
         assert plan.linear is not None
@@ -173,10 +229,9 @@ class StudentExplainer:
 
     def _replay(self, record: Record, plan: Plan, run: Head | NarrowHead) -> View:
         assert plan.head is not None
-        source = record.images if isinstance(plan.head, WholeModel) else record.features
-        assert source is not None
-        source = source.to(dtype_of(self.student))
-        if not source.requires_grad:  # the images, or the features of a frozen trunk
+        assert record.features is not None
+        source = record.features.to(dtype_of(self.student))
+        if not source.requires_grad:  # the features of a frozen trunk
             source = source.detach().requires_grad_()
         with replaying(list(self.student.modules()), source.device, record.rng):
             captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
@@ -198,7 +253,11 @@ class StudentExplainer:
 
     def _must_check(self, record: Record) -> bool:
         self.checks += 1
-        return record.images.device.type == "cpu" or self.checks <= FIRST_CHECKS or self.checks % 1000 == 0
+        return self._looks(record) or self.checks % 1000 == 0
+
+    def _looks(self, record: Record) -> bool:
+        """Whether values may be looked at: on an accelerator that waits for the device."""
+        return record.images.device.type == "cpu" or self.checks <= FIRST_CHECKS
 
     def _graph_view(self, record: Record, logits: Tensor, plan: Plan, error: float) -> View:
         layer = plan.site.layer if plan.site else "images"
@@ -210,7 +269,6 @@ class StudentExplainer:
         fused = fused_attention_between(logits, record.features)
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
-        self.chosen[self.student.training] = WAYS.index("graph")
         return autograd_view(record.features, logits, plan, _size(record), create_graph=True)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from e2kd.bcos.images import channels_of, check_range, colours_of, decoded, encoded, is_bcos
 from e2kd.errors import taking_images
-from e2kd.explainers import Explainer
+from e2kd.explainers import Explainer, reads_images
 from e2kd.inspection import inspect
 from e2kd.lessons import Lesson
 from e2kd.modes import device_of, dtype_of, evaluating, unwrap
@@ -19,6 +21,7 @@ from e2kd.outputs import logits_of
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 
+FIRST_CHECKS = 3  # on an accelerator, batches that are looked at although that waits for the device
 OTHER_IMAGES = "Give its input size through teacher_size=, or use a teacher for images of this kind."
 
 
@@ -45,40 +48,70 @@ class Teacher:
         self.model = unwrap(_from_timm(model) if isinstance(model, str) else model)
         self.explainer = explainer
         self.size = (size, size) if isinstance(size, int) else size or _fixed_size(self.model)
-        self.rescale = _rescale(self.model, normalization, input_normalization)
+        self.channels, self.bcos = channels_of(self.model), is_bcos(self.model)
+        self.given, self.wanted = input_normalization, expected_normalization(self.model, normalization)
+        self.checks = 0
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] for the student's images, without a graph."""
-        prepared = self.prepared(images)
+        return self._logits(self.prepared(images))
+
+    def _logits(self, prepared: Tensor) -> Tensor:
         with self._explained(prepared), torch.no_grad(), evaluating(self.model):
             return logits_of(self.model(prepared)).detach()
 
-    def lesson(self, images: Tensor, *, explaining: bool) -> Lesson:
-        """Logits for the student's images and, if explaining, the means to explain any class."""
+    def lesson(self, images: Tensor, *, explaining: bool, rows: Tensor | None = None) -> Lesson:
+        """Logits for the student's images and, if explaining, the means to explain any class, of `rows` if given."""
         if not explaining:
             return Lesson(self.logits(images))
         prepared = self.prepared(images)
+        alone = rows is not None and reads_images(self.explainer)
         with self._explained(prepared):
-            view = inspect(self.model, prepared, self.explainer)
+            view = inspect(self.model, prepared[rows] if alone else prepared, self.explainer)
+        logits = view.logits.detach()
+        if alone:
+            assert rows is not None
+            view, logits = replace(view, rows=rows), self._completed(logits, prepared, rows)
 
-        def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
-            return view.explain(self.explainer, classes, rows).detach()
+        def explain(classes: Tensor, rows: Tensor | None) -> list[Tensor]:
+            last = classes.shape[1] - 1
+            found = (view.explain(self.explainer, c, rows, again=i < last) for i, c in enumerate(classes.T))
+            return [maps.detach() for maps in found]
 
-        return Lesson(view.logits.detach(), explain)
+        return Lesson(logits, explain)
+
+    def _completed(self, logits: Tensor, prepared: Tensor, rows: Tensor) -> Tensor:
+        """The logits of a whole batch: those of `rows`, which are known, and of the others."""
+        known = torch.zeros(len(prepared), dtype=torch.int8, device=prepared.device).index_fill(0, rows, 1)
+        others = known.argsort(stable=True)[: len(prepared) - len(rows)]  # not by nonzero, which waits for the device
+        whole = logits.new_empty(len(prepared), logits.shape[1])
+        whole[rows] = logits
+        if len(others):
+            whole[others] = self._logits(prepared[others]).to(logits.dtype)
+        return whole
 
     def _explained(self, images: Tensor) -> AbstractContextManager[None]:
         return taking_images("teacher", self.model, images.shape, OTHER_IMAGES)
 
     def prepared(self, images: Tensor) -> Tensor:
-        """The student's images as the teacher expects them: its device, normalisation and size."""
+        """The student's images as the teacher expects them: its device, colours, normalisation, size and encoding."""
         self._move_to(images.device)
-        images = images.detach().to(dtype_of(self.model))
-        if self.rescale is not None:
-            scale, shift = (t.to(images) for t in self.rescale)
-            images = images * scale + shift
+        images, given = images.detach().to(dtype_of(self.model)), self.given
+        if images.shape[1] == 2 * self.channels:  # a student that is a B-cos network was given them encoded
+            images, given = decoded(images), ((0.0,) * self.channels, (1.0,) * self.channels)
+        images = _rescaled(images, given, self.wanted)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
+        if self.bcos:
+            self._check(images)
+            images = encoded(images, self.channels)
         return images
+
+    def _check(self, images: Tensor) -> None:
+        """Images in [0, 1]; after the first batches on the CPU alone, where looking does not wait."""
+        self.checks += 1
+        if images.device.type == "cpu" or self.checks <= FIRST_CHECKS:
+            check_range(images, "teacher")
 
     def _move_to(self, device: torch.device) -> None:
         where = device_of(self.model, device)
@@ -118,21 +151,21 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def expected_normalization(model: nn.Module, given: Normalization | None) -> Normalization | None:
-    """(mean, std) that a model expects: what was said, else what a timm model knows of itself."""
+    """(mean, std) that a model expects: what was said, else [0, 1] of B-cos networks and what timm's models know."""
+    if given is not None:
+        return given
+    if is_bcos(model):
+        return (0.0,) * colours_of(model), (1.0,) * colours_of(model)
     configuration = _configuration(model)
-    known = (configuration["mean"], configuration["std"]) if "mean" in configuration else None
-    return known if given is None else given
+    return (configuration["mean"], configuration["std"]) if "mean" in configuration else None
 
 
-def _rescale(
-    model: nn.Module, wanted: Normalization | None, given: Normalization | None
-) -> tuple[Tensor, Tensor] | None:
-    """Factor and offset [C, 1, 1] from the images' normalisation to the teacher's."""
-    wanted = expected_normalization(model, wanted)
-    if given is None or wanted is None:
-        return None
+def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization | None) -> Tensor:
+    """Images from one normalisation to another; as they are where one is not known, or it is that of other channels."""
+    if given is None or wanted is None or len(given[0]) != images.shape[1]:
+        return images
     (mean_in, std_in), (mean, std) = (tuple(torch.tensor(v, dtype=torch.float64) for v in n) for n in (given, wanted))
     scale, shift = std_in / std, (mean_in - mean) / std
     if torch.allclose(scale, torch.ones_like(scale)) and torch.allclose(shift, torch.zeros_like(shift)):
-        return None
-    return scale[:, None, None], shift[:, None, None]
+        return images
+    return images * scale[:, None, None].to(images) + shift[:, None, None].to(images)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from e2kd.bcos.mode import ExplanationMode, explanation_mode
+from e2kd.bcos.statistics import Kept, using_statistics
 from e2kd.explainers import Explainer
+from e2kd.modes import dtype_of
 from e2kd.plans import Plan
 from e2kd.similarity import at_least_float32
 
@@ -20,16 +25,28 @@ class View:
     Attributes:
         logits: [B, K].
         features: maps [B, C, h, w], at least float32.
-        gradient: classes [B] -> gradient of those logits with respect to `features`, [B, C, h, w].
+        gradient: classes [B], and whether it will be asked again -> gradient of those logits with respect to
+            `features`, [B, C, h, w].
+        rows: indices of the samples it is of, in their batch; None for all.
     """
 
     logits: Tensor
     features: Tensor
-    gradient: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, bool], Tensor]
+    rows: Tensor | None = None
 
-    def explain(self, explainer: Explainer, classes: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Maps [B, C', h, w] for one class per sample, classes [B]; of the samples `rows` alone, if given."""
-        features, gradient = self.features, self.gradient(classes)
+    def explain(
+        self, explainer: Explainer, classes: Tensor, rows: Tensor | None = None, *, again: bool = True
+    ) -> Tensor:
+        """Maps [B, C', h, w] for one class per sample of the batch, classes [B].
+
+        Args:
+            rows: of these samples alone; where the view is of some of the batch, it is of those.
+            again: whether it will be asked for other classes; if not, what the pass left is given back.
+        """
+        if self.rows is not None:
+            return explainer(self.features, self.gradient(classes[self.rows], again))
+        features, gradient = self.features, self.gradient(classes, again)
         return explainer(features, gradient) if rows is None else explainer(features[rows], gradient[rows])
 
 
@@ -40,7 +57,7 @@ def closed_view(captured: Tensor, logits: Tensor, plan: Plan, linear: nn.Module,
     weight = linear.weight
     assert isinstance(weight, Tensor)
 
-    def gradient(classes: Tensor) -> Tensor:
+    def gradient(classes: Tensor, again: bool) -> Tensor:
         rows = weight[classes].to(maps.dtype) / cells
         return rows[:, :, None, None].expand_as(maps)
 
@@ -52,9 +69,76 @@ def autograd_view(
 ) -> View:
     """Any head: the gradient by autograd, differentiable once more with `create_graph`."""
 
-    def gradient(classes: Tensor) -> Tensor:
-        scores = logits.gather(1, classes[:, None]).sum()
-        (found,) = torch.autograd.grad(scores, captured, create_graph=create_graph, retain_graph=True)
+    def gradient(classes: Tensor, again: bool) -> Tensor:
+        (found,) = torch.autograd.grad(
+            _scores(logits, classes), captured, create_graph=create_graph, retain_graph=again or create_graph
+        )
         return at_least_float32(plan.maps(found, image_size))
 
     return View(logits, at_least_float32(plan.maps(captured, image_size)), gradient)
+
+
+def dynamic_view(encoded: Tensor, logits: Tensor, mode: ExplanationMode, *, create_graph: bool) -> View:
+    """A B-cos network: the gradient with respect to its encoded images, the dynamic weights of its pass held fixed."""
+
+    def gradient(classes: Tensor, again: bool) -> Tensor:
+        scores = _scores(logits, classes)
+        return mode.weights(scores, encoded, create_graph=create_graph, retain_graph=again or create_graph)
+
+    return View(logits, encoded, gradient)
+
+
+def whole_view(
+    model: nn.Module, plan: Plan, images: Tensor, *, create_graph: bool, statistics: Kept | None = None
+) -> View:
+    """A pass of the whole model, explained at its images [B, C, H, W] or, of a B-cos network, at the encoded ones.
+
+    Args:
+        statistics: of the batch norms, over the batch that the images are some of; None computes them of the images.
+    """
+    assert plan.head is not None
+    images = images.to(dtype_of(model))
+    source = differentiable(images)
+    if not plan.dynamic:
+        return autograd_view(
+            source, plan.head(source), plan, (source.shape[-2], source.shape[-1]), create_graph=create_graph
+        )
+    with ExitStack() as stack:
+        mode = stack.enter_context(explanation_mode(detached=not create_graph))
+        kept = stack.enter_context(_encoded(model, plan.encoder))
+        if statistics is not None:
+            stack.enter_context(using_statistics(statistics))
+        logits = plan.head(source)
+    return dynamic_view(kept[-1] if kept else source, logits, mode, create_graph=create_graph)
+
+
+def differentiable(images: Tensor) -> Tensor:
+    """The images, such that there is a gradient with respect to them; those that came stay as they are.
+
+    >>> differentiable(torch.zeros(1, 3, 2, 2)).requires_grad
+    True
+    """
+    source = images if images.requires_grad else images.detach().requires_grad_()
+    return source.view_as(source)  # hosts' hooks (fully_shard, FLOP counters) don't expect a leaf
+
+
+def _scores(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.gather(1, classes[:, None]).sum()
+
+
+@contextmanager
+def _encoded(model: nn.Module, encoder: str | None) -> Iterator[list[Tensor]]:
+    """Collects what the encoder returns."""
+    kept: list[Tensor] = []
+    if encoder is None:
+        yield kept
+        return
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    handle = model.get_submodule(encoder).register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()

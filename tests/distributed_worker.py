@@ -48,6 +48,8 @@ def joint_case(name: str, *, eval_norm: bool = True, **settings: Any) -> referen
         student = reference.Branching() if name == "branching" else reference.small(hidden=name == "hidden")
         layer = "trunk" if name == "branching" else "3"
         made = reference.Case(**{**made.__dict__, "student": student, "layer": layer})
+    elif name == "bcos":
+        made = reference.bcos_case(batch=BATCH)
     else:
         made = reference.case(name, batch=BATCH, **settings)
     if eval_norm:
@@ -251,6 +253,17 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
                 },
             }.items()
         },
+        **{
+            f"bcos-{label}": partial(ddp, "bcos", **settings)
+            for label, settings in {
+                "plain": {},
+                "separate": {"explainer": e2kd.BcosWeights(passes="separate")},
+                "static_graph": {"static_graph": True},
+                "find_unused": {"find_unused_parameters": True},
+                "no_sync": {"no_sync": True, "before": False},
+                "train_batchnorm": {"eval_norm": False},
+            }.items()
+        },
         "branching-plain": partial(ddp, "branching"),
         "branching-static_graph": partial(ddp, "branching", static_graph=True),
         **{f"{name}-frozen": partial(frozen_ddp, name) for name in ("cnn", "vit")},
@@ -274,6 +287,8 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "hidden-shard_root-default": partial(fsdp, "hidden", shard_root),
         "convnext-shard_root-default": partial(fsdp, "convnext", shard_root),
         "cnn-shard_kept": partial(fsdp, "cnn", shard_kept),
+        "bcos-shard_root-default": partial(fsdp, "bcos", shard_root),
+        "bcos-shard_root-reshard": partial(fsdp, "bcos", partial(shard_root, reshard_after_forward=True)),
     },
     "fsdp_double": {  # torch dies of a double backward through parameters that were sharded in between
         "hidden-shard_root-reshard": partial(fsdp, "hidden", partial(shard_root, reshard_after_forward=True)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from e2kd import bcos
+
 
 def cnn(width: int = 6, classes: int = 4, *, seed: int = 0) -> nn.Sequential:
     """Two convolutions, average pooling, one linear layer: the closed form."""
@@ -83,11 +85,21 @@ class Block(nn.Module):
 
 NETS = {"closed": cnn, "traced": MLPHead, "graph": Branching, "class_token": TinyViT}
 
+
+def bcos_cnn(width: int = 6, classes: int = 4, *, seed: int = 0) -> nn.Sequential:
+    """A B-cos network that encodes its images."""
+    torch.manual_seed(seed)
+    network = bcos.BcosResNet(bcos.BasicBlock, (1,), classes, width=width, small_images=True)
+    return nn.Sequential(bcos.AddInverse(), network).double()
+
+
+BUILD = NETS | {"bcos": bcos_cnn}
+
 # Seeds of student and teacher whose maps for the teacher's top class are alive: these nets are tiny.
-SEEDS = {"closed": (0, 2), "traced": (2, 1), "graph": (2, 1), "class_token": (2, 1)}
+SEEDS = {"closed": (0, 2), "traced": (2, 1), "graph": (2, 1), "class_token": (2, 1), "bcos": (0, 2)}
 
 
 def pair(net: str) -> tuple[nn.Module, nn.Module]:
     """A student and a teacher of one kind."""
     student, teacher = SEEDS[net]
-    return NETS[net](seed=student), NETS[net](seed=teacher)
+    return BUILD[net](seed=student), BUILD[net](seed=teacher)

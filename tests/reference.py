@@ -1,7 +1,7 @@
 """The slow, obviously right e²KD step, and the tiny students and teachers that tests compare it on.
 
 It hooks a layer by name, differentiates through the user's own forward under the math kernel of attention, and
-uses nothing of e2kd. Any host, wrapper or precision must give the same loss and gradient.
+uses nothing of e2kd but its B-cos layers. Any host, wrapper or precision must give the same loss and gradient.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from e2kd import bcos
 
 CLASSES = 7
 SIDE = 96
@@ -104,6 +106,16 @@ def case(name: str, *, batch: int = 4, seed: int = 4, **settings: Any) -> Case:
     return Case(student, layer, teacher, "layer4", images, targets)
 
 
+def bcos_case(*, batch: int = 4, seed: int = 4) -> Case:
+    """A B-cos student that encodes its images and a B-cos teacher that is given them encoded."""
+    torch.manual_seed(seed)
+    student, teacher = (bcos.BcosResNet(bcos.BasicBlock, (1, n), CLASSES, width=4, small_images=True) for n in (1, 2))
+    generator = torch.Generator().manual_seed(seed + 2)
+    images = torch.rand(batch, 3, 16, 16, generator=generator)
+    targets = torch.randint(0, CLASSES, (batch,), generator=generator)
+    return Case(nn.Sequential(bcos.AddInverse(), student).train(), "", teacher.eval(), "", images, targets)
+
+
 def freeze_statistics(model: nn.Module) -> nn.Module:
     """BatchNorm in eval mode, so that a batch is the sum of its parts."""
     for module in model.modules():
@@ -143,6 +155,18 @@ def gradcam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | None
     return outputs, logits, torch.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
 
 
+def bcos_weights(
+    model: nn.Module, images: Tensor, layer: str, classes: Tensor | None = None
+) -> tuple[Any, Tensor, Tensor]:
+    """Logits, twice, and W(x) of a B-cos network, from the layers alone."""
+    network = model[1] if isinstance(model, nn.Sequential) else model
+    x = torch.cat([images, 1 - images], 1).requires_grad_()
+    with bcos.explanation_mode() as mode:
+        logits = network(x)
+    classes = logits.argmax(1) if classes is None else classes
+    return logits, logits, mode.weights(logits.gather(1, classes[:, None]), x, create_graph=True)
+
+
 def logits_in(outputs: Any) -> Tensor:
     outputs = getattr(outputs, "logits", outputs)
     return outputs if isinstance(outputs, Tensor) else outputs[0]
@@ -165,9 +189,10 @@ def reference_loss(
     """The e²KD loss of the student as it stands, on the case's teacher and batch; differentiable."""
     teacher = copy.deepcopy(case.teacher).eval()
     given = case.images if teacher_images is None else teacher_images
-    _, teacher_logits, theirs = gradcam(teacher, given, case.teacher_layer)
+    how = gradcam if case.layer else bcos_weights
+    _, teacher_logits, theirs = how(teacher, given, case.teacher_layer)
     teacher_logits, theirs = teacher_logits.detach(), theirs.detach()
-    outputs, logits, mine = gradcam(student, case.images, case.layer, teacher_logits.argmax(1))
+    outputs, logits, mine = how(student, case.images, case.layer, teacher_logits.argmax(1))
     if theirs.shape[-1] != mine.shape[-1]:
         assert theirs.shape[-1] < mine.shape[-1], "the reference only enlarges"
         theirs = F.interpolate(theirs, mine.shape[-2:], mode="bilinear", align_corners=False)

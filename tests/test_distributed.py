@@ -78,7 +78,9 @@ def test_two_processes_freeze_and_train_from_one_cache(label: str, ddp: Results)
 
 
 def _head_is_sharded(label: str) -> bool:
-    """Whether what follows the explained layer of a transformer is sharded when the loss is called."""
+    """Whether what follows the explained layer of a transformer, or the images, is sharded when the loss is called."""
+    if label.startswith("bcos"):
+        return label.endswith("reshard")
     return label.startswith("vit") and not label.startswith(("vit-shard_root-default", "vit-shard_trunk"))
 
 

@@ -16,10 +16,11 @@ import e2kd
 PACKAGE = Path(e2kd.__file__).parent
 
 NAMES = {
-    "CanonicalView", "E2KDLoss", "Explainer", "Explanation", "ExplanationLoss", "FrozenDataset", "FrozenTeacher",
-    "GradCAM", "HiResCAM", "InputGradient", "JointAugmentation", "KDLoss", "LayerCAM", "MultiLabelKDLoss",
-    "NoEffectWarning", "Taught", "TransferMonitor", "UniCAMResult", "UnsupportedModel", "__version__", "check",
-    "cosine", "explain", "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss", "unicam",
+    "BcosContributions", "BcosWeights", "CanonicalView", "E2KDLoss", "Explainer", "Explanation", "ExplanationLoss",
+    "FrozenDataset", "FrozenTeacher", "GradCAM", "HiResCAM", "InputGradient", "JointAugmentation", "KDLoss",
+    "LayerCAM", "MultiLabelKDLoss", "NoEffectWarning", "Taught", "TransferMonitor", "UniCAMResult", "UnsupportedModel",
+    "__version__", "check", "cosine", "explain", "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss",
+    "unicam",
 }  # fmt: skip
 PARTS = {"bcos", "distance", "metrics", "monitor", "perturb", "transfer"}  # packages that are public as a whole
 
@@ -37,6 +38,7 @@ LAYERS = [
     ["narrow"],
     ["plans"],
     ["views"],
+    ["passes"],
     ["capture", "inspection"],
     ["student", "teacher"],
     ["losses", "frozen", "transfer"],

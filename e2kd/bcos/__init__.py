@@ -10,6 +10,7 @@ from e2kd.bcos.densenet import BcosDenseNet, densenet121, densenet161, densenet1
 from e2kd.bcos.encoding import GELU, AddInverse, LogitLayer
 from e2kd.bcos.linear import BcosLinear
 from e2kd.bcos.loading import load_official
+from e2kd.bcos.losses import BcosLoss, bcos_loss
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d, GroupNorm2d, LayerNorm, LayerNorm2d, PositionNorm2d
 from e2kd.bcos.pooled import ConvClassifier, LinearClassifier, PooledNorm
@@ -40,6 +41,7 @@ __all__ = [
     "BcosConvNeXt",
     "BcosDenseNet",
     "BcosLinear",
+    "BcosLoss",
     "BcosResNet",
     "BcosVGG",
     "Bottleneck",
@@ -58,6 +60,7 @@ __all__ = [
     "PooledNorm",
     "PositionNorm2d",
     "SimpleViT",
+    "bcos_loss",
     "bcos_vit",
     "bcosify",
     "contributions",

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from e2kd.bcos.linear import bcos, check_transform, full_precision, unit
+from e2kd.bcos.linear import bcos, check_transform, full_precision, inverse_norm, is_constant, unit
 from e2kd.errors import shape
 
 Size = int | tuple[int, int]
@@ -19,7 +19,11 @@ class UnitConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, h, w]."""
-        result: Tensor = self._conv_forward(input, unit(self.weight), self.bias)
+        result: Tensor
+        if is_constant(self.weight) and self.bias is None:  # no second copy of the filters is kept
+            result = self._conv_forward(input, self.weight, None)
+            return result * inverse_norm(self.weight)[:, None, None].to(result.dtype)
+        result = self._conv_forward(input, unit(self.weight), self.bias)
         return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -30,7 +31,10 @@ def scaled(x: Tensor, weight: Tensor) -> Tensor:
     >>> mode.weights(y, x, retain_graph=True), torch.autograd.grad(y.sum(), x)[0]
     (tensor([2., 3.]), tensor([4., 6.]))
     """
-    return _typed(_Scaled.apply(x, weight, current_mode()))
+    mode = _mode_for(x)
+    if mode is not None and mode.detached:
+        return (x * _constant(weight, mode)).to(x.dtype)
+    return _typed(_Scaled.apply(x, weight, mode))
 
 
 def aligned(linear: Tensor, norm: Tensor) -> Tensor:
@@ -44,7 +48,10 @@ def aligned(linear: Tensor, norm: Tensor) -> Tensor:
     >>> aligned(torch.tensor([3., -4.]), torch.tensor(5.))
     tensor([ 1.8000, -3.2000])
     """
-    return _typed(_Aligned.apply(linear, norm, current_mode()))
+    mode = _mode_for(linear)
+    if mode is not None and mode.detached:
+        return (linear * _constant(linear.detach().abs() / norm.detach(), mode)).to(linear.dtype)
+    return _typed(_Aligned.apply(linear, norm, mode))
 
 
 def attended(attention: Tensor, values: Tensor) -> Tensor:
@@ -61,7 +68,22 @@ def attended(attention: Tensor, values: Tensor) -> Tensor:
     >>> attended(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.], [3.]]))
     tensor([[2.]])
     """
-    return _typed(_Attended.apply(attention.to(values.dtype), values, current_mode()))
+    mode, attention = _mode_for(values), attention.to(values.dtype)
+    if mode is not None and mode.detached:
+        return _constant(attention, mode) @ values
+    return _typed(_Attended.apply(attention, values, mode))
+
+
+def _mode_for(x: Tensor) -> ExplanationMode | None:
+    mode = current_mode()
+    if mode is not None:
+        mode.low_precision |= x.dtype in (torch.float16, torch.bfloat16)
+    return mode
+
+
+def _constant(weight: Tensor, mode: ExplanationMode) -> Tensor:
+    mode.met += 1
+    return weight.detach()
 
 
 def held(weights: Tensor) -> Tensor:
@@ -84,6 +106,11 @@ def held(weights: Tensor) -> Tensor:
 def _typed(result: Any) -> Tensor:
     assert isinstance(result, Tensor)
     return result
+
+
+def _cosine(linear: Tensor, norm: Tensor) -> Tensor:
+    """|linear| / norm in one new tensor."""
+    return (linear / norm).abs_()
 
 
 def _fixed(mode: ExplanationMode | None) -> bool:
@@ -117,7 +144,7 @@ class _Aligned(Function):
 
     @staticmethod
     def forward(linear: Tensor, norm: Tensor, mode: ExplanationMode | None) -> Tensor:
-        return (linear.abs() / norm * linear).to(linear.dtype)
+        return _cosine(linear, norm).mul_(linear).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, ExplanationMode | None], output: Tensor) -> None:
@@ -131,30 +158,32 @@ class _Aligned(Function):
         by_linear = _Cosine.apply(g, linear, norm)
         if _fixed(ctx.mode):
             return by_linear, None, None
-        by_norm = -(by_linear * linear / norm).sum_to_size(norm.shape) if ctx.needs_input_grad[1] else None
+        by_norm = -(by_linear * linear).sum_to_size(norm.shape) / norm if ctx.needs_input_grad[1] else None
         return 2 * by_linear, by_norm, None
 
 
 class _Cosine(Function):
-    """g |linear| / norm, keeping its arguments alone for the second derivative."""
+    """g |linear| / norm, which keeps itself in the place of g: a convolution, which comes next, keeps it anyway."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(g: Tensor, linear: Tensor, norm: Tensor) -> Tensor:
-        return (linear.abs() / norm * g).to(linear.dtype)
+        return _cosine(linear, norm).mul_(g).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        g, linear, norm = inputs
+        ctx.type = g.dtype
+        ctx.save_for_backward(output, linear, norm)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (v,) = gradients
-        g, linear, norm = ctx.saved_tensors
-        by_g = linear.abs() / norm * v
-        by_norm = -(by_g * g / norm).sum_to_size(norm.shape)
-        return by_g.to(g.dtype), (linear.sign() / norm * (v * g)).to(linear.dtype), by_norm
+        result, linear, norm = ctx.saved_tensors
+        by_linear = result / torch.where(linear == 0, 1, linear) * v  # result is 0 where linear is
+        by_norm = -(v * result).sum_to_size(norm.shape) / norm
+        return _cosine(linear, norm).mul_(v).to(ctx.type), by_linear.to(linear.dtype), by_norm
 
 
 class _Attended(Function):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2kd.bcos.dynamic import aligned, scaled
+from e2kd.bcos.mode import current_mode
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -22,8 +23,27 @@ def unit(weight: Tensor) -> Tensor:
             [0.0000, 0.0000]])
     """
     rows = full_precision(weight)
-    norm = torch.linalg.vector_norm(rows, dim=tuple(range(1, weight.ndim)), keepdim=True)
-    return (rows / torch.where(norm > 0, norm, torch.ones_like(norm))).to(weight.dtype)
+    return (rows / _norm(rows).view(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
+
+
+def inverse_norm(weight: Tensor) -> Tensor:
+    """1 over the norm of each row of a weight [O, ...]; 1 for rows of zeros.
+
+    >>> inverse_norm(torch.tensor([[3., 4.], [0., 0.]]))
+    tensor([0.2000, 1.0000])
+    """
+    return 1 / _norm(full_precision(weight))
+
+
+def _norm(rows: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)))
+    return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def is_constant(weight: Tensor) -> bool:
+    """Whether a pass for explanations alone runs, of a weight that is not trained."""
+    mode = current_mode()
+    return mode is not None and mode.detached and not weight.requires_grad
 
 
 def check_transform(b: float, max_out: int) -> None:
@@ -56,6 +76,9 @@ class UnitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        if is_constant(self.weight) and self.bias is None:
+            result = F.linear(input, self.weight)
+            return result * inverse_norm(self.weight).to(result.dtype)
         return F.linear(input, unit(self.weight), self.bias)
 
 

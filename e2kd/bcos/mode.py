@@ -17,9 +17,12 @@ class ExplanationMode:
     don't see it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, detached: bool = False) -> None:
+        self.detached = detached  # dynamic weights are constants of the pass
         self.holding = 0  # calls of `weights` that run now
         self.held = 0  # dynamic weights that the last one held fixed
+        self.met = 0  # dynamic weights that became constants
+        self.low_precision = False  # whether a layer ran in a half precision
 
     def weights(
         self, scores: Tensor, images: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None
@@ -55,7 +58,7 @@ class ExplanationMode:
             (found,) = torch.autograd.grad(scores.sum(), images, create_graph=create_graph, retain_graph=retain_graph)
         finally:
             self.holding -= 1
-        if not self.held:
+        if not (self.held or self.met):
             raise RuntimeError(
                 "Expected scores computed inside of this explanation mode by layers with dynamic weights, but no "
                 "such layer was met between the images and the scores. Run the forward pass inside of "
@@ -73,11 +76,15 @@ _CURRENT: ContextVar[ExplanationMode | None] = ContextVar("explanation mode", de
 
 
 @contextmanager
-def explanation_mode() -> Iterator[ExplanationMode]:
+def explanation_mode(*, detached: bool = False) -> Iterator[ExplanationMode]:
     """Inside, B-cos layers run so that they can be explained: `mode.weights(scores, images)`, inside or afterwards.
 
     Outputs and ordinary gradients are the same inside and outside. The mode is that of the thread (and of the
     asyncio task) that enters it. Entered again inside of itself it stays the same mode; an exception leaves it.
+
+    Args:
+        detached: for networks that are explained and not trained: dynamic weights become constants of the pass, which
+            takes less memory and time. Gradients of such a pass are those of W(x) alone, and W has no derivative.
 
     >>> from e2kd.bcos import BcosConv2d
     >>> images = torch.rand(2, 6, 8, 8, requires_grad=True)
@@ -86,7 +93,9 @@ def explanation_mode() -> Iterator[ExplanationMode]:
     >>> mode.weights(logits.amax(1), images).shape
     torch.Size([2, 6, 8, 8])
     """
-    mode = _CURRENT.get() or ExplanationMode()
+    mode = _CURRENT.get()
+    if mode is None or mode.detached != detached:
+        mode = ExplanationMode(detached=detached)
     token = _CURRENT.set(mode)
     try:
         yield mode

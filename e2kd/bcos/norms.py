@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from e2kd.bcos.dynamic import scaled
 from e2kd.bcos.linear import full_precision
+from e2kd.bcos.statistics import of_batch
 from e2kd.errors import shape
 
 
@@ -65,7 +66,7 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
         """[B, C, H, W] -> [B, C, H, W]."""
         self._check_input_dim(input)
         if self.training or self.running_var is None:
-            variance = full_precision(input).var((0, 2, 3), correction=0)
+            variance = of_batch(lambda: full_precision(input).var((0, 2, 3), correction=0))
             self._remember(variance.detach())
         else:
             variance = self.running_var
@@ -77,6 +78,8 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
     def _remember(self, variance: Tensor) -> None:
         if not (self.training and self.track_running_stats):
             return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing runs it again inside of backward
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)

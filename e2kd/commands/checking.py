@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from e2kd.commands.models import make_model
+from e2kd.bcos import AddInverse
+from e2kd.bcos.images import channels_of, colours_of, is_bcos
+from e2kd.commands.models import NAMES, make_model
 from e2kd.commands.photos import find_photos, normalized, read_photos
 
 CLASSES = 1000
@@ -16,8 +18,8 @@ CLASSES = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `e2kd check`."""
-    parser.add_argument("--student", required=True, help="timm name")
-    parser.add_argument("--teacher", required=True, help="timm name")
+    parser.add_argument("--student", required=True, help=NAMES)
+    parser.add_argument("--teacher", required=True, help=NAMES)
     parser.add_argument("--student-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the student")
     parser.add_argument("--teacher-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the teacher")
     parser.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights for the teacher")
@@ -32,17 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the report; 1 if something stands in the way of training."""
     from e2kd.dryrun import check
-    from e2kd.explainers import GradCAM
+    from e2kd.explainers import Explainer, GradCAM, default_explainer
+
+    def at(layer: str | None) -> Explainer | None:
+        return None if layer is None else GradCAM(layer)
 
     student = make_model(args.student, args.num_classes, args.student_checkpoint, pretrained=False)
     teacher = make_model(args.teacher, args.num_classes, args.teacher_checkpoint, pretrained=args.pretrained)
-    report = check(
-        student,
-        teacher,
-        _images(args, student),
-        explainer=GradCAM(args.student_layer),
-        teacher_explainer=GradCAM(args.teacher_layer),
-    )
+    if channels_of(student) != colours_of(student):
+        student = nn.Sequential(AddInverse(), student)
+    theirs = at(args.teacher_layer) or (default_explainer(teacher) if args.student_layer else None)
+    images = _images(args, student)
+    report = check(student, teacher, images, explainer=at(args.student_layer), teacher_explainer=theirs)
     print(report)
     return 0 if report.ok else 1
 
@@ -53,5 +56,7 @@ def _images(args: argparse.Namespace, student: nn.Module) -> Tensor:
     example = example_images(student)
     side = args.size or (example.shape[-1] if example is not None else 224)
     if args.images is None:
-        return torch.randn(args.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return normalized(read_photos(find_photos(args.images, args.batch).paths, side), student)
+        noise = torch.rand if is_bcos(student) else torch.randn
+        return noise(args.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    photos = read_photos(find_photos(args.images, args.batch).paths, side)
+    return photos if is_bcos(student) else normalized(photos, student)

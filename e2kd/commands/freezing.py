@@ -7,7 +7,8 @@ from pathlib import Path
 
 from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
 
-CHOICES = ("gradcam", "hirescam", "layercam", "inputgradient", "none")
+IMAGES = ("inputgradient", "bcosweights", "bcoscontributions")  # these read no layer
+CHOICES = ("gradcam", "hirescam", "layercam", *IMAGES, "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view", type=int, default=256, help="side that images are brought to before anything random")
     parser.add_argument("--fit", choices=("crop", "squash"), default="crop", help="cut to a square, or squeeze")
     parser.add_argument("--teacher-size", type=int, help="side the teacher expects; a timm model's own if not given")
-    parser.add_argument("--explainer", choices=CHOICES, default="gradcam", help="none: logits alone")
+    parser.add_argument("--explainer", choices=CHOICES, help="by the kind of model if not given; none: logits alone")
     parser.add_argument("--layer", help="dotted name; found if not given")
     parser.add_argument("--classes", choices=("teacher", "labels"), default="teacher", help="which class to explain")
     parser.add_argument("--top", type=int, help="store the largest logits alone, and the probability of the rest")
@@ -33,11 +34,12 @@ def main(args: argparse.Namespace) -> int:
     from e2kd.frozen.writing import freeze
 
     names = {name.lower(): name for name in EXPLAINERS}
-    if args.layer is not None and args.explainer in ("inputgradient", "none"):
+    if args.layer is not None and args.explainer in (*IMAGES, "none"):
         raise ValueError(
             f"--explainer {args.explainer} reads no layer, but --layer {args.layer} was given. Leave it out."
         )
-    explainer = explainer_named(names[args.explainer], args.layer) if args.explainer in names else None
+    asked = "gradcam" if args.layer is not None and args.explainer is None else args.explainer
+    explainer = explainer_named(names[asked], args.layer) if asked in names else None
     dataset = make_dataset(args)
     frozen = freeze(
         make_teacher(args, dataset),

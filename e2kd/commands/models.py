@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+BCOS = "bcos."
+NAMES = f"timm name, or {BCOS}resnet18 and the like for the networks of e2kd.bcos"
+
 
 def make_model(name: str, classes: int | None, checkpoint: Path | None, *, pretrained: bool) -> nn.Module:
-    """A timm model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None."""
+    """A model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None."""
+    model = _bcos(name, classes) if name.startswith(BCOS) else _timm(name, classes, pretrained)
+    if checkpoint is not None:
+        model.load_state_dict(read_state(checkpoint))
+    return model
+
+
+def _bcos(name: str, classes: int | None) -> nn.Module:
+    from e2kd import bcos
+
+    build = getattr(bcos, name.removeprefix(BCOS), None)
+    if not inspect.isfunction(build) or "num_classes" not in inspect.signature(build).parameters:
+        raise ValueError(f"e2kd.bcos has no network {name.removeprefix(BCOS)!r}, but resnet18, vit_ti and so on.")
+    model: nn.Module = build() if classes is None else build(classes)
+    return model
+
+
+def _timm(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise ImportError('models are made by timm: pip install "e2kd[timm]"') from error
     head: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **head)
-    if checkpoint is not None:
-        model.load_state_dict(read_state(checkpoint))
     return model
 
 
@@ -54,7 +73,8 @@ def make_dataset(args: argparse.Namespace) -> Any:
 
 def add_teacher(parser: argparse.ArgumentParser) -> None:
     """The options that name a teacher."""
-    parser.add_argument("--teacher", required=True, help="timm name; with pretrained weights if no checkpoint is given")
+    own = "timm's with pretrained weights if no checkpoint is given"
+    parser.add_argument("--teacher", required=True, help=f"{NAMES}; {own}")
     parser.add_argument("--teacher-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the teacher")
     parser.add_argument("--num-classes", type=int, help="of the teacher; those of the data set for a checkpoint")
     parser.add_argument("--device", help="cuda if there is one, else cpu")

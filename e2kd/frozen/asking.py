@@ -71,9 +71,9 @@ class Asked:
         images = self.prepared(images)
         lesson = self.teacher.lesson(images, explaining=self.explainer is not None)
         targets = torch.as_tensor(labels, device=images.device) if self.classes == "labels" else None
-        classes = choose("teacher" if targets is None else "labels", lesson.logits, targets)[0][:, 0]
-        maps = None if lesson.explain is None else pooled(lesson.explain(classes, None), self.map_size).float().cpu()
-        return Answers(lesson.logits.float().cpu(), maps, classes.cpu())
+        classes = choose("teacher" if targets is None else "labels", lesson.logits, targets)[0]
+        maps = None if lesson.explain is None else pooled(lesson.explain(classes, None)[0], self.map_size).float().cpu()
+        return Answers(lesson.logits.float().cpu(), maps, classes[:, 0].cpu())
 
     def explain(self, images: Tensor, classes: Tensor) -> Tensor:
         """Maps [B, C, h, w] of the classes [B] for images that are floating-point already: augmented ones."""
@@ -81,7 +81,7 @@ class Asked:
         images = images.to(device_of(self.model, images.device))
         lesson = self.teacher.lesson(images, explaining=True)
         assert lesson.explain is not None
-        return pooled(lesson.explain(classes.to(images.device), None), self.map_size).float().cpu()
+        return pooled(lesson.explain(classes.to(images.device)[:, None], None)[0], self.map_size).float().cpu()
 
     def prepared(self, images: Tensor) -> Tensor:
         """Canonical images as floating-point numbers on the teacher's device: pixels in [0, 1], others as they are."""

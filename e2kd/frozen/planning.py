@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from e2kd.explainers import Explainer
+from e2kd.explainers import BcosContributions, BcosWeights, Explainer
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.records import Record
@@ -64,7 +64,10 @@ def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:
         return None
     images = asked.teacher.prepared(asked.prepared(example[None].expand(2, -1, -1, -1)))
     site = plan_for(asked.model, explainer, images).site
-    return {
+    resolution: dict[str, Any] = {}
+    if isinstance(explainer, (BcosWeights, BcosContributions)):
+        resolution["resolution"] = explainer.resolution
+    return resolution | {
         "name": type(explainer).__name__,
         "settings": repr(explainer) if is_dataclass(explainer) else type(explainer).__qualname__,
         "layer": None if site is None else site.layer,

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from e2kd.errors import shape
-from e2kd.explainers import Explainer, GradCAM, HiResCAM, InputGradient, LayerCAM
+from e2kd.explainers import BcosContributions, BcosWeights, Explainer, GradCAM, HiResCAM, InputGradient, LayerCAM
 from e2kd.frozen.packing import Packing, is_packed, labels_in
 from e2kd.frozen.records import Rows
 from e2kd.frozen.remote import brought_here
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from e2kd.frozen.verifying import Verification
 
 Augmentation = Callable[[Tensor, Taught], tuple[Tensor, Taught]]
-EXPLAINERS: dict[str, type[Any]] = {e.__name__: e for e in (GradCAM, HiResCAM, InputGradient, LayerCAM)}
+KNOWN = (GradCAM, HiResCAM, InputGradient, LayerCAM, BcosWeights, BcosContributions)
+EXPLAINERS: dict[str, type[Any]] = {e.__name__: e for e in KNOWN}
 
 NOT_TAUGHT = (
     "A frozen teacher has no lesson for this batch: expected targets of type e2kd.Taught, but got {came}. Train on "
@@ -38,6 +39,19 @@ def explainer_named(name: str, layer: str | None = None) -> Explainer:
     GradCAM(layer='layer4')
     """
     explainer: Explainer = EXPLAINERS[name]() if layer is None else EXPLAINERS[name](layer)
+    return explainer
+
+
+def explainer_said(said: Mapping[str, Any]) -> Explainer:
+    """The explainer that a cache's plan names, with the layer or the resolution that it says.
+
+    >>> explainer_said({"name": "BcosWeights", "layer": None, "resolution": [28, 28]})
+    BcosWeights(resolution=(28, 28), passes=None)
+    """
+    if "resolution" not in said:
+        return explainer_named(said["name"], said["layer"])
+    size = said["resolution"]
+    explainer: Explainer = EXPLAINERS[said["name"]](tuple(size) if isinstance(size, list) else size)
     return explainer
 
 
@@ -103,7 +117,7 @@ class FrozenTeacher:
         explainer = self.plan["explainer"]
         if explainer is None or explainer["name"] not in EXPLAINERS:
             return None
-        return explainer_named(explainer["name"])
+        return explainer_said({**explainer, "layer": None})
 
     @property
     def choice(self) -> str:

@@ -17,7 +17,7 @@ from e2kd.frozen.fingerprints import hash_weights
 from e2kd.frozen.matching import match_rows
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
-from e2kd.frozen.teacher import EXPLAINERS, Augmentation, FrozenTeacher, explainer_named
+from e2kd.frozen.teacher import EXPLAINERS, Augmentation, FrozenTeacher, explainer_said
 from e2kd.similarity import cosine, is_zero
 from e2kd.taught import Taught, all_known
 
@@ -127,7 +127,7 @@ def _asked(frozen: FrozenTeacher, model: nn.Module, example: Tensor, explainer: 
     if said is not None and explainer is None:
         if said["name"] not in EXPLAINERS:
             raise ValueError(f"The maps were made by {said['name']}. Pass it as explainer= to verify.")
-        explainer = explainer_named(said["name"], said["layer"])
+        explainer = explainer_said(said)
     normalization = teacher["normalization"]
     return Asked(
         model,

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from e2kd.errors import NoEffectWarning
-from e2kd.explainers import Explainer, GradCAM
+from e2kd.explainers import Explainer, default_explainer
 from e2kd.frozen.asking import LARGEST, Answers, Asked
 from e2kd.frozen.encoding import Array
 from e2kd.frozen.forecast import check_space
@@ -62,7 +62,7 @@ def freeze(
         dataset: (image, label) or dicts with them, without random transforms: images as PIL images, arrays
             [H, W, C] or tensors [C, H, W], uint8, or floating-point as the teacher takes them.
         path: the cache's folder.
-        explainer: `GradCAM()` if None.
+        explainer: None is `BcosWeights()` for a B-cos network, else `GradCAM()`.
         maps: False stores logits alone, for plain KD.
         classes: the class a map explains: "teacher" (its top class) or "labels".
         view: side, (H, W) or `CanonicalView` that images are brought to; None if they are of one size already.
@@ -98,8 +98,8 @@ def freeze(
     source = Source(dataset, view_of(view), None if names is None else hashes_of(names))
     first = check_deterministic(source)
     size = (map_size, map_size) if isinstance(map_size, int) else map_size
-    asked = Asked(teacher, first.image, (explainer or GradCAM()) if maps else None, classes, normalization,
-                  teacher_size, size)  # fmt: skip
+    how = (explainer or default_explainer(teacher)) if maps else None
+    asked = Asked(teacher, first.image, how, classes, normalization, teacher_size, size)
     record = _record(asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2), top, map_type)
     rows = shard_rows or _shard_rows(len(dataset))
     forecast = check_space(record, len(dataset), Path(path))

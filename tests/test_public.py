@@ -41,7 +41,7 @@ LAYERS = [
     ["losses", "frozen", "transfer"],
     ["dryrun", "companions"],
     ["demo", "commands"],
-    ["cli"],
+    ["cli", "trainers"],
 ]
 HEAVY = (
     "timm", "torchvision", "transformers", "accelerate", "kornia", "torchmetrics", "matplotlib", "sklearn",

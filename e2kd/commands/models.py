@@ -11,27 +11,33 @@ import torch
 from torch import Tensor, nn
 
 
-def make_model(name: str, classes: int | None, checkpoint: Path | None, *, pretrained: bool) -> nn.Module:
+def make_model(
+    name: str, classes: int | None, checkpoint: Path | None, *, pretrained: bool, **settings: Any
+) -> nn.Module:
     """A timm model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None."""
     try:
         import timm
     except ImportError as error:
         raise ImportError('models are made by timm: pip install "e2kd[timm]"') from error
     head: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **head)
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **head, **settings)
     if checkpoint is not None:
         model.load_state_dict(read_state(checkpoint))
     return model
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A state_dict from safetensors, or from a checkpoint that holds nothing but tensors and plain values."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """A state_dict from safetensors or a checkpoint, such as those of timm's train.py: averaged weights if it has any.
 
-        return dict(load_file(path))
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(loaded.get("state_dict", loaded))
+    Nothing is unpickled but tensors and plain values.
+    """
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a checkpoint (.safetensors, .pth, .pth.tar), but there is no file {path}.")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm saves its arguments along
+        state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+    return state
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

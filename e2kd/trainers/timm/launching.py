@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m e2kd.trainers.timm",
         description="timm's train.py with explanation-enhanced distillation. All other arguments are the script's: "
-        "--kd-model-name names the teacher, --kd-temperature is τ, --distill-loss-weight and --task-loss-weight weigh the "
-        "logit and the task loss.",
+        "--kd-model-name names the teacher, --kd-temperature is τ, --distill-loss-weight and --task-loss-weight are the "
+        "weights of the other terms.",
         allow_abbrev=False,
     )
     made.add_argument("script", help="path of timm's train.py")

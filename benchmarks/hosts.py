@@ -22,10 +22,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, write_results
+from benchmarks.common import ROOT, markdown_table, write_results
 from benchmarks.hosts_loops import HOSTS, Cell, State, trained
 
 Row = dict[str, Any]
+TITLES = {
+    "timm": "timm, `python -m e2kd.trainers.timm`",
+    "plain": "plain PyTorch, DistributedDataParallel",
+    "accelerate": "Accelerate",
+    "transformers": "Hugging Face Trainer",
+}
 
 
 def cells(hosts: list[str] | None = None, *, quick: bool = False) -> list[Cell]:
@@ -71,30 +77,34 @@ def in_this_process(todo: list[Cell], folder: Path) -> list[Row]:
     return rows
 
 
-def in_two_processes(todo: list[Cell], folder: Path, timeout: float = 900) -> list[Row]:
+def in_two_processes(todo: list[Cell], folder: Path) -> list[Row]:
     """The rows of two processes, which have to agree. Raises if one fails or hangs."""
     told = [f"{cell.host},{cell.bf16:d},{cell.compiled:d}" for cell in todo]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        environment = os.environ | {name: str(value) for name, value in where.items()}
-        command = [sys.executable, "-m", "benchmarks.hosts", "--worker", str(folder), *told]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-    try:
-        codes = [process.wait(timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    codes = start_two(["-m", "benchmarks.hosts", "--worker", str(folder), *told])
     assert codes == [0, 0], f"exit codes {codes}"
     ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     for one, other in zip(*ranks, strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}, f"the processes differ: {one} {other}"
     rows: list[Row] = ranks[0]
     return rows
+
+
+def start_two(words: list[str], timeout: float = 600) -> list[int]:
+    """Run Python with these words as two processes of one group; their exit codes. Raises if one hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": ROOT}
+        environment = os.environ | {name: str(value) for name, value in where.items()}
+        processes.append(subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment))
+    try:
+        return [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def worker(folder: Path, told: list[str]) -> None:
@@ -105,6 +115,24 @@ def worker(folder: Path, told: list[str]) -> None:
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(rows), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def works(row: Row) -> bool:
+    """Whether the resumed run ended with the weights, and the average, of the uninterrupted one."""
+    return bool(row.get("resume")) and row["ema"] is not False and row["ema_differs"]
+
+
+def table(rows: list[Row]) -> str:
+    """Host x precision and mode: the numbers of processes with which a resumed run is the uninterrupted one."""
+    ways = list(dict.fromkeys((row["precision"], row["mode"]) for row in rows))
+    lines: list[list[Any]] = []
+    for host in dict.fromkeys(row["host"] for row in rows):
+        mine = [row for row in rows if row["host"] == host]
+        cells = [[r for r in mine if (r["precision"], r["mode"]) == way] for way in ways]
+        counts = [", ".join(str(r["processes"]) for r in cell if works(r)) or "no" for cell in cells]
+        average = "none of its own" if all(r.get("ema") is None for r in mine) else "equal"
+        lines.append([TITLES[host], *counts, average])
+    return markdown_table(["processes", *(f"{precision}, {mode}" for precision, mode in ways), "EMA"], lines)
 
 
 def main() -> None:

@@ -57,9 +57,9 @@ def parser() -> argparse.ArgumentParser:
     """e2kd's own arguments."""
     made = argparse.ArgumentParser(
         prog="python -m e2kd.trainers.timm",
-        description="timm's train.py with explanation-enhanced distillation. All other arguments are the script's: "
-        "--kd-model-name names the teacher, --kd-temperature is τ, --distill-loss-weight and --task-loss-weight are the "
-        "weights of the other terms.",
+        description="timm's train.py with explanation-enhanced distillation. All other arguments are the script's own: "
+        "--kd-model-name names the teacher, --kd-temperature is τ, --distill-loss-weight and --task-loss-weight weigh "
+        "the other terms.",
         allow_abbrev=False,
     )
     made.add_argument("script", help="path of timm's train.py")

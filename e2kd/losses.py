@@ -33,6 +33,7 @@ from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
+IGNORED = -100  # a label that counts for nothing, as in torch's and Hugging Face's losses
 
 TAUGHT_FOR_LIVE = (
     "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live one. Build it "
@@ -197,13 +198,14 @@ class E2KDLoss(nn.Module):
         Args:
             outputs: what the student returned: logits [B, K], or a tuple, dict or ModelOutput with them.
             targets: what the criterion takes, None for pure distillation; `Taught` from a `FrozenDataset`.
-            num_items_in_batch: samples of the whole accumulated batch (Hugging Face Trainer); the loss is
-                then the batch's sum divided by it.
+            num_items_in_batch: labels of the whole accumulated batch, over all processes (Hugging Face Trainer); the
+                loss is then this call's share of the batch's mean.
         """
         logits = logits_of(outputs)
         if not self._teaching(logits):
             return self._task(outputs, logits, self._labels(targets))
-        return self._scaled(self._teach(outputs, logits, targets), logits, num_items_in_batch)
+        loss = self._teach(outputs, logits, targets)
+        return loss if num_items_in_batch is None else loss * (self._items(logits, targets) / num_items_in_batch)
 
     def _teaching(self, logits: Tensor) -> bool:
         if not (self.training and torch.is_grad_enabled() and logits.requires_grad):
@@ -218,8 +220,10 @@ class E2KDLoss(nn.Module):
             return default_task(logits, labels)
         return self.criterion(task_input(outputs, logits), labels)
 
-    def _scaled(self, loss: Tensor, logits: Tensor, items: Tensor | int | None) -> Tensor:
-        return loss if items is None else loss * (len(logits) / items)
+    def _items(self, logits: Tensor, targets: Any) -> Tensor | int:
+        """What Hugging Face counts in these targets: class indices, or every entry of multi-hot ones."""
+        labels = self._labels(targets)
+        return labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else len(logits)
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
@@ -246,7 +250,8 @@ class E2KDLoss(nn.Module):
             if explaining:
                 parts |= self._explain(record, logits, lesson, labels, rows)
                 loss = loss + self.weight * parts["explanation"]
-        self._parts = {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
+        # Copied, since trainers divide the loss in place when they accumulate.
+        self._parts = {name: value.detach() for name, value in (parts | {"loss": loss.detach().clone()}).items()}
         return loss
 
     def _labels(self, targets: Any) -> Any:

@@ -52,6 +52,10 @@ class Taught(_Fields):
         """Every field as `Tensor.to` gives it; a type is for what is floating-point alone."""
         return type(self)(*(_to(field, args, kwargs) for field in self))
 
+    def ne(self, value: Any) -> Any:
+        """`labels != value`: Hugging Face's Trainer counts the samples of an accumulated batch so."""
+        return self.labels.ne(value)
+
     @property
     def explains(self) -> bool:
         """Whether there are maps."""

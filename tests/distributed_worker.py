@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -216,19 +217,76 @@ def accelerate(name: str, *, before: bool) -> Result:
     return result
 
 
-def timm_task(name: str) -> Result:
+def timm_task(name: str, *, e2kd_task: bool = False) -> Result:
     from timm.task import ClassificationTask
 
+    from e2kd.trainers.timm import E2KDTask
+
     made = of_rank(joint_case(name))
-    student = made.copy()
-    criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss())
-    task = ClassificationTask(student, criterion=criterion, device=torch.device("cpu"), verbose=False)
-    task.prepare_distributed()
+    student, device = made.copy(), torch.device("cpu")
+    task: Any
+    if e2kd_task:
+        task = E2KDTask(student, made.teacher, nn.CrossEntropyLoss(), verbose=False)
+        task.prepare_distributed(device_ids=[device])  # as timm's train.py calls it
+    else:
+        criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss())
+        task = ClassificationTask(student, criterion=criterion, device=device, verbose=False)
+        task.prepare_distributed()
     task.train()
     reference.freeze_statistics(student)
     result = task(made.images, made.targets)
     result["loss"].backward()
     return {"loss0": result["loss"].detach(), "gradient0": reference.gradient(student)}
+
+
+def accelerate_dead(name: str) -> Result:
+    """One process has nothing to explain; the parts that are logged are means of both."""
+    from accelerate import Accelerator
+
+    from e2kd.trainers.accelerate import Parts
+
+    accelerator, made = Accelerator(cpu=True), of_rank(joint_case(name))
+    student = made.copy()
+    dead = {"explainer": DeadOnSecondRank(), "teacher_explainer": e2kd.GradCAM()}
+    criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss(), **dead)
+    model, parts = accelerator.prepare(student), Parts(accelerator, criterion)
+    reference.freeze_statistics(student)
+    loss = criterion(model(made.images), made.targets)
+    accelerator.backward(loss)
+    own = float(criterion.parts["task"])
+    logged = {name: torch.tensor(value) for name, value in parts.log(1).items()}
+    return {"loss0": loss.detach(), "gradient0": reference.gradient(student), "task": torch.tensor(own)} | logged
+
+
+def transformers_trainer(name: str, folder: str) -> Result:
+    """Hugging Face's Trainer counts the samples of both processes."""
+    import transformers as hf
+    from torch.utils.data import TensorDataset, default_collate
+
+    from e2kd.trainers.transformers import E2KDCallback
+
+    made = joint_case(name)
+    student = made.copy()
+    found: Result = {}
+
+    class Keep(hf.TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+            found["gradient0"] = reference.gradient(model)
+
+    arguments = hf.TrainingArguments(
+        folder, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=1, logging_steps=1,
+        remove_unused_columns=False, max_grad_norm=0.0, per_device_train_batch_size=BATCH // RANKS // 2,
+        gradient_accumulation_steps=2, learning_rate=0.0,
+    )  # fmt: skip
+    trainer = hf.Trainer(
+        student, arguments, train_dataset=TensorDataset(made.images, made.targets), callbacks=[Keep()],
+        data_collator=lambda samples: dict(zip(("x", "labels"), default_collate(samples), strict=True)),
+        compute_loss_func=e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss()),
+    )  # fmt: skip
+    trainer.add_callback(E2KDCallback(trainer))
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "e2kd/kd" in entry)
+    return found | {name: torch.tensor(value) for name, value in logged.items() if name.startswith("e2kd/")}
 
 
 GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
@@ -302,6 +360,9 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "vit-accelerate-prepare_first": partial(accelerate, "vit", before=False),
         "cnn-timm": partial(timm_task, "cnn"),
         "vit-timm": partial(timm_task, "vit"),
+        "vit-timm_e2kd": partial(timm_task, "vit", e2kd_task=True),
+        "cnn-accelerate_dead": partial(accelerate_dead, "cnn"),
+        "vit-transformers": partial(transformers_trainer, "vit", os.path.join(tempfile.gettempdir(), "e2kd_trainer")),
     },
     "transfer": transfer_cases.CASES,
 }

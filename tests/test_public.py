@@ -44,7 +44,7 @@ LAYERS = [
     ["losses", "frozen", "transfer"],
     ["dryrun", "metrics", "monitor", "report"],
     ["demo", "commands"],
-    ["cli"],
+    ["cli", "trainers"],
 ]
 HEAVY = (
     "timm", "torchvision", "transformers", "accelerate", "kornia", "torchmetrics", "matplotlib", "sklearn",

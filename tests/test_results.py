@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import frozen_quality, tables
+from benchmarks import frozen_quality, hosts, tables
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results"
 RESULTS = sorted(path for path in FOLDER.glob("*.json") if path.stem != "demo_tuning")  # a record, not a result
@@ -39,6 +39,13 @@ def test_no_family_is_silently_dead() -> None:
     assert {row["verdict"] for row in classifiers} <= {"works", "refused"}
     assert all(row["sentence"] for row in classifiers if row["verdict"] == "refused")
     assert sum(row["verdict"] == "works" for row in classifiers) >= 0.95 * len(classifiers)
+
+
+def test_every_way_to_train_in_a_host_was_run_and_resumes_bit_by_bit() -> None:
+    rows = tables.results("hosts")["rows"]
+    ways = {(row["host"], row["precision"], row["mode"], row["processes"]) for row in rows}
+    assert len(ways) == len(rows) == 2 * len(hosts.cells())
+    assert all(map(hosts.works, rows))
 
 
 def measured(name: str) -> pytest.MarkDecorator:

@@ -15,42 +15,56 @@ BCOS = "bcos."
 NAMES = f"timm name, or {BCOS}resnet18 and the like for the networks of e2kd.bcos"
 
 
-def make_model(name: str, classes: int | None, checkpoint: Path | None, *, pretrained: bool) -> nn.Module:
-    """A model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None."""
-    model = _bcos(name, classes) if name.startswith(BCOS) else _timm(name, classes, pretrained)
+def make_model(
+    name: str, classes: int | None, checkpoint: Path | None, *, pretrained: bool, **settings: Any
+) -> nn.Module:
+    """A model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None.
+
+    `settings` are for timm.
+    """
+    if name.startswith(BCOS):
+        model = _bcos(name, classes, **settings)
+    else:
+        model = _timm(name, classes, pretrained=pretrained, **settings)
     if checkpoint is not None:
         model.load_state_dict(read_state(checkpoint))
     return model
 
 
-def _bcos(name: str, classes: int | None) -> nn.Module:
+def _bcos(name: str, classes: int | None, **settings: Any) -> nn.Module:
     from e2kd import bcos
 
     build = getattr(bcos, name.removeprefix(BCOS), None)
     if not inspect.isfunction(build) or "num_classes" not in inspect.signature(build).parameters:
         raise ValueError(f"e2kd.bcos has no network {name.removeprefix(BCOS)!r}, but resnet18, vit_ti and so on.")
+    if settings:
+        raise ValueError(f"The networks of e2kd.bcos take no {', '.join(settings)}. Leave it out for {name}.")
     model: nn.Module = build() if classes is None else build(classes)
     return model
 
 
-def _timm(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+def _timm(name: str, classes: int | None, **settings: Any) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise ImportError('models are made by timm: pip install "e2kd[timm]"') from error
     head: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **head)
+    model: nn.Module = timm.create_model(name, **head, **settings)
     return model
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A state_dict from safetensors, or from a checkpoint that holds nothing but tensors and plain values."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """A state_dict from safetensors or a checkpoint, such as those of timm's train.py: averaged weights if it has any.
 
-        return dict(load_file(path))
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(loaded.get("state_dict", loaded))
+    Nothing is unpickled but tensors and plain values.
+    """
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a checkpoint (.safetensors, .pth, .pth.tar), but there is no file {path}.")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm saves its arguments along
+        state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+    return state
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

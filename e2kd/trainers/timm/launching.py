@@ -1,0 +1,182 @@
+"""Runs timm's train.py as it is: `python -m e2kd.trainers.timm train.py <its arguments> <e2kd's arguments>`.
+
+What the script imports from timm under three names is replaced before it runs: its task of logit distillation, its
+data sets where a cache teaches, and `update_summary` for the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import timm.task
+import timm.utils
+import torch
+
+from e2kd.explainers import Explainer
+from e2kd.trainers.timm.logs import Logs
+from e2kd.trainers.timm.replacing import replaced
+from e2kd.trainers.timm.task import E2KDTask
+
+EXPLAINERS = ("gradcam", "hirescam", "layercam", "inputgradient")
+NO_TEACHER = (
+    "Expected a teacher: --kd-model-name NAME (a timm model; --teacher-checkpoint FILE for weights of your own), or "
+    "--frozen-cache DIR."
+)
+TWO_TEACHERS = "--frozen-cache holds the teacher: leave --kd-model-name and --teacher-checkpoint out."
+OTHER_TASK = "e2kd distills logits and explanations: leave --kd-distill-type out, but got {kind!r}."
+MIXED = (
+    "The cache has no lesson for images that timm mixes or erases after they were read: leave {names} out, or use a "
+    "live teacher (--kd-model-name)."
+)
+NO_PREFETCHER = (
+    "The prefetcher of timm {version} carries no lessons of a cache: add --no-prefetcher, or pip install -U timm "
+    "(>= 1.0.31)."
+)
+NO_TASK = (
+    "{script} ended without making timm's LogitDistillationTask, so nothing was distilled. Expected timm's train.py of "
+    "timm >= 1.0.27, or a script that makes that task."
+)
+AFTER_READING = ("--mixup", "--cutmix", "--cutmix-minmax", "--reprob", "--aug-splits")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script of the command line; its errors and exit status are its own."""
+    args, rest = parser().parse_known_args(argv)
+    launch(args, [args.script, *script_arguments(args, rest)])
+
+
+def parser() -> argparse.ArgumentParser:
+    """e2kd's own arguments."""
+    made = argparse.ArgumentParser(
+        prog="python -m e2kd.trainers.timm",
+        description="timm's train.py with explanation-enhanced distillation. All other arguments are the script's own: "
+        "--kd-model-name names the teacher, --kd-temperature is τ, --distill-loss-weight and --task-loss-weight weigh "
+        "the other terms.",
+        allow_abbrev=False,
+    )
+    made.add_argument("script", help="path of timm's train.py")
+    made.add_argument("--e2kd-weight", type=float, default=1.0, help="of the explanation term (default: 1)")
+    made.add_argument("--e2kd-explainer", choices=EXPLAINERS, help="gradcam, or the cache's own, if not given")
+    made.add_argument("--e2kd-layer", help="the student's, by its dotted name; found if not given")
+    made.add_argument("--e2kd-teacher-layer", help="the teacher's; found if not given")
+    made.add_argument("--e2kd-fraction", type=float, default=1.0, help="share of each batch that is explained")
+    made.add_argument("--e2kd-every", type=int, default=1, help="explain every k-th step")
+    made.add_argument("--teacher-checkpoint", type=Path, help="the teacher's weights (.safetensors, .pth, .pth.tar)")
+    made.add_argument("--frozen-cache", help="folder or URL that `e2kd freeze` wrote for the training images")
+    return made
+
+
+def script_arguments(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """What the script is given: its own arguments, and a teacher's name where a cache teaches.
+
+    >>> args = parser().parse_args(["train.py", "--frozen-cache", "cache"])
+    >>> script_arguments(args, ["--epochs", "3"])
+    ['--epochs', '3', '--kd-model-name', 'frozen']
+    """
+    told = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    told.add_argument("--kd-model-name")
+    told.add_argument("--kd-distill-type", default="logit")
+    told.add_argument("--no-prefetcher", action="store_true")
+    for name in AFTER_READING:
+        told.add_argument(name, nargs="+", type=float, default=[0.0])
+    found, _ = told.parse_known_args(rest)
+    if found.kd_distill_type != "logit":
+        raise SystemExit(OTHER_TASK.format(kind=found.kd_distill_type))
+    if args.frozen_cache is None:
+        if found.kd_model_name is None:
+            raise SystemExit(NO_TEACHER)
+        return rest
+    if found.kd_model_name or args.teacher_checkpoint:
+        raise SystemExit(TWO_TEACHERS)
+    mixing = [name for name in AFTER_READING if any(getattr(found, name[2:].replace("-", "_")))]
+    if mixing:
+        raise SystemExit(MIXED.format(names=", ".join(mixing)))
+    if not (found.no_prefetcher or prefetches_lessons()):
+        raise SystemExit(NO_PREFETCHER.format(version=timm.__version__))
+    return [*rest, "--kd-model-name", "frozen"]
+
+
+def prefetches_lessons() -> bool:
+    """Whether timm's prefetching loader takes rows of numbers in the labels' place."""
+    from timm.data.loader import fast_collate
+
+    sample = torch.zeros(3, 1, 1, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    try:
+        _, targets = fast_collate([sample, sample])
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return tuple(targets.shape) == (2, 2)
+
+
+def launch(args: argparse.Namespace, argv: list[str]) -> None:
+    """Run the script `argv[0]` with timm's task, data sets and log as e2kd has them."""
+    data: Any = timm.data
+    frozen = None
+    if args.frozen_cache is not None:
+        from e2kd.frozen.teacher import FrozenTeacher
+
+        frozen = FrozenTeacher.open(args.frozen_cache)
+    logs = Logs()
+
+    def task(**of_script: Any) -> E2KDTask:
+        teacher = {} if frozen is None else {"teacher_model": frozen}
+        made = E2KDTask(**of_script | teacher | settings(args))
+        logs.watch(made.averages)
+        return made
+
+    with ExitStack() as changes:
+        changes.enter_context(replaced(timm.task, "LogitDistillationTask", task))
+        changes.enter_context(logs.shown())
+        if frozen is not None:
+            changes.enter_context(
+                replaced(data, "create_dataset", partial(taught_dataset, data.create_dataset, frozen))
+            )
+        changes.enter_context(replaced(sys, "argv", argv))
+        changes.enter_context(replaced(sys, "path", [str(Path(argv[0]).resolve().parent), *sys.path]))
+        runpy.run_path(argv[0], run_name="__main__")
+    if logs.averages is None:
+        raise SystemExit(NO_TASK.format(script=argv[0]))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `E2KDTask` that the command line names."""
+    found: dict[str, Any] = {
+        "explanation_loss_weight": args.e2kd_weight,
+        "fraction": args.e2kd_fraction,
+        "every": args.e2kd_every,
+    }
+    if args.teacher_checkpoint is not None:
+        found["teacher_pretrained_path"] = args.teacher_checkpoint
+    if args.e2kd_explainer is not None or args.e2kd_layer is not None:
+        found["explainer"] = explainer(args.e2kd_explainer, args.e2kd_layer)
+    if args.frozen_cache is None:
+        found["teacher_explainer"] = explainer(args.e2kd_explainer, args.e2kd_teacher_layer)
+    return found
+
+
+def explainer(name: str | None, layer: str | None) -> Explainer:
+    """An explainer by its name on the command line.
+
+    >>> explainer(None, "layer3")
+    GradCAM(layer='layer3')
+    """
+    from e2kd.frozen.teacher import EXPLAINERS as CLASSES
+    from e2kd.frozen.teacher import explainer_named
+
+    return explainer_named({known.lower(): known for known in CLASSES}[name or "gradcam"], layer)
+
+
+def taught_dataset(create: Any, frozen: Any, *args: Any, **kwargs: Any) -> Any:
+    """A data set of timm's; that for training with its lessons, packed for timm's loader."""
+    from e2kd.frozen.dataset import FrozenDataset
+
+    dataset = create(*args, **kwargs)
+    return FrozenDataset(dataset, frozen, match="id", pack=True) if kwargs.get("is_training") else dataset

@@ -1,0 +1,76 @@
+"""Hugging Face's Trainer: `Trainer(compute_loss_func=E2KDLoss(...))`, its log, and batches of a frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from e2kd.taught import Taught
+from e2kd.trainers.averages import Averages
+
+
+class E2KDCallback(TrainerCallback):
+    """Logs the parts of the trainer's E2KDLoss wherever its loss is logged, as `e2kd/kd`, `e2kd/explanation` ...
+
+    They are means over the steps since the last log and over all processes, and reach the log history and every
+    integration (TensorBoard, W&B ...) through `Trainer.log`.
+
+    Args:
+        trainer: with an `E2KDLoss` as its `compute_loss_func`.
+
+    Raises:
+        TypeError: for a trainer with another loss.
+
+    In a script: `trainer.add_callback(E2KDCallback(trainer))`.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.averages = Averages(trainer.compute_loss_func)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What `every` and `fraction` go on from after a resume."""
+        self.averages.resume(state.global_step * args.gradient_accumulation_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """All processes come here when the loss is logged; evaluations and the parts themselves have no "loss"."""
+        if logs is not None and "loss" in logs:
+            parts = {f"e2kd/{name}": value for name, value in self.averages.take().items()}
+            if parts:
+                self.trainer.log(parts)
+
+
+@dataclass(frozen=True)
+class FrozenCollator:
+    """Batches for a Trainer out of (image, label or `Taught`) pairs, such as those of `FrozenDataset`.
+
+    Training arguments need `remove_unused_columns=False`, as always with collators of one's own.
+
+    Args:
+        augment: (images, `Taught`) -> the same, for training batches alone; a `JointAugmentation` for example.
+
+    >>> import torch
+    >>> batch = FrozenCollator()([(torch.zeros(3, 8, 8), 1), (torch.zeros(3, 8, 8), 0)])
+    >>> batch["pixel_values"].shape, batch["labels"]
+    (torch.Size([2, 3, 8, 8]), tensor([1, 0]))
+    """
+
+    augment: Callable[[Tensor, Taught], tuple[Tensor, Taught]] | None = None
+
+    def __call__(self, samples: list[tuple[Any, Any]]) -> dict[str, Any]:
+        images, labels = default_collate(samples)
+        if self.augment is not None and isinstance(labels, Taught):
+            images, labels = self.augment(images, labels)
+        return {"pixel_values": images, "labels": labels}

@@ -298,10 +298,21 @@ def test_takes_plain_images_from_now_on() -> None:
     assert timm.data.resolve_model_data_config(made)["std"] == (1.0, 1.0, 1.0)
 
 
-def test_can_be_explained_by_other_explainers() -> None:
-    for name in ("resnet", "vit"):
-        found = e2kd.explain(small(name).float(), AddInverse()(colours(32)).float())
-        assert found.maps.shape[:2] == (2, 1)
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_is_explained_by_its_weights_and_by_other_explainers(name: str) -> None:
+    model, images = small(name).float(), AddInverse()(colours(32)).float()
+    assert e2kd.explain(model, images).maps.shape == images.shape
+    assert e2kd.explain(model, images, explainer=e2kd.GradCAM()).maps.shape[:2] == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_learns_from_another_by_its_weights(name: str) -> None:
+    student, teacher, images = small(name).float().train(), small(name).float(), AddInverse()(colours(32)).float()
+    criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, example=images)
+    criterion(student(images), None).backward()
+    assert 0 < criterion.parts["cosine"] <= 1 + 1e-6
+    moved = [p for p in student.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(moved) > len(list(student.parameters())) / 2
 
 
 def test_a_layer_used_twice_stays_one() -> None:

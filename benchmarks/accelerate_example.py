@@ -88,7 +88,7 @@ def main() -> None:
         parts.log(step=epoch)  # e2kd
         accuracy = evaluate(accelerator, model, test)
         accelerator.log({"accuracy": accuracy}, step=epoch)
-        accelerator.print(f"epoch {epoch}: accuracy {accuracy:.1%}, loss {float(loss):.3f}")
+        accelerator.print(f"epoch {epoch}: accuracy {accuracy:.1%}, loss {float(loss.detach()):.3f}")
         accelerator.save_state(str(args.out / f"epoch_{epoch}"))
     accelerator.end_training()
 

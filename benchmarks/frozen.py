@@ -388,9 +388,8 @@ def main() -> None:
     if not args.quick:
         command = " ".join(["python -m benchmarks.frozen", *sys.argv[1:]])
         if args.only:
-            command = (
-                f"{json.loads((RESULTS / 'frozen.json').read_text(encoding='utf-8'))['command']}`, then `{command}"
-            )
+            result = json.loads((RESULTS / "frozen.json").read_text(encoding="utf-8"))
+            command = f"{result['command']}`, then `{command}"
         print(write_results("frozen", rows, command=command))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from e2kd.modes import as_written, dtype_of, evaluating, replaying, untrained, u
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
-from e2kd.views import View, autograd_view, closed_view, whole_view
+from e2kd.views import View, autograd_view, captured_from, closed_view, whole_view
 
 
 class Explanation(NamedTuple):
@@ -90,7 +89,7 @@ def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
         with torch.enable_grad(), untrained(model), replaying(list(model.modules()), images.device, None):
             return whole_view(model, plan, images, create_graph=False)
     size = (images.shape[-2], images.shape[-1])
-    with torch.no_grad(), _captured(model, plan.site.producers[0]) as kept:
+    with torch.no_grad(), captured_from(model, plan.site.producers[0]) as kept:
         logits = logits_of(model(images))
     captured = plan.head.prologue(_single(kept, plan.site.layer))
     if plan.linear is not None:
@@ -134,22 +133,6 @@ def _with_first(output: Any, old: Tensor, new: Tensor) -> Any:
     if output is old:
         return new
     return type(output)(new if item is old else item for item in output)
-
-
-@contextmanager
-def _captured(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        features = first_tensor(output)
-        assert features is not None
-        kept.append(features)
-
-    handle = model.get_submodule(name).register_forward_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
 
 
 def _single(kept: list[Tensor], layer: str) -> Tensor:

@@ -30,7 +30,8 @@ FILLING = (
     K.RandomTranslate,
 )  # fmt: skip
 FLIPS = {K.RandomHorizontalFlip: 0, K.RandomVerticalFlip: 1}  # and the axis, x or y, that they reverse
-SHIFT = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # from pixel centres to pixel edges
+TO_EDGES = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # from coordinates of pixel centres to those of edges
+TO_CENTRES = np.linalg.inv(TO_EDGES)
 CONSTANT = {"zeros", "fill", "constant"}
 # Fill of any colour is "outside" for a map; without `align_corners` every operation keeps its own.
 MASKS = {DataKey.MASK: {"resample": "bilinear", "fill": 0.0, "fill_value": None, "pad_value": 0.0}}
@@ -164,7 +165,7 @@ def matrix_of(operation: K.GeometricAugmentationBase2D, draw: dict[str, Tensor])
     if matrix is None:
         blank = torch.empty((), dtype=torch.float64).expand(batch, channels, height, width)
         matrix = operation.generate_transformation_matrix(blank, draw, operation.flags).numpy()
-    return SHIFT @ matrix @ np.linalg.inv(SHIFT), (height, width)
+    return TO_EDGES @ matrix @ TO_CENTRES, (height, width)
 
 
 def _known_matrix(operation: Any, draw: dict[str, Tensor], size: tuple[int, int]) -> Matrices | None:

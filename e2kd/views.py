@@ -14,6 +14,7 @@ from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.statistics import Kept, using_statistics
 from e2kd.explainers import Explainer
 from e2kd.modes import dtype_of
+from e2kd.outputs import first_tensor
 from e2kd.plans import Plan
 from e2kd.similarity import at_least_float32
 
@@ -105,7 +106,7 @@ def whole_view(
         )
     with ExitStack() as stack:
         mode = stack.enter_context(explanation_mode(detached=not create_graph))
-        kept = stack.enter_context(_encoded(model, plan.encoder))
+        kept = [] if plan.encoder is None else stack.enter_context(captured_from(model, plan.encoder))
         if statistics is not None:
             stack.enter_context(using_statistics(statistics))
         logits = plan.head(source)
@@ -127,17 +128,16 @@ def _scores(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 @contextmanager
-def _encoded(model: nn.Module, encoder: str | None) -> Iterator[list[Tensor]]:
-    """Collects what the encoder returns."""
+def captured_from(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Collects what a module of the model returns, call by call."""
     kept: list[Tensor] = []
-    if encoder is None:
-        yield kept
-        return
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        kept.append(output)
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        features = first_tensor(output)
+        assert features is not None
+        kept.append(features)
 
-    handle = model.get_submodule(encoder).register_forward_hook(keep)
+    handle = model.get_submodule(name).register_forward_hook(keep)
     try:
         yield kept
     finally:

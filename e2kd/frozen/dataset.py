@@ -81,12 +81,14 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
 
     def _check_images(self) -> None:
         """Raise a ValueError for a data set with a transform of its own."""
-        if first_image(self.dataset, self.frozen.view) is None:
+        first = first_image(self.dataset, self.frozen.view)
+        if first is None:
             raise ValueError(UNSTEADY)
         frozen_first = np.flatnonzero(self.matched.rows == 0)
         if len(frozen_first) and self.matched.names is not None:  # pixels that are the name are compared at every read
             place = int(frozen_first[0])
-            check_unchanged(self.frozen.view(image_and_label(self.dataset[place])[0]), place, self.frozen)
+            image = first if place == 0 else self.frozen.view(image_and_label(self.dataset[place])[0])
+            check_unchanged(image, place, self.frozen)
 
     @property
     def transform(self) -> Any:

@@ -37,9 +37,9 @@ class Matched:
             )
 
 
-def check_unchanged(first: Tensor, place: int, frozen: FrozenTeacher) -> None:
+def check_unchanged(image: Tensor, place: int, frozen: FrozenTeacher) -> None:
     """Raise a ValueError unless the canonical image [C, H, W] of a data set's `place` is that of the cache's row 0."""
-    now, then = thumbnail(first), torch.tensor(frozen.plan["first_image"])
+    now, then = thumbnail(image), torch.tensor(frozen.plan["first_image"])
     apart = (now - then).abs().mean().item() if now.shape == then.shape else float("inf")
     if not apart <= ALLOWED:
         raise ValueError(

@@ -100,9 +100,9 @@ class Shard:
     def verify(self) -> None:
         """Raise a CacheError that names the first damaged row, if there is one."""
         for start in range(0, len(self.rows), CHUNK):
-            local = slice(start, start + CHUNK)
-            rows = new_rows(self.record, self.cache, self.rows[local])
-            self.fill(rows, slice(None), np.arange(len(self.rows))[local])
+            numbers = self.rows[start : start + CHUNK]
+            rows = new_rows(self.record, self.cache, numbers)
+            self.fill(rows, slice(None), np.arange(start, start + len(numbers)))
             bad = damaged(rows, self.record)
             if len(bad):
                 raise self.damage(self.rows[start + int(bad[0])])

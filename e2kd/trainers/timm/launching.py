@@ -1,7 +1,7 @@
 """Runs timm's train.py as it is: `python -m e2kd.trainers.timm train.py <its arguments> <e2kd's arguments>`.
 
-What the script imports from timm under three names is replaced before it runs: its task of logit distillation, its
-data sets where a cache teaches, and `update_summary` for the log.
+What the script imports from timm under four names is replaced before it runs: its task of logit distillation, its
+data sets where a cache teaches, and `reduce_tensor` and `update_summary` for the log.
 """
 
 from __future__ import annotations

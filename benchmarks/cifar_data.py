@@ -1,28 +1,22 @@
-"""The parts of CIFAR-10 that a comparison needs, decoded, and a teacher fine-tuned on these very files."""
+"""The parts of CIFAR-10 that a comparison needs, decoded, and how they are drawn and augmented."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import kornia.augmentation as K
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from benchmarks.cifar import CLASSES, ResNet, labels_of, normalized, pixels, pretrained
+from benchmarks.cifar import CLASSES, labels_of, pixels
 from benchmarks.common import ROOT
 
 SHARED = Path(os.environ.get("E2KD_SHARED", ROOT.parent / "shared"))
 TRAIN, TEST = (SHARED / "data" / "cifar10" / f"{part}_jpeg.safetensors" for part in ("train", "test"))
-WEIGHTS = SHARED / "data" / "pretrained" / "cifar_resnet32-d509ac18.safetensors"
-BLOCKS = 5  # of each stage of a ResNet-32
 HELD_OUT = 500  # images of each class of the train part that neither teacher nor students train on
-BATCH, LEARNING_RATE, MOMENTUM, DECAY = 128, 0.05, 0.9, 5e-4  # of the fine-tuning
 
 
 class Images(NamedTuple):
@@ -69,50 +63,3 @@ def orders(count: int, batch: int, epochs: int, seed: int) -> Iterator[Tensor]:
     generator = Generator().manual_seed(seed)
     for _ in range(epochs):
         yield from torch.randperm(count, generator=generator)[: count - count % batch].split(batch)
-
-
-def fine_tuned(work: Path, pool: Images, epochs: int) -> nn.Module:
-    """The teacher: the shared ResNet-32, trained on the train part's JPEG files; kept in the work folder.
-
-    With no epochs it is the shared network as it is.
-    """
-    if not epochs:
-        return pretrained(WEIGHTS, BLOCKS)
-    path = work / f"teacher-{epochs}-epochs.safetensors"
-    if not path.exists():
-        teacher = pretrained(WEIGHTS, BLOCKS)
-        fine_tune(teacher, pool, epochs)
-        work.mkdir(parents=True, exist_ok=True)
-        save_file(teacher.state_dict(), path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-    teacher = ResNet(BLOCKS)
-    teacher.load_state_dict(load_file(path))
-    return teacher.eval()
-
-
-def fine_tune(model: nn.Module, data: Images, epochs: int) -> None:
-    """SGD with labels, one-cycle, in place."""
-    torch.manual_seed(0)
-    augmentation = K.AugmentationSequential(*operations())
-    plan = list(orders(len(data.labels), BATCH, epochs, seed=0))
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=DECAY, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=len(plan))
-    model.train()
-    begun = time.perf_counter()
-    for step, batch in enumerate(plan):
-        images = augmentation(data.pixels[batch] / 255)
-        loss = F.cross_entropy(model(normalized(images)), data.labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            seconds = time.perf_counter() - begun
-            print(f"teacher: step {step} of {len(plan)}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
-    model.eval()
-
-
-@torch.no_grad()
-def predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's top classes [N] for pixels [N, 3, 32, 32]."""
-    return torch.cat([model(normalized(chunk)).argmax(1) for chunk in images.split(500)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import bcos, families, frozen, frozen_quality, hosts, step
+from benchmarks import bcos, families, frozen, hosts, limited, step
 from benchmarks.common import RESULTS, ROOT, markdown_table
 from e2kd.demo import report
 
@@ -92,18 +92,18 @@ def sizes() -> str:
     return frozen.bytes_table(frozen.measure_bytes())
 
 
-def quality() -> str:
-    """CIFAR-10 with few images: accuracy and agreement, live and frozen."""
-    found = results("frozen_quality")
+def limited_data() -> str:
+    """CIFAR-10 with few images: accuracy and agreement of every family and number of images that was run."""
+    return "\n\n".join(_limited(found) for found in limited.all_results())
+
+
+def _limited(found: dict[str, Any]) -> str:
     rows, settings = found["rows"], found["settings"]
-    arms = {row["arm"] for row in rows if row["split"] == "test"}
-    pairs = [pair for pair in (("frozen_e2kd", "frozen_kd"), ("e2kd", "kd")) if arms.issuperset(pair)]
-    lines = [frozen_quality.difference_line(rows, *pair) for pair in pairs]
     note = (
         f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of paired seeds, {settings['epochs']} "
-        f"epochs in every arm: `{found['command']}`. {' '.join(lines)}"
+        f"epochs in every arm: `{found['command']}`. {' '.join(limited.difference_lines(rows))}"
     )
-    return f"{frozen_quality.table(rows, found['teacher'])}\n\n{note}"
+    return f"{limited.table(found)}\n\n{note}"
 
 
 def trainers() -> str:
@@ -137,10 +137,8 @@ def transfer_cost() -> str:
 
 TABLES = {
     "demo": demo, "cost": cost, "coverage": coverage, "sizes": sizes, "hosts": trainers, "bcos": bcos_cost,
-    "transfer": transfer_cost,
+    "transfer": transfer_cost, "frozen": frozen_cost, "limited": limited_data,
 }  # fmt: skip
-MEASURED = {"frozen": frozen_cost, "frozen_quality": quality}  # shown once they were run to the end
-TABLES |= {name: make for name, make in MEASURED.items() if (RESULTS / f"{name}.json").exists()}
 
 
 def filled(text: str) -> str:

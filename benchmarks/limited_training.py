@@ -1,0 +1,100 @@
+"""One student of the limited-data study: its images, its criterion, its training, its measures."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset, default_collate
+
+import e2kd
+from benchmarks.cifar import NORMALIZATION
+from benchmarks.cifar_data import Images, few, operations, orders
+from benchmarks.cifar_families import BCOS, Family, predictions
+from benchmarks.paired import Case, Row
+
+BATCH = 50
+ARMS = {
+    "cross_entropy": "cross-entropy, no teacher", "kd": "KD", "e2kd": "e²KD", "frozen_kd": "frozen KD",
+    "frozen_e2kd": "frozen e²KD",
+}  # fmt: skip
+FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The teacher, what students may draw their images from, and what they are measured on."""
+
+    family: Family
+    teacher: nn.Module
+    pool: Images
+    measured: dict[str, Images]
+    taught: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The budget, the same in every arm."""
+
+    per_class: int = 50
+    epochs: int = 50
+    teacher_epochs: int = 3
+    validation_per_class: int = 200
+    test_per_class: int = 500
+
+
+def criterion_of(case: Case, family: Family, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher) -> nn.Module:
+    """The one line in which the arms differ."""
+    if case.arm == "cross_entropy":
+        return e2kd.bcos.BcosLoss() if family.kind is BCOS else nn.CrossEntropyLoss()
+    assert case.temperature is not None
+    return e2kd.E2KDLoss(student, teacher, temperature=case.temperature, weight=case.weight or 0.0)
+
+
+def lessons_of(data: Data, images: Images) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:
+    """The frozen teacher of a student's images, their pixels [N, 3, 32, 32], and its lessons for them."""
+    normalization = None if data.family.kind is BCOS else NORMALIZATION
+    pairs = TensorDataset(*images)
+    with tempfile.TemporaryDirectory() as folder:
+        frozen = e2kd.freeze(data.teacher, pairs, folder, normalization=normalization, progress=False)
+        assert frozen is not None
+        return frozen, *default_collate(e2kd.FrozenDataset(pairs, frozen).__getitems__(list(range(len(pairs)))))
+
+
+def train(case: Case, data: Data, settings: Settings) -> nn.Module:
+    """A student of one arm and seed.
+
+    All arms take their images from the same reader and the same augmentation, so that a seed's draws are the same.
+    """
+    family, frozen_arm = data.family, case.arm in FROZEN
+    images = few(data.pool, settings.per_class, case.seed)
+    frozen, pixels, lessons = lessons_of(data, images)
+    torch.manual_seed(case.seed)
+    student, augmentation = family.student(), e2kd.JointAugmentation(*operations())
+    criterion = criterion_of(case, family, student, frozen if frozen_arm else data.teacher)
+    plan = list(orders(len(pixels), BATCH, settings.epochs, case.seed))
+    optimizer = family.optimizer(student)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=len(plan))
+    student.train()
+    for batch in plan:
+        augmented, taught = augmentation(pixels[batch], e2kd.Taught(*(field[batch] for field in lessons)))
+        loss = criterion(student(family.kind.encode(augmented)), taught if frozen_arm else taught.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    if isinstance(criterion, e2kd.E2KDLoss):
+        criterion.remove()
+    return student.eval()
+
+
+def measures(case: Case, data: Data, student: nn.Module) -> Row:
+    """Accuracy, and agreement with the teacher's top classes, as shares."""
+    images = data.measured[case.split]
+    found = predictions(data.family.kind, student, images.pixels)
+    return {
+        "accuracy": (found == images.labels).double().mean().item(),
+        "agreement": (found == data.taught[case.split]).double().mean().item(),
+    }

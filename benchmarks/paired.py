@@ -1,0 +1,150 @@
+"""Paired comparisons: students that differ in their criterion alone, trained for the same seeds.
+
+A study trains every arm's students in processes of their own, writes each row at once, and goes on where it was
+stopped. What an arm may be set to is chosen on validation images and seeds that are not reported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.common import RESULTS
+from e2kd.demo.results import interval, summarise
+
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """One student to train, and the images it is measured on: "validation" or "test"."""
+
+    split: str
+    arm: str
+    seed: int
+    temperature: float | None
+    weight: float | None
+
+
+class Study:
+    """All rows so far; new ones are written at once.
+
+    Args:
+        measured: trains a case's student and says what it is worth, by name; "accuracy" is what settings are chosen by.
+        rows: those of a run that was stopped.
+        write: called with all rows after each.
+        jobs: students trained at a time.
+    """
+
+    def __init__(
+        self, measured: Callable[[Case], Row], rows: list[Row], write: Callable[[list[Row]], object], jobs: int
+    ) -> None:
+        self.measured, self.rows, self.write, self.jobs = measured, rows, write, jobs
+
+    def found(self, case: Case) -> Row | None:
+        """A student's row, if it is there."""
+        key = case._asdict()
+        return next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
+
+    def fill(self, cases: Sequence[Case]) -> None:
+        """Trains the students that have no row yet."""
+        todo = [case for case in dict.fromkeys(cases) if self.found(case) is None]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for done in as_completed([pool.submit(self._in_process, case) for case in todo]):
+                self.rows.append(done.result())
+                self.write(self.rows)
+                print(json.dumps(self.rows[-1]), flush=True)
+
+    def _in_process(self, case: Case) -> Row:
+        """The row of a forked process, which shares the images and has random numbers of its own."""
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=lambda: there.send(self._row(case)))
+        process.start()
+        there.close()
+        try:
+            row: Row = here.recv()  # raises EOFError when the process died
+        finally:
+            process.join()
+        return row
+
+    def _row(self, case: Case) -> Row:
+        torch.set_num_threads(1)
+        return case._asdict() | self.measured(case)
+
+    def best(self, choices: list[Case], seeds: Sequence[int]) -> Case:
+        """The choice of the highest mean accuracy on validation images; one alone needs no training."""
+        if len(choices) == 1:
+            return choices[0]
+        tried = {choice: [choice._replace(split="validation", seed=seed) for seed in seeds] for choice in choices}
+        self.fill(list(itertools.chain(*tried.values())))
+        return max(choices, key=lambda choice: self._mean_accuracy(tried[choice]))
+
+    def _mean_accuracy(self, cases: list[Case]) -> float:
+        return summarise([row["accuracy"] for case in cases if (row := self.found(case))])["mean"] or 0.0
+
+
+def earlier(path: Path, settings: Row) -> list[Row]:
+    """The rows of a run that was stopped.
+
+    Raises:
+        SystemExit: when it was run with other settings.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        raise SystemExit(f"{path} has rows with other settings, {found['settings']}: move it away, or pass --fresh.")
+    rows: list[Row] = found["rows"]
+    return rows
+
+
+def values(rows: list[Row], arm: str, field: str) -> dict[int, float]:
+    """A measure of an arm's students on the test images, by seed."""
+    return {row["seed"]: row[field] for row in rows if row["split"] == "test" and row["arm"] == arm}
+
+
+def differences(rows: list[Row], arm: str, base: str, fields: Sequence[str]) -> Row:
+    """Paired differences of measures: mean, sd, 95 % confidence interval, and each seed's."""
+    found = {}
+    for field in fields:
+        first, second = values(rows, arm, field), values(rows, base, field)
+        each = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+        found[field] = {**summarise(each), "interval": interval(each), "each": each}
+    return found
+
+
+def in_points(found: Row) -> str:
+    """Paired differences in points, in words.
+
+    >>> in_points({"accuracy": {"mean": 0.02, "sd": 0.01, "interval": [0.01, 0.03], "each": [0.01, 0.03]}})
+    'accuracy +2.0 points (+1.0, +3.0, 95 % confidence +1.0 to +3.0)'
+    """
+    said = []
+    for field, one in found.items():
+        each = ", ".join(f"{100 * value:+.1f}" for value in one["each"])
+        between = one["interval"]
+        bounds = f", 95 % confidence {100 * between[0]:+.1f} to {100 * between[1]:+.1f}" if between else ""
+        said.append(f"{field} {100 * one['mean']:+.1f} points ({each}{bounds})")
+    return "; ".join(said)
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Mean ± sd in percent.
+
+    >>> percent([0.5, 0.6])
+    '55.0 ±7.1'
+    """
+    found = summarise([100 * share for share in shares])
+    return f"{found['mean']:.1f}" + ("" if found["sd"] is None else f" ±{found['sd']:.1f}")
+
+
+def result_path(name: str) -> Path:
+    """Where a study's rows are."""
+    return RESULTS / f"{name}.json"

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import kornia.augmentation as K
+import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor, nn
 
 from benchmarks.cifar import CLASSES, labels_of, pixels
@@ -17,6 +19,10 @@ from benchmarks.common import ROOT
 SHARED = Path(os.environ.get("E2KD_SHARED", ROOT.parent / "shared"))
 TRAIN, TEST = (SHARED / "data" / "cifar10" / f"{part}_jpeg.safetensors" for part in ("train", "test"))
 HELD_OUT = 500  # images of each class of the train part that neither teacher nor students train on
+
+
+PHOTOS = ("imagenet-samples/all", "catsdogs1400", "pets600/images", "coco256/images")
+UNKNOWN = -1  # the label of an image of another data set
 
 
 class Images(NamedTuple):
@@ -46,10 +52,20 @@ def part(path: Path, start: int, stop: int | None) -> Images:
     return Images(pixels(path, chosen.tolist()), labels[chosen])
 
 
+def photos() -> Images:
+    """The shared photographs of other data sets, made as small as CIFAR's; their labels are UNKNOWN."""
+    paths = [path for folder in PHOTOS for path in sorted((SHARED / "data" / folder).rglob("*.jp*g"))]
+    small = [np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BOX)) for path in paths]
+    made = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
+    return Images(made, torch.full((len(made),), UNKNOWN))
+
+
 def few(pool: Images, per_class: int, seed: int) -> Images:
-    """So many images of each class, chosen by the seed."""
+    """So many images of each class, chosen by the seed; of images without labels as many in all."""
     generator = Generator().manual_seed(seed)
     order = torch.randperm(len(pool.labels), generator=generator)
+    if (pool.labels == UNKNOWN).all():
+        return pool.some(order[: per_class * CLASSES])
     return pool.some(order[places(pool.labels[order], 0, per_class)])
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.limited                               # standard networks, 50 images of each class
     python -m benchmarks.limited --family bcos --per-class 200 --epochs 15
+    python -m benchmarks.limited --unrelated --per-class 200   # on images of other data sets (Table 5, right)
     python -m benchmarks.limited --arms kd e2kd                # some arms alone; rows of others stay
     python -m benchmarks.limited --quick                       # a minute, to see that it runs; writes nothing
 
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part
+from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part, photos
 from benchmarks.cifar_families import FAMILIES, Family, predictions, trained_teacher
 from benchmarks.common import markdown_table, write_results
 from benchmarks.limited_training import ARMS, EXPLAINED, Data, Settings, measures, train
@@ -43,10 +44,11 @@ PAIRS = (("e2kd", "kd"), ("frozen_e2kd", "frozen_kd"))
 WORK = Path(tempfile.gettempdir()) / "e2kd-limited"
 
 
-def load(family: Family, settings: Settings, work: Path) -> Data:
+def load(family: Family, settings: Settings, work: Path, unrelated: bool) -> Data:
     """Decodes the images and trains the teacher, unless that was done."""
-    pool = part(TRAIN, 0, -HELD_OUT)
-    teacher: nn.Module = trained_teacher(family.kind, work, pool, settings.teacher_epochs)
+    train_part = part(TRAIN, 0, -HELD_OUT)
+    teacher: nn.Module = trained_teacher(family.kind, work, train_part, settings.teacher_epochs)
+    pool = photos() if unrelated else train_part
     measured = {
         "validation": part(TRAIN, -HELD_OUT, settings.validation_per_class - HELD_OUT),
         "test": part(TEST, 0, settings.test_per_class),
@@ -68,9 +70,19 @@ def run(study: Study, args: argparse.Namespace, seeds: Sequence[int], tuning_see
     study.fill([case._replace(seed=seed) for seed, case in itertools.product(seeds, best)])
 
 
+def result_name(family: str, per_class: int, unrelated: bool) -> str:
+    """Of the JSON of one run.
+
+    >>> result_name("bcos", 50, unrelated=True)
+    'limited_bcos_50_unrelated'
+    """
+    return f"limited_{family}_{per_class}" + ("_unrelated" if unrelated else "")
+
+
 def all_results() -> list[Row]:
     """What was run: every family and number of images."""
-    paths = [result_path(f"limited_{family}_{images}") for family in FAMILIES for images in PER_CLASS]
+    every = itertools.product(FAMILIES, (False, True), PER_CLASS)
+    paths = [result_path(result_name(family, images, unrelated)) for family, unrelated, images in every]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
@@ -84,7 +96,8 @@ def table(found: Row) -> str:
             cells = [percent(list(values(rows, arm, field).values())) for field in MEASURES]
             body.append([name, *cells, _plain(mine[0]["temperature"]), _plain(mine[0]["weight"])])
     images = found["settings"]["per_class"]
-    return markdown_table([f"{family.title}, {images} images per class", *MEASURES, "τ", "λ"], body)
+    seen = f"{10 * images} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
+    return markdown_table([f"{family.title}, {seen}", *MEASURES, "τ", "λ"], body)
 
 
 def difference_lines(rows: list[Row]) -> list[str]:
@@ -106,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(FAMILIES), default="standard")
     parser.add_argument("--per-class", type=int, choices=PER_CLASS, default=50, help="images of each class")
+    parser.add_argument("--unrelated", action="store_true", help="students see photographs of other data sets instead")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS), metavar="ARM")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
@@ -116,11 +130,11 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="begin anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    family, name = FAMILIES[args.family], f"limited_{args.family}_{args.per_class}"
+    family, name = FAMILIES[args.family], result_name(args.family, args.per_class, args.unrelated)
     settings = Settings(args.per_class, args.epochs, family.kind.epochs)
     if args.quick:
         settings = Settings(10, epochs=2, teacher_epochs=0, validation_per_class=20, test_per_class=50)
-    data = load(family, settings, args.work)
+    data = load(family, settings, args.work, args.unrelated)
     teacher = {
         split: (found == data.measured[split].labels).double().mean().item() for split, found in data.taught.items()
     }
@@ -132,7 +146,8 @@ def main() -> None:
 
     found = {
         "command": " ".join(["python -m benchmarks.limited", *sys.argv[1:]]),
-        "settings": asdict(settings), "family": family.name, "teacher": teacher,
+        "settings": asdict(settings), "family": family.name, "unrelated": args.unrelated,
+        "teacher": teacher,
     }  # fmt: skip
     if args.quick:
         study = Study(measured, [], lambda rows: None, args.jobs)

@@ -1,14 +1,15 @@
-"""Writes the README's tables from the JSON in benchmarks/results: python -m benchmarks.tables
+"""Writes the tables of both READMEs from the JSON in benchmarks/results: python -m benchmarks.tables
 
-Each table stands between `<!-- name -->` and `<!-- /name -->`. A test checks that README and JSON agree.
+Each table stands between `<!-- name -->` and `<!-- /name -->`. A test checks that pages and JSON agree.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
-from benchmarks import bcos, families, frozen, hosts, limited, step
+from benchmarks import bcos, families, frozen, hosts, limited, peers, step
 from benchmarks.common import RESULTS, ROOT, markdown_table
 from e2kd.demo import report
 
@@ -137,20 +138,23 @@ def transfer_cost() -> str:
 
 TABLES = {
     "demo": demo, "cost": cost, "coverage": coverage, "sizes": sizes, "hosts": trainers, "bcos": bcos_cost,
-    "transfer": transfer_cost, "frozen": frozen_cost, "limited": limited_data,
+    "transfer": transfer_cost, "frozen": frozen_cost, "limited": limited_data, "peers": peers.table,
 }  # fmt: skip
+EVIDENCE = ("limited", "peers")
+PAGES = {README: [name for name in TABLES if name not in EVIDENCE], ROOT / "benchmarks" / "README.md": EVIDENCE}
 
 
-def filled(text: str) -> str:
-    """The README with every table made anew."""
-    for name, make in TABLES.items():
+def filled(text: str, names: Iterable[str]) -> str:
+    """A page with its tables made anew."""
+    for name in names:
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"Expected one place for the table {name!r} in README.md.")
+            raise ValueError(f"Expected one place for the table {name!r}.")
         before, rest = text.split(start)
-        text = f"{before}{start}{make()}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{start}{TABLES[name]()}\n{end}{rest.split(end)[1]}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, names in PAGES.items():
+        page.write_text(filled(page.read_text(encoding="utf-8"), names), encoding="utf-8")

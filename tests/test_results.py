@@ -27,10 +27,11 @@ def test_a_result_says_where_it_comes_from(path: Path) -> None:
     assert found.get("rows") or found.get("seeds")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
+def test_the_tables_are_those_of_the_results(page: Path) -> None:
     """Run `python -m benchmarks.tables` after a benchmark."""
-    text = tables.README.read_text(encoding="utf-8")
-    assert tables.filled(text) == text
+    text = page.read_text(encoding="utf-8")
+    assert tables.filled(text, tables.PAGES[page]) == text
 
 
 def test_no_family_is_silently_dead() -> None:

@@ -28,6 +28,7 @@ from e2kd.metrics import (
     EnergyPointingGame,
     ExplanationIoU,
     ExplanationSimilarity,
+    FeatureSimilarityScore,
     ShiftEquivariance,
     WorstGroupAccuracy,
     box_masks,
@@ -261,7 +262,7 @@ class TestShifts:
         assert self.curve(model) == pytest.approx(curve_by_hand(self.images, weights, self.top(model)), abs=1e-6)
 
     def test_of_a_transformer_student_against_its_teacher(self) -> None:
-        """The teacher says which class, and its map of the crop in the middle is what all are compared with."""
+        """The teacher says which class, and its map of the crop at rest is what all are compared with."""
         model, teacher = TinyViT(seed=2).float(), cnn(seed=2).float()
 
         def cam(image: Tensor, label: int) -> Tensor:
@@ -388,10 +389,11 @@ class TestUndefined:
 
     def test_an_infinite_value_is_no_number_anywhere(self) -> None:
         maps = torch.ones(2, 1, 4, 4)
-        maps[0, 0, 0, 0] = math.inf
-        for metric in (EnergyPointingGame(), ExplanationIoU()):
-            metric.update(maps, torch.ones(2, 4, 4))
-            assert "1 of 2 samples" in metric.score().reason
+        for value in (math.inf, -math.inf, math.nan):
+            maps[0] = value
+            for metric in (EnergyPointingGame(), ExplanationIoU()):
+                metric.update(maps, torch.ones(2, 4, 4))
+                assert "1 of 2 samples" in metric.score().reason
 
     def test_one_dead_shift_makes_the_mean_of_the_curve_undefined(self) -> None:
         equivariance = ShiftEquivariance(DeadBelow(), [0, (8, 0)], CROP, explainer=e2kd.GradCAM("body.1"))
@@ -442,6 +444,13 @@ class TestCollections:
             alone.update(seeded(3, 1, 4, 4), corner.expand(3, 4, 4))
             assert found[name] == alone.compute()
         assert len(set(found.values())) == 3
+
+    def test_biased_and_unbiased_fss(self) -> None:
+        both = MetricCollection({"a": FeatureSimilarityScore(), "b": FeatureSimilarityScore(biased=True)})
+        for seed in (0, 1):
+            both.update(seeded(8, 9, seed=seed), seeded(8, 9, seed=seed + 2))
+        found = both.compute()
+        assert found["b"] > found["a"] + 0.1
 
 
 class TestBadInput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -90,13 +90,13 @@ class WorstGroupAccuracy(MeanMetric):
 
 
 def decided(outputs: Any) -> Tensor:
-    """The top classes [B] in outputs with logits [B, K], or classes [B] as they are; float64, NaN of logits with NaN.
+    """The top classes [B] in outputs with logits [B, K], or classes [B] as they are; float64, NaN for logits with NaN.
 
     >>> decided(torch.tensor([[0., 1.], [torch.nan, 0.]])), decided(torch.tensor([1, 0]))
     (tensor([1., nan], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
     if _is_classes(outputs):
-        return cast(Tensor, outputs).double()
+        return outputs.double()
     logits = logits_of(outputs)
     if logits.shape[1] < 2:
         raise ValueError(
@@ -112,5 +112,5 @@ def equal(first: Tensor, second: Tensor) -> Tensor:
     return torch.where((first + second).isnan(), NAN, (first == second).double())
 
 
-def _is_classes(outputs: Any) -> bool:
+def _is_classes(outputs: Any) -> TypeGuard[Tensor]:
     return isinstance(outputs, Tensor) and outputs.ndim == 1 and not outputs.is_floating_point()

@@ -20,15 +20,15 @@ class ShiftEquivariance(MeanMetric):
     """Whether explanations move with the image: their similarity over shifts (after e²KD, Fig. 5), in [-1, 1].
 
     Crops of larger images are explained, all of an image for one class. The map of a shifted crop is compared with that
-    of the crop in the middle on the area that both show, where maps are brought to the size of the crops, as they are
-    shown. 1 is a map that moves with its pixels. The papers' code has nothing of this figure.
+    of the crop at rest on the area that both show, where maps are brought to the size of the crops, as they are shown.
+    1 is a map that moves with its pixels. The paper's code has nothing of this figure, so its details are ours.
 
     Args:
         model: whose crops are shifted.
         shifts: in pixels, of every point of the curve: (down, right), or an integer for one to the right.
         crop: side or (h, w) of the crops, what the models take.
-        reference: whose explanation of the crop in the middle they are compared with; None is the model itself. With
-            the student as model and the teacher as reference the curve starts at their explanations' similarity.
+        reference: whose explanations of the crops at rest they are compared with; None is the model itself. With the
+            student as model and the teacher as reference the curve starts at the similarity of their explanations.
         explainer: None is chosen for the models, as in `E2KDLoss`.
         reference_explainer: None is the same, or chosen where that is None.
         similarity: (maps, reference maps) -> [B].
@@ -56,11 +56,11 @@ class ShiftEquivariance(MeanMetric):
         similarity: Similarity = cosine,
         **settings: Any,
     ) -> None:
-        shifted = [(0, shift) if isinstance(shift, int) else shift for shift in shifts]
+        shifted = [shift if isinstance(shift, tuple) else (0, int(shift)) for shift in shifts]
         super().__init__(len(shifted), **settings)
         self.shifts = shifted
         self.crop = (crop, crop) if isinstance(crop, int) else crop
-        self.models = _Shared((model, model if reference is None else reference))
+        self.models = _Borrowed((model, model if reference is None else reference))
         self.explainers = explainers_of(*self.models, explainer, reference_explainer)
         self.similarity = similarity
         if not shifted or any(abs(down) >= self.crop[0] or abs(right) >= self.crop[1] for down, right in shifted):
@@ -71,7 +71,7 @@ class ShiftEquivariance(MeanMetric):
 
         Args:
             images: [B, C, H, W], larger than the crops by the span of the shifts; as the model expects its pixels.
-            classes: [B], what is explained; None is the reference's top class of the crop in the middle.
+            classes: [B], what is explained; None is the reference's top class of the crop at rest.
             reference_images: the same pictures for the reference, where it expects other colours.
         """
         model, reference = self.models
@@ -100,7 +100,7 @@ class ShiftEquivariance(MeanMetric):
         return Mean(sum(mean.value for mean in means) / len(means), NAN, min(mean.n for mean in means))
 
     def _place(self, images: Tensor) -> tuple[int, int]:
-        """Top left corner of the crop in the middle; all crops together lie in the middle of the image."""
+        """Top left corner of the crop at rest; all crops together lie in the middle of the image."""
         return (self._along(0, images), self._along(1, images))
 
     def _along(self, axis: int, images: Tensor) -> int:
@@ -136,10 +136,10 @@ def _shared(maps: Tensor, down: int, right: int) -> Tensor:
     return maps[..., max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
 
 
-class _Shared(tuple[nn.Module, nn.Module]):
+class _Borrowed(tuple[nn.Module, nn.Module]):
     """Models that are no part of the metric, and that its copies share."""
 
     __slots__ = ()
 
-    def __deepcopy__(self, memo: Any) -> _Shared:
+    def __deepcopy__(self, memo: Any) -> _Borrowed:
         return self

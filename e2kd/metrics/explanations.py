@@ -9,7 +9,7 @@ from torch import Tensor
 
 from e2kd.comparing import Similarity, compare
 from e2kd.localization import energy_on_mask, intersection_over_union
-from e2kd.metrics.means import BLANK, EMPTY, NAN, SOUND, MeanMetric
+from e2kd.metrics.means import BLANK, EMPTY, NOT_FINITE, SOUND, MeanMetric
 from e2kd.objects import Boxes, box_masks
 from e2kd.similarity import cosine, is_zero
 
@@ -60,9 +60,8 @@ class _OnObject(MeanMetric):
         """
         masks = regions if isinstance(regions, Tensor) else _masks(regions, size)
         values = self._measured(maps, masks.to(maps.device))
-        finite = maps.flatten(1).isfinite().all(1)
-        flaws = torch.where(is_zero(maps.relu()), BLANK, torch.where(values.isnan() & finite, EMPTY, SOUND))
-        self._add(torch.where(finite, values, NAN), flaws)
+        flaws = torch.where(values.isnan(), torch.where(is_zero(maps.relu()), BLANK, EMPTY), SOUND)
+        self._add(values, torch.where(maps.flatten(1).isfinite().all(1), flaws, NOT_FINITE))
 
     def _measured(self, maps: Tensor, masks: Tensor) -> Tensor:
         """Values [B] of maps [B, 1, h, w] and masks [B, H, W]; NaN where there is none."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from e2kd.bcos.images import check_range
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, default_explainer
+from e2kd.guards import check_not_empty
 from e2kd.modes import as_written, dtype_of, evaluating, replaying, untrained, unwrap
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
@@ -42,7 +43,7 @@ def explain(
 
     Raises:
         UnsupportedModel: when no layer of the model can be explained; the message says which `layer=` to try.
-        ValueError: for classes of the wrong shape or outside the logits.
+        ValueError: for classes of the wrong shape or outside the logits, or no images.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
@@ -50,6 +51,7 @@ def explain(
     >>> found.logits.shape, found.maps.shape, found.classes.shape
     (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]), torch.Size([2]))
     """
+    check_not_empty(images)
     model = unwrap(model)
     explainer = explainer or default_explainer(model)
     with torch.inference_mode(False), torch.enable_grad():

@@ -52,7 +52,7 @@ def _unit_peak(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Maps scaled to a largest magnitude of 1, flattened to [B, n], and which of them are not all zero."""
     flat = at_least_float32(maps).flatten(1)
     peak = flat.detach().abs().amax(1, keepdim=True)
-    alive = peak > 0
+    alive = peak != 0  # of NaN as well, which is not to be taken for a map without evidence
     return flat / torch.where(alive, peak, torch.ones_like(peak)), alive.squeeze(1)
 
 
@@ -60,7 +60,8 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Cosine similarity of explanation maps (e²KD, Eq. 3), in [-1, 1]; 0 with no gradient for an all-zero map.
 
     Computed in at least float32 and exactly invariant to the scale of either map, however small:
-    there is no absolute epsilon. Maps of different grids are compared on the student's grid.
+    there is no absolute epsilon. NaN for a map with values that are not finite. Maps of different grids are compared on
+    the student's grid.
 
     Args:
         student: maps [B, C, H, W].

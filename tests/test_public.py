@@ -27,7 +27,7 @@ PARTS = {"bcos", "distance", "metrics", "monitor", "perturb", "transfer"}  # pac
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught", "graph", "embeddings", "pictures"],
-    ["similarity", "layout", "outputs", "modes", "regions", "kernels", "bcos", "distance"],
+    ["similarity", "layout", "outputs", "modes", "objects", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],

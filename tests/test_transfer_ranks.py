@@ -1,4 +1,4 @@
-"""FSS, RS and the monitor on two processes."""
+"""All metrics and the monitor on two processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from distributed_worker import run_group
+from faithfulness_cases import BATCHES, METRICS, faithfulness_batch, faithfulness_metric
 from transfer_cases import transfer_batches
 
 from e2kd.metrics import FeatureSimilarityScore, RelevanceScore
@@ -29,6 +30,21 @@ def test_ranks_agree_on_the_score_of_all_batches(case: str, batches: int, ranks:
         assert rank[case]["rs"].item() == pytest.approx(rs.compute().item(), abs=1e-12)
         assert rank[case]["n"] == fss.score().n
         assert rank[case]["error"] == pytest.approx(rs.score().error, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(("case", "batches"), [("faithfulness-uneven", 3), ("faithfulness-idle", 2)])
+def test_ranks_agree_on_the_mean_of_all_samples(
+    case: str, batches: int, name: str, ranks: list[dict[str, Any]]
+) -> None:
+    metric = faithfulness_metric(name)
+    for n in BATCHES[:batches]:
+        metric.update(*faithfulness_batch(name, n))
+    for rank in ranks:
+        assert "refusal" not in rank[case], rank[case]
+        assert rank[case][name]["value"].item() == pytest.approx(metric.compute().item(), abs=1e-12)
+        assert rank[case][name]["n"] == metric.score().n
+        assert rank[case][name]["left_out"] == metric.score().left_out
 
 
 @pytest.mark.parametrize("case", ["monitor-ddp", "monitor-sharded"])

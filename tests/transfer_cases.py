@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from faithfulness_cases import faithfulness
 from nets import cnn
 from torch import Tensor, nn
 
@@ -98,6 +99,8 @@ def _local(parameter: Tensor) -> Tensor:
 CASES = {
     "metrics-uneven": partial(metrics, idle=False),
     "metrics-idle": partial(metrics, idle=True),
+    "faithfulness-uneven": partial(faithfulness, idle=False),
+    "faithfulness-idle": partial(faithfulness, idle=True),
     "monitor-ddp": partial(monitored, sharded=False),
     "monitor-sharded": partial(monitored, sharded=True),
 }

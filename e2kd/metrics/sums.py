@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from e2kd.distance import DistanceSums, Score
-
-try:
-    from torchmetrics import Metric
-except ImportError as error:
-    raise ImportError('e2kd.metrics needs torchmetrics: pip install "e2kd[metrics]"') from error
+from e2kd.metrics.host import Metric
 
 
 class DistanceMetric(Metric):

@@ -42,7 +42,8 @@ class FeatureSimilarityScore(DistanceMetric):
     def __init__(self, *, mean: bool = False, biased: bool = False, **settings: Any) -> None:
         super().__init__(mean=mean, **settings)
         self.biased = biased
-        self.add_state("values", [], dist_reduce_fx="cat")
+        if biased:  # a MetricCollection takes metrics of the same states for one
+            self.add_state("values", [], dist_reduce_fx="cat")
 
     def update(self, student: Tensor, base: Tensor) -> None:
         """Features of a batch, [n, d] and [n, e]; maps are passed as `maps.flatten(1)`."""

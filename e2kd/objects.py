@@ -1,0 +1,111 @@
+"""Where the objects of images are: boxes as masks, and one row for every class of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from e2kd.errors import shape
+
+Boxes = Sequence[Tensor | Sequence[Sequence[float]]]
+
+
+class Present(NamedTuple):
+    """The classes that images show: a row for every one of an image, so images of several classes have several.
+
+    Attributes:
+        images: which image a row is of, [M].
+        classes: its class, [M].
+        boxes: of all objects of this class in this image, M tensors [n, 4].
+    """
+
+    images: Tensor
+    classes: Tensor
+    boxes: list[Tensor]
+
+
+def box_masks(boxes: Boxes, size: tuple[int, int]) -> Tensor:
+    """Boxes as masks: the share of every pixel that lies in a box of its image.
+
+    Args:
+        boxes: of every image, [n, 4] as left, top, right, bottom in pixels, right and bottom excluded
+            (torchvision's xyxy). Parts outside of the image are left out.
+        size: (H, W) of the images.
+
+    Returns:
+        [B, H, W] in [0, 1], float32 at least. Of several boxes on a pixel the one that covers most of it counts.
+
+    Raises:
+        ValueError: for boxes of another form.
+
+    >>> box_masks([[[0, 0, 1.5, 1]], []], (2, 2))
+    tensor([[[1.0000, 0.5000],
+             [0.0000, 0.0000]],
+    <BLANKLINE>
+            [[0.0000, 0.0000],
+             [0.0000, 0.0000]]])
+    """
+    if isinstance(boxes, Tensor):
+        raise ValueError(f"Expected a list with the boxes [n, 4] of every image, but got {shape(boxes.shape)}.")
+    masks = [_mask(_checked(some), size) for some in boxes]
+    return torch.stack(masks) if masks else torch.zeros(0, *size)
+
+
+def _checked(boxes: Tensor | Sequence[Sequence[float]]) -> Tensor:
+    """Boxes [n, 4] of one image, of a floating-point type."""
+    found = torch.as_tensor(boxes)
+    found = found if found.is_floating_point() else found.float()
+    if not found.numel():
+        return found.view(0, 4)
+    if found.ndim != 2 or found.shape[1] != 4:
+        raise ValueError(f"Expected the boxes of an image as [n, 4], but got {shape(found.shape)}.")
+    if not bool((found[:, :2] <= found[:, 2:]).all()):
+        raise ValueError(
+            "Expected boxes as left, top, right, bottom in pixels, but some end before they start, or are NaN: "
+            f"{found[0].tolist()} is the first of them. Convert others with torchvision.ops.box_convert."
+        )
+    return found
+
+
+def _mask(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [n, 4] -> [H, W]."""
+    if not len(boxes):
+        return boxes.new_zeros(size)
+    down, across = (_covered(boxes[:, axis], boxes[:, axis + 2], size[1 - axis]) for axis in (1, 0))
+    return (down[:, :, None] * across[:, None, :]).amax(0)
+
+
+def _covered(low: Tensor, high: Tensor, length: int) -> Tensor:
+    """Share of each of `length` pixels between low and high, [n] twice -> [n, length]."""
+    start = torch.arange(length, dtype=low.dtype, device=low.device)
+    return (torch.minimum(start + 1, high[:, None]) - torch.maximum(start, low[:, None])).clamp_min(0)
+
+
+def by_class(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Present:
+    """One row per image and class in it, as explanations are: one map for one class.
+
+    Args:
+        boxes: of every image, [n, 4].
+        labels: class of every box, [n], for every image.
+
+    Raises:
+        ValueError: when there are not as many labels as boxes.
+
+    >>> two = torch.tensor([[0., 0., 2., 2.], [1., 1., 3., 3.]])
+    >>> present = by_class([two, two], [torch.tensor([7, 7]), torch.tensor([2, 5])])
+    >>> present.images, present.classes, [len(boxes) for boxes in present.boxes]
+    (tensor([0, 1, 1]), tensor([7, 2, 5]), [2, 1, 1])
+    """
+    if [len(some) for some in boxes] != [len(some) for some in labels]:
+        raise ValueError("Expected a label for every box of every image, but there are more of the one than the other.")
+    rows = [
+        (image, int(which), some[named == which])
+        for image, (some, named) in enumerate(zip(boxes, labels, strict=True))
+        for which in named.unique()
+    ]
+    device = labels[0].device if len(labels) else None
+    images, classes = (torch.tensor([row[k] for row in rows], dtype=torch.long, device=device) for k in (0, 1))
+    return Present(images, classes, [row[2] for row in rows])

@@ -33,7 +33,7 @@ from torch import nn
 from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part, photos
 from benchmarks.cifar_families import FAMILIES, Family, predictions, trained_teacher
 from benchmarks.common import markdown_table, write_results
-from benchmarks.limited_training import ARMS, EXPLAINED, Data, Settings, measures, train
+from benchmarks.limited_training import ARMS, EXPLAINED, Data, Settings, measures, shift_curve, train
 from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
@@ -149,6 +149,8 @@ def main() -> None:
         "settings": asdict(settings), "family": family.name, "unrelated": args.unrelated,
         "teacher": teacher,
     }  # fmt: skip
+    if family.shifted:
+        found["shift"] = shift_curve(data, data.teacher)
     if args.quick:
         study = Study(measured, [], lambda rows: None, args.jobs)
         run(study, args, SEEDS[:1], TUNING_SEEDS[:1])

@@ -6,16 +6,19 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
 import e2kd
 from benchmarks.cifar import NORMALIZATION
-from benchmarks.cifar_data import Images, few, operations, orders
+from benchmarks.cifar_data import Images, few, operations, orders, places
 from benchmarks.cifar_families import BCOS, Family, predictions
 from benchmarks.paired import Case, Row
+from e2kd.metrics import ShiftEquivariance
 
 BATCH = 50
+SHIFTS, SHIFTED_PER_CLASS = range(9), 20  # pixels to the right; images of each class
 ARMS = {
     "cross_entropy": "cross-entropy, no teacher", "kd": "KD", "e2kd": "e²KD", "frozen_kd": "frozen KD",
     "frozen_e2kd": "frozen e²KD",
@@ -91,10 +94,25 @@ def train(case: Case, data: Data, settings: Settings) -> nn.Module:
 
 
 def measures(case: Case, data: Data, student: nn.Module) -> Row:
-    """Accuracy, and agreement with the teacher's top classes, as shares."""
+    """Accuracy, and agreement with the teacher's top classes, as shares; the curve of Fig. 5 where it is wanted."""
     images = data.measured[case.split]
     found = predictions(data.family.kind, student, images.pixels)
-    return {
+    row: Row = {
         "accuracy": (found == images.labels).double().mean().item(),
         "agreement": (found == data.taught[case.split]).double().mean().item(),
     }
+    if data.family.shifted and case.split == "test":
+        row["shift"] = shift_curve(data, student)
+    return row
+
+
+def shift_curve(data: Data, model: nn.Module) -> list[float]:
+    """Similarity of a model's explanations to its own of shifted images, one value per shift: 200 test images, enlarged
+    by a quarter so that crops of 32 pixels have room to move."""
+    equivariance = ShiftEquivariance(model, SHIFTS, crop=32)
+    chosen = data.measured["test"].some(places(data.measured["test"].labels, 0, SHIFTED_PER_CLASS))
+    for pixels in chosen.pixels.split(50):
+        larger = F.interpolate(pixels / 255, scale_factor=1.25, mode="bilinear", antialias=True).clamp(0, 1)
+        equivariance.update(data.family.kind.encode(larger))
+    curve: list[float] = equivariance.curve().tolist()
+    return curve

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam
@@ -280,6 +281,16 @@ class TestShifts:
         placed = nn.Sequential(Placed(), *pointwise)
         assert self.curve(placed)[0] == pytest.approx(1, abs=1e-6)
         assert max(self.curve(placed)[1:]) < 0.99
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("bcos", [False, True], ids=["standard", "bcos"])
+    def test_transformers_follow_at_multiples_of_their_patches(self, bcos: bool) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(AddInverse(), e2kd.bcos.vit_ti()) if bcos else timm.create_model("vit_tiny_patch16_224")
+        equivariance = ShiftEquivariance(model, [4, 12, 16, (16, 0)], 224)
+        equivariance.update(seeded(2, 3, 240, 240))
+        curve = equivariance.curve()
+        assert curve[2:].min() > curve[:2].max() + 0.1
 
     def test_given_classes_and_images_of_other_colours(self) -> None:
         model = cnn(seed=2).float()

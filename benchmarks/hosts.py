@@ -26,6 +26,7 @@ from benchmarks.common import ROOT, markdown_table, write_results
 from benchmarks.hosts_loops import HOSTS, Cell, State, trained
 
 Row = dict[str, Any]
+BACKEND = "inductor"
 TITLES = {
     "timm": "timm, `python -m e2kd.trainers.timm`",
     "plain": "plain PyTorch, DistributedDataParallel",
@@ -36,8 +37,8 @@ TITLES = {
 
 def cells(hosts: list[str] | None = None, *, quick: bool = False) -> list[Cell]:
     """All of them, or those in float32 and eager mode."""
-    ways = [(False, False)] if quick else list(product((False, True), (False, True)))
-    return [Cell(host, bf16, compiled) for host in hosts or HOSTS for compiled, bf16 in ways]
+    ways = [("", False)] if quick else list(product(("", BACKEND), (False, True)))
+    return [Cell(host, bf16, backend) for host in hosts or HOSTS for backend, bf16 in ways]
 
 
 def equal(one: State | None, other: State | None) -> bool | None:
@@ -53,7 +54,7 @@ def row(cell: Cell, folder: Path) -> Row:
     found: Row = {
         "host": cell.host,
         "precision": "bf16" if cell.bf16 else "fp32",
-        "mode": "compile" if cell.compiled else "eager",
+        "mode": cell.backend or "eager",
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }
     try:
@@ -71,7 +72,7 @@ def in_this_process(todo: list[Cell], folder: Path) -> list[Row]:
     """A row for each cell."""
     rows = []
     for cell in todo:
-        rows.append(row(cell, folder / f"{cell.host}{cell.bf16:d}{cell.compiled:d}"))
+        rows.append(row(cell, folder / f"{cell.host}{cell.bf16:d}{cell.backend}"))
         if int(os.environ.get("RANK", 0)) == 0:
             print(rows[-1], flush=True)
     return rows
@@ -79,7 +80,7 @@ def in_this_process(todo: list[Cell], folder: Path) -> list[Row]:
 
 def in_two_processes(todo: list[Cell], folder: Path) -> list[Row]:
     """The rows of two processes, which have to agree. Raises if one fails or hangs."""
-    told = [f"{cell.host},{cell.bf16:d},{cell.compiled:d}" for cell in todo]
+    told = [f"{cell.host},{cell.bf16:d},{cell.backend}" for cell in todo]
     codes = start_two(["-m", "benchmarks.hosts", "--worker", str(folder), *told])
     assert codes == [0, 0], f"exit codes {codes}"
     ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
@@ -89,7 +90,7 @@ def in_two_processes(todo: list[Cell], folder: Path) -> list[Row]:
     return rows
 
 
-def start_two(words: list[str], timeout: float = 600) -> list[int]:
+def start_two(words: list[str], timeout: float = 1800) -> list[int]:
     """Run Python with these words as two processes of one group; their exit codes. Raises if one hangs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -111,7 +112,7 @@ def worker(folder: Path, told: list[str]) -> None:
     """One of the two processes."""
     torch.set_num_threads(1)
     words = [each.split(",") for each in told]
-    rows = in_this_process([Cell(host, bf16 == "1", compiled == "1") for host, bf16, compiled in words], folder)
+    rows = in_this_process([Cell(host, bf16 == "1", backend) for host, bf16, backend in words], folder)
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(rows), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

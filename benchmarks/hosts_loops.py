@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import e2kd
 
 CLASSES, SIDE, IMAGES, BATCH, EPOCHS = 4, 64, 16, 4, 2
-BACKEND = "aot_eager"
 State = dict[str, Tensor]
 
 
@@ -33,7 +33,7 @@ class Cell:
 
     host: str
     bf16: bool = False
-    compiled: bool = False
+    backend: str = ""  # of torch.compile; none in eager mode
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def plain(cell: Cell, folder: Path, resume: Path | None) -> Trained:
         dist.init_process_group("gloo")
     student, average = network(1), averaged(network(1))
     criterion = e2kd.E2KDLoss(student, network(2), nn.CrossEntropyLoss())
-    model: Any = torch.compile(student, backend=BACKEND) if cell.compiled else student
+    model: Any = torch.compile(student, backend=cell.backend) if cell.backend else student
     if dist.is_initialized():
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
@@ -124,7 +124,7 @@ def accelerate(cell: Cell, folder: Path, resume: Path | None) -> Trained:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     accelerator = Accelerator(
-        cpu=True, mixed_precision="bf16" if cell.bf16 else "no", dynamo_backend=BACKEND if cell.compiled else None
+        cpu=True, mixed_precision="bf16" if cell.bf16 else "no", dynamo_backend=cell.backend or None
     )
     student, average = network(1), averaged(network(1))
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
@@ -159,16 +159,14 @@ def timm_script(cell: Cell, folder: Path, resume: Path | None) -> Trained:
         torch.save(network(2).state_dict(), weights)
     words = [str(Path(__file__).with_name("timm_train.py")), "--data-dir", str(data), "--output", str(folder / "out")]
     words += ["--kd-model-name", "test_resnet", "--teacher-checkpoint", str(weights), "--model-ema", "--clip-grad", "5"]
-    words += ["--amp"] * cell.bf16 + (["--torchcompile", BACKEND] if cell.compiled else [])
+    words += ["--amp"] * cell.bf16 + (["--torchcompile", cell.backend] if cell.backend else [])
     if resume is not None:
         words += ["--resume", str(resume / "out" / "checkpoint-0.pth.tar")]
     main(words)
     done = folder / "done"
     if os.environ.get("RANK", "0") == "0":  # which alone saves, and has left the process group by now
         done.touch()
-    deadline = time.monotonic() + 60
-    while not done.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(done)
     return saved_by_timm(folder / "out" / "last.pth.tar")
 
 
@@ -207,8 +205,8 @@ def transformers(cell: Cell, folder: Path, resume: Path | None) -> Trained:
     student = hf.ResNetForImageClassification(config)
     dataset = TensorDataset(*images())
     arguments = hf.TrainingArguments(
-        str(folder), use_cpu=True, bf16=cell.bf16, torch_compile=cell.compiled, num_train_epochs=EPOCHS,
-        torch_compile_backend=BACKEND if cell.compiled else None, per_device_train_batch_size=BATCH,
+        str(folder), use_cpu=True, bf16=cell.bf16, torch_compile=bool(cell.backend), num_train_epochs=EPOCHS,
+        torch_compile_backend=cell.backend or None, per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=2, save_strategy="epoch", eval_strategy="epoch", logging_steps=1, report_to=[],
         learning_rate=0.01, disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
@@ -223,6 +221,31 @@ def transformers(cell: Cell, folder: Path, resume: Path | None) -> Trained:
     return Trained(state_of(student))
 
 
+def meet_anew(file: Path) -> None:
+    """A port for the next process group, told to the others in a file.
+
+    The keys of a group that was destroyed stay in its store, and a second group of the same store may wait for the
+    addresses in them for ever (pytorch/pytorch#55967): every group gets a store of its own.
+    """
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            told = file.with_suffix(".told")
+            told.write_text(str(free.getsockname()[1]), encoding="ascii")
+        told.rename(file)
+    wait_for(file)
+    os.environ["MASTER_PORT"] = file.read_text(encoding="ascii")
+
+
+def wait_for(file: Path, seconds: float = 60) -> None:
+    """Until another process has made it. Raises a TimeoutError if that does not happen."""
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{file} has not come in {seconds:g} s")
+        time.sleep(0.05)
+
+
 HOSTS = {"timm": timm_script, "plain": plain, "accelerate": accelerate, "transformers": transformers}
 
 
@@ -234,7 +257,9 @@ def trained(cell: Cell, folder: Path, resume: Path | None = None) -> Trained:
         folder: where it saves; the same for all processes.
         resume: the folder of another training, whose first epoch this one goes on from.
     """
-    if cell.compiled:
+    if cell.backend:
         torch._dynamo.reset()
     folder.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ and not dist.is_initialized():
+        meet_anew(folder / "port")
     return partial(HOSTS[cell.host], cell, folder, resume)()

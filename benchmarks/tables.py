@@ -112,7 +112,7 @@ def trainers() -> str:
     found = results("hosts")
     return (
         f"{hosts.table(found['rows'])}\n\nNumbers of processes (gloo, CPU) for which a run resumed after its first "
-        "epoch ends with the weights and averages of an uninterrupted one, bit by bit; compiled with aot_eager: "
+        "epoch ends with the weights and averages of an uninterrupted one, bit by bit: "
         "`python -m benchmarks.hosts`. With weights of 0 the host's own result comes out bit by bit."
     )
 

@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true")
     parser.add_argument("--clip-grad", type=float)
+    parser.add_argument("--no-prefetcher", action="store_true")
     parser.add_argument("--drop", type=float, default=0.0)
     parser.add_argument("--grad-accum-steps", type=int, default=1)
     parser.add_argument("--model-ema", action="store_true")
@@ -113,6 +114,7 @@ def make_loader(args: argparse.Namespace, device: torch.device, *, train: bool =
         batch_size=args.batch_size,
         is_training=train,
         no_aug=True,
+        use_prefetcher=not args.no_prefetcher,
         num_workers=0,
         persistent_workers=False,
         distributed=args.distributed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,32 @@ class BcosContributions:
     def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
         """Encoded images and W(x), [B, C, H, W] -> [B, 1, h, w]."""
         return F.relu(averaged((features * gradient).sum(1, keepdim=True), self.resolution))
+
+
+KINDS = (GradCAM, HiResCAM, LayerCAM, InputGradient, BcosWeights, BcosContributions)
+KNOWN: dict[str, type[Any]] = {kind.__name__: kind for kind in KINDS}  # as caches name them
+NAMED = {name.lower(): kind for name, kind in KNOWN.items()}  # as command lines do
+
+
+def explainer_named(name: str, layer: str | None = None) -> Explainer:
+    """One of e2kd's explainers by its name on a command line or in a cache.
+
+    Raises:
+        ValueError: for another name, or a layer for one that reads the images.
+
+    >>> explainer_named("gradcam", "layer4")
+    GradCAM(layer='layer4')
+    """
+    kind = NAMED.get(name, KNOWN.get(name))
+    if kind is None:
+        raise ValueError(f"Expected an explainer of e2kd: {', '.join(NAMED)}, but got {name!r}.")
+    if layer is None:
+        explainer: Explainer = kind()
+    elif getattr(kind, "reads_images", False):
+        raise ValueError(f"{kind.__name__} reads no layer, but layer {layer!r} was given. Leave it out.")
+    else:
+        explainer = kind(layer)
+    return explainer
 
 
 def check_passes(passes: str | None) -> None:

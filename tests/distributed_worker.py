@@ -12,7 +12,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -258,14 +257,14 @@ def accelerate_dead(name: str) -> Result:
     return {"loss0": loss.detach(), "gradient0": reference.gradient(student), "task": torch.tensor(own)} | logged
 
 
-def transformers_trainer(name: str, folder: str) -> Result:
+def transformers_trainer(name: str) -> Result:
     """Hugging Face's Trainer counts the samples of both processes."""
     import transformers as hf
     from torch.utils.data import TensorDataset, default_collate
 
     from e2kd.trainers.transformers import E2KDCallback
 
-    made = joint_case(name)
+    made, folder = joint_case(name), str(Path(sys.argv[2]) / "trainer")
     student = made.copy()
     found: Result = {}
 
@@ -362,7 +361,7 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "vit-timm": partial(timm_task, "vit"),
         "vit-timm_e2kd": partial(timm_task, "vit", e2kd_task=True),
         "cnn-accelerate_dead": partial(accelerate_dead, "cnn"),
-        "vit-transformers": partial(transformers_trainer, "vit", os.path.join(tempfile.gettempdir(), "e2kd_trainer")),
+        "vit-transformers": partial(transformers_trainer, "vit"),
     },
     "transfer": transfer_cases.CASES,
 }

@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 
 from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
-
-IMAGES = ("inputgradient", "bcosweights", "bcoscontributions")  # these read no layer
-CHOICES = ("gradcam", "hirescam", "layercam", *IMAGES, "none")
+from e2kd.explainers import NAMED, explainer_named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view", type=int, default=256, help="side that images are brought to before anything random")
     parser.add_argument("--fit", choices=("crop", "squash"), default="crop", help="cut to a square, or squeeze")
     parser.add_argument("--teacher-size", type=int, help="side the teacher expects; a timm model's own if not given")
-    parser.add_argument("--explainer", choices=CHOICES, help="by the kind of model if not given; none: logits alone")
+    parser.add_argument(
+        "--explainer", choices=(*NAMED, "none"), help="by the kind of model if not given; none: logits alone"
+    )
     parser.add_argument("--layer", help="dotted name; found if not given")
     parser.add_argument("--classes", choices=("teacher", "labels"), default="teacher", help="which class to explain")
     parser.add_argument("--top", type=int, help="store the largest logits alone, and the probability of the rest")
@@ -29,17 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Freezes; under a launcher each process its share."""
-    from e2kd.frozen.teacher import EXPLAINERS, explainer_named
     from e2kd.frozen.views import CanonicalView
     from e2kd.frozen.writing import freeze
 
-    names = {name.lower(): name for name in EXPLAINERS}
-    if args.layer is not None and args.explainer in (*IMAGES, "none"):
-        raise ValueError(
-            f"--explainer {args.explainer} reads no layer, but --layer {args.layer} was given. Leave it out."
-        )
-    asked = "gradcam" if args.layer is not None and args.explainer is None else args.explainer
-    explainer = explainer_named(names[asked], args.layer) if asked in names else None
+    if args.layer is not None and args.explainer == "none":
+        raise ValueError(f"--explainer none reads no layer, but --layer {args.layer} was given. Leave it out.")
+    asked = args.explainer if args.layer is None else args.explainer or "gradcam"
+    explainer = None if asked in (None, "none") else explainer_named(asked, args.layer)
     dataset = make_dataset(args)
     frozen = freeze(
         make_teacher(args, dataset),

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from e2kd.errors import shape
-from e2kd.explainers import BcosContributions, BcosWeights, Explainer, GradCAM, HiResCAM, InputGradient, LayerCAM
+from e2kd.explainers import KNOWN, Explainer, explainer_named
 from e2kd.frozen.packing import Packing, is_packed, labels_in
 from e2kd.frozen.records import Rows
 from e2kd.frozen.remote import brought_here
@@ -23,23 +23,11 @@ if TYPE_CHECKING:
     from e2kd.frozen.verifying import Verification
 
 Augmentation = Callable[[Tensor, Taught], tuple[Tensor, Taught]]
-KNOWN = (GradCAM, HiResCAM, InputGradient, LayerCAM, BcosWeights, BcosContributions)
-EXPLAINERS: dict[str, type[Any]] = {e.__name__: e for e in KNOWN}
 
 NOT_TAUGHT = (
     "A frozen teacher has no lesson for this batch: expected targets of type e2kd.Taught, but got {came}. Train on "
     "FrozenDataset(dataset, frozen), whose samples are (image, Taught)."
 )
-
-
-def explainer_named(name: str, layer: str | None = None) -> Explainer:
-    """One of `EXPLAINERS`, which read a layer or, without one, find it.
-
-    >>> explainer_named("GradCAM", "layer4")
-    GradCAM(layer='layer4')
-    """
-    explainer: Explainer = EXPLAINERS[name]() if layer is None else EXPLAINERS[name](layer)
-    return explainer
 
 
 def explainer_said(said: Mapping[str, Any]) -> Explainer:
@@ -51,7 +39,7 @@ def explainer_said(said: Mapping[str, Any]) -> Explainer:
     if "resolution" not in said:
         return explainer_named(said["name"], said["layer"])
     size = said["resolution"]
-    explainer: Explainer = EXPLAINERS[said["name"]](tuple(size) if isinstance(size, list) else size)
+    explainer: Explainer = KNOWN[said["name"]](tuple(size) if isinstance(size, list) else size)
     return explainer
 
 
@@ -115,7 +103,7 @@ class FrozenTeacher:
     def explainer(self) -> Explainer | None:
         """What made the maps, with the layer left to be found for the student; None where that is not one of e2kd's."""
         explainer = self.plan["explainer"]
-        if explainer is None or explainer["name"] not in EXPLAINERS:
+        if explainer is None or explainer["name"] not in KNOWN:
             return None
         return explainer_said({**explainer, "layer": None})
 

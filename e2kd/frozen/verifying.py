@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.comparing import compare
-from e2kd.explainers import Explainer
+from e2kd.explainers import KNOWN, Explainer
 from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.fingerprints import hash_weights
 from e2kd.frozen.matching import match_rows
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
-from e2kd.frozen.teacher import EXPLAINERS, Augmentation, FrozenTeacher, explainer_said
+from e2kd.frozen.teacher import Augmentation, FrozenTeacher, explainer_said
 from e2kd.similarity import cosine, is_zero
 from e2kd.taught import Taught, all_known
 
@@ -125,7 +125,7 @@ def _asked(frozen: FrozenTeacher, model: nn.Module, example: Tensor, explainer: 
     """The live teacher, asked as it was when it was frozen."""
     teacher, said = frozen.plan["teacher"], frozen.plan["explainer"]
     if said is not None and explainer is None:
-        if said["name"] not in EXPLAINERS:
+        if said["name"] not in KNOWN:
             raise ValueError(f"The maps were made by {said['name']}. Pass it as explainer= to verify.")
         explainer = explainer_said(said)
     normalization = teacher["normalization"]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from e2kd.taught import Taught
 from e2kd.trainers.averages import Averages
@@ -33,9 +34,17 @@ class E2KDCallback(TrainerCallback):
         self.trainer = trainer
         self.averages = Averages(trainer.compute_loss_func)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader[Any] | None = None,
+        **_: Any,
+    ) -> None:
         """What `every` and `fraction` go on from after a resume."""
-        self.averages.resume(state.global_step * args.gradient_accumulation_steps)
+        batches = len(train_dataloader) if has_length(train_dataloader) else None
+        self.averages.resume(calls(state.global_step, args.gradient_accumulation_steps, batches))
 
     def on_log(
         self,
@@ -50,6 +59,23 @@ class E2KDCallback(TrainerCallback):
             parts = {f"e2kd/{name}": value for name, value in self.averages.take().items()}
             if parts:
                 self.trainer.log(parts)
+
+
+def calls(step: int, accumulated: int, batches: int | None) -> int:
+    """Batches that were seen in so many steps of the optimizer.
+
+    Args:
+        step: of the optimizer.
+        accumulated: batches of a step; the last of an epoch has what is left.
+        batches: of an epoch; None where it has no end.
+
+    >>> calls(3, 4, 6), calls(3, 4, None)
+    (10, 12)
+    """
+    if batches is None:
+        return step * accumulated
+    epochs, steps = divmod(step, -(-batches // accumulated))
+    return epochs * batches + steps * accumulated
 
 
 @dataclass(frozen=True)

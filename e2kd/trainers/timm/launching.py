@@ -7,6 +7,7 @@ data sets where a cache teaches, and `reduce_tensor` and `update_summary` for th
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -20,12 +21,11 @@ import timm.task
 import timm.utils
 import torch
 
-from e2kd.explainers import Explainer
+from e2kd.explainers import NAMED, explainer_named
 from e2kd.trainers.timm.logs import Logs
 from e2kd.trainers.timm.replacing import replaced
 from e2kd.trainers.timm.task import E2KDTask
 
-EXPLAINERS = ("gradcam", "hirescam", "layercam", "inputgradient")
 NO_TEACHER = (
     "Expected a teacher: --kd-model-name NAME (a timm model; --teacher-checkpoint FILE for weights of your own), or "
     "--frozen-cache DIR."
@@ -44,13 +44,35 @@ NO_TASK = (
     "{script} ended without making timm's LogitDistillationTask, so nothing was distilled. Expected timm's train.py of "
     "timm >= 1.0.27, or a script that makes that task."
 )
+AGAIN = (
+    "This process has already been one of {size} that trained together, and timm's script makes a process group for "
+    "each training. torch.distributed can't make a second one where it made the first ({address}): processes would "
+    "wait for addresses of the group that is gone, for ever. Start `torchrun` once for each training."
+)
 AFTER_READING = ("--mixup", "--cutmix", "--cutmix-minmax", "--reprob", "--aug-splits")
+
+_met: set[str] = set()  # where this process has met others
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script of the command line; its errors and exit status are its own."""
+    """Run the script of the command line; its errors and exit status are its own.
+
+    Raises:
+        RuntimeError: for a second training in the same process of several, under one MASTER_ADDR and MASTER_PORT.
+    """
     args, rest = parser().parse_known_args(argv)
     launch(args, [args.script, *script_arguments(args, rest)])
+
+
+def meet() -> None:
+    """Raise if the processes would meet where they have met before: the keys of a group outlive it in its store."""
+    size, address = (os.environ.get(name, "") for name in ("WORLD_SIZE", "MASTER_PORT"))
+    if size in ("", "1") or not address:
+        return
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{address}"
+    if address in _met:
+        raise RuntimeError(AGAIN.format(size=size, address=address))
+    _met.add(address)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("script", help="path of timm's train.py")
     made.add_argument("--e2kd-weight", type=float, default=1.0, help="of the explanation term (default: 1)")
-    made.add_argument("--e2kd-explainer", choices=EXPLAINERS, help="gradcam, or the cache's own, if not given")
+    made.add_argument(
+        "--e2kd-explainer", choices=tuple(NAMED), help="by the kind of model, or the cache's, if not given"
+    )
     made.add_argument("--e2kd-layer", help="the student's, by its dotted name; found if not given")
     made.add_argument("--e2kd-teacher-layer", help="the teacher's; found if not given")
     made.add_argument("--e2kd-fraction", type=float, default=1.0, help="share of each batch that is explained")
@@ -118,8 +142,9 @@ def prefetches_lessons() -> bool:
 
 def launch(args: argparse.Namespace, argv: list[str]) -> None:
     """Run the script `argv[0]` with timm's task, data sets and log as e2kd has them."""
+    meet()
     data: Any = timm.data
-    frozen = None
+    given, frozen = settings(args), None
     if args.frozen_cache is not None:
         from e2kd.frozen.teacher import FrozenTeacher
 
@@ -128,7 +153,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> None:
 
     def task(**of_script: Any) -> E2KDTask:
         teacher = {} if frozen is None else {"teacher_model": frozen}
-        made = E2KDTask(**of_script | teacher | settings(args))
+        made = E2KDTask(**of_script | teacher | given)
         logs.watch(made.averages)
         return made
 
@@ -155,23 +180,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.teacher_checkpoint is not None:
         found["teacher_pretrained_path"] = args.teacher_checkpoint
-    if args.e2kd_explainer is not None or args.e2kd_layer is not None:
-        found["explainer"] = explainer(args.e2kd_explainer, args.e2kd_layer)
-    if args.frozen_cache is None:
-        found["teacher_explainer"] = explainer(args.e2kd_explainer, args.e2kd_teacher_layer)
+    name = args.e2kd_explainer or "gradcam"
+    chosen = args.e2kd_explainer is not None or args.e2kd_layer is not None
+    if chosen:
+        found["explainer"] = explainer_named(name, args.e2kd_layer)
+    if args.frozen_cache is None and (chosen or args.e2kd_teacher_layer is not None):
+        found["teacher_explainer"] = explainer_named(name, args.e2kd_teacher_layer)
     return found
-
-
-def explainer(name: str | None, layer: str | None) -> Explainer:
-    """An explainer by its name on the command line.
-
-    >>> explainer(None, "layer3")
-    GradCAM(layer='layer3')
-    """
-    from e2kd.frozen.teacher import EXPLAINERS as CLASSES
-    from e2kd.frozen.teacher import explainer_named
-
-    return explainer_named({known.lower(): known for known in CLASSES}[name or "gradcam"], layer)
 
 
 def taught_dataset(create: Any, frozen: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,71 @@
+"""The oldest hosts that e2kd promises: python -m benchmarks.versions [NAME ...]
+
+Each is installed from the package registry into a folder of its own, in front of what is installed here, and has to
+pass the tests that are named with it. The newest are what all other tests run with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import ROOT
+
+
+@dataclass(frozen=True)
+class Oldest:
+    """Packages without their dependencies, and words for pytest."""
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+OLDEST = {
+    "timm's tasks": Oldest(
+        ("timm==1.0.27",), ("tests/test_trainers.py", "-k", "task or launcher or averages or (resumed_run and timm)")
+    ),
+}
+
+
+class NoRegistry(RuntimeError):
+    """Packages could not be installed."""
+
+
+def install(packages: tuple[str, ...], folder: Path) -> None:
+    """Bring packages into a folder. Raises NoRegistry if that can't be done."""
+    words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
+    done = subprocess.run(
+        [sys.executable, *words, "--target", str(folder), *packages], capture_output=True, text=True, timeout=300
+    )
+    if done.returncode != 0:
+        raise NoRegistry(f"pip could not install {', '.join(packages)}: {done.stderr.strip()[-500:]}")
+
+
+def passes(oldest: Oldest, folder: Path) -> tuple[bool, str]:
+    """Whether the tests pass with what was installed in a folder, and what pytest said."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *oldest.tests]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(OLDEST)}; all if none is given")
+    failed = []
+    for name in parser.parse_args().names or OLDEST:
+        with tempfile.TemporaryDirectory() as folder:
+            install(OLDEST[name].packages, Path(folder))
+            good, said = passes(OLDEST[name], Path(folder))
+        print(f"{name}, {OLDEST[name].packages[0]}: {said.strip().splitlines()[-1]}", flush=True)
+        failed += [] if good else [f"{name}:\n{said}"]
+    raise SystemExit("\n".join(failed) or 0)
+
+
+if __name__ == "__main__":
+    main()

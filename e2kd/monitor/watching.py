@@ -37,7 +37,8 @@ class TransferMonitor:
     - pictures: rows of images, the student's and the reference's explanation; and for each layer rows of images, what
       the student sees beyond the base, and the base beyond the student.
 
-    The student's mode, gradients, buffers and the random state stay as they were. On several processes the first
+    Base and teacher are asked once, and again only after their weights have changed. The student's mode, gradients,
+    buffers and the random state stay as they were. On several processes the first
     measures and logs, the others go on; where the student is sharded among them all take part and agree on when.
 
     Args:
@@ -155,6 +156,7 @@ class TransferMonitor:
         try:
             found = self._measured(device, together)
         finally:
+            self._probed.readings = None  # room for the training
             set_rng_state(states, device)
             if together:
                 ranks.reshard(self.student, self.base)

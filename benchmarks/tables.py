@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import bcos, families, frozen, frozen_quality, hosts, step
+from benchmarks import bcos, families, frozen, frozen_quality, hosts, step, transfer_studies
 from benchmarks.common import RESULTS, ROOT, markdown_table
 from e2kd.demo import report
 
@@ -133,6 +133,24 @@ def transfer_cost() -> str:
     lines = [[name, f"{ratio:.3g}"] for name, ratio in found["ratios"].items()]
     note = f"CPU time but for memory, {found['images']} images at {found['side']}, ResNet-50 and ResNet-50"
     return f"{markdown_table(['ratio', ''], lines)}\n\n{note}: `{found['command']}`."
+
+
+def studies() -> str:
+    """What each way of distilling hands over, and what a capacity gap costs, on either data set."""
+    return "\n\n".join(_study(data) for data in ("cifar10", "catsdogs"))
+
+
+def _study(data: str) -> str:
+    found = results(f"transfer_studies_{data}")
+    rows, settings = found["rows"], found["settings"]
+    images = f"{10 * settings['per_class']:,} images of CIFAR-10" if data == "cifar10" else "1,120 photos of ASIRRA"
+    seeds = len({row["seed"] for row in rows})
+    note = (
+        f"{images} at {settings['side']} pixels, {settings['epochs']} epochs, {seeds} paired seeds, mean ± sd; "
+        f"accuracy and agreement in percent, scores at the last stage: `{found['command']}`. "
+        f"{' '.join(transfer_studies.facts(rows))}"
+    )
+    return f"{transfer_studies.table(rows)}\n\n{note}"
 
 
 TABLES = {

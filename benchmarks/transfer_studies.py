@@ -27,14 +27,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from benchmarks.cifar import ResNet, normalized
+from benchmarks.cifar import NORMALIZATION, ResNet, normalized
 from benchmarks.cifar_data import BLOCKS, HELD_OUT, SHARED, TEST, TRAIN, few, fine_tuned, part
 from benchmarks.common import RESULTS, environment, markdown_table, write_json
 from benchmarks.distilling import STAGES, ByFeatures, Teaching, Way, by_answers, by_attention, outputs_of
@@ -96,6 +96,24 @@ ARMS = (
     Arm(GAP, "teacher", SMALL, "teacher"),
     Arm(GAP, "assistant", SMALL, "assistant"),
 )
+
+
+def resnet8(num_classes: int = 10, width: int = STUDENT, blocks: int = 1) -> ResNet:
+    """A student of the studies as commands make it: `e2kd report --student benchmarks.transfer_studies:resnet8`."""
+    model: Any = ResNet(blocks, width, num_classes)
+    model.feature_info = [{"module": stage} for stage in STAGES]
+    model.pretrained_cfg = {"input_size": (3, 32, 32)} | dict(zip(("mean", "std"), NORMALIZATION, strict=True))
+    return cast(ResNet, model)
+
+
+def resnet8_narrow(num_classes: int = 10) -> ResNet:
+    """The student across the capacity gap."""
+    return resnet8(num_classes, SMALL)
+
+
+def resnet32(num_classes: int = 10) -> ResNet:
+    """The teacher."""
+    return resnet8(num_classes, blocks=BLOCKS)
 
 
 def photographs(side: int) -> Data:
@@ -291,7 +309,6 @@ COLUMNS = {
     "FSS teacher": "teacher_fss",
     "FSS untrained": "control_fss",
     "RS": "rs_student",
-    "RS base": "rs_base",
     "RS distilled": "rs_distilled",
     "RS residual": "rs_residual",
 }
@@ -300,17 +317,36 @@ COLUMNS = {
 def table(rows: list[Row], stage: str = STAGES[-1]) -> str:
     """Means and deviations over the seeds: answers in percent, scores at a stage."""
     header = ["study", "distilled by", "accuracy", "to base", "agreement", *COLUMNS]
-    lines = []
-    for arm in ARMS:
-        own = [row for row in rows if (row["study"], row["arm"]) == (arm.study, arm.name)]
-        if not own:
-            continue
-        gains = [row["accuracy"] - row["base_accuracy"] for row in own]
-        cells = [_percent([row["accuracy"] for row in own]), "" if arm.name == BASE else _percent(gains, "+")]
-        cells += [_percent([row["agreement"] for row in own])]
-        scores = [[value_of(row, stage, name) for row in own] for name in COLUMNS.values()]
-        lines.append([arm.study, arm.name, *cells, *("" if arm.name == BASE else _mean(each) for each in scores)])
-    return markdown_table(header, lines)
+    return markdown_table(header, [_line(rows, arm, stage) for arm in ARMS if _rows_of(rows, arm)])
+
+
+def _line(rows: list[Row], arm: Arm, stage: str) -> list[str]:
+    """An arm's cells; of a base its own relevance is all there is."""
+    own, others = _rows_of(rows, arm), [row for row in rows if row["study"] == arm.study]
+    accuracy, agreement = (_percent([row[name] for row in own]) for name in ("accuracy", "agreement"))
+    if arm.name == BASE:
+        relevance = {row["seed"]: value_of(row, stage, "rs_base") for row in others if "scores" in row}
+        scores = ["" if name != "rs_student" else _mean(list(relevance.values())) for name in COLUMNS.values()]
+        return [arm.study, arm.name, accuracy, "", agreement, *scores]
+    gains = _percent([row["accuracy"] - row["base_accuracy"] for row in own], "+")
+    scores = [_mean([value_of(row, stage, name) for row in own]) for name in COLUMNS.values()]
+    return [arm.study, arm.name, accuracy, gains, agreement, *scores]
+
+
+def _rows_of(rows: list[Row], arm: Arm) -> list[Row]:
+    return [row for row in rows if (row["study"], row["arm"]) == (arm.study, arm.name)]
+
+
+def facts(rows: list[Row], stage: str = STAGES[-1]) -> list[str]:
+    """What the table leaves out, in sentences."""
+    scores = [row["scores"][stage] for row in rows if "scores" in row]
+    untrained = {row["study"]: value_of(row, stage, "control_rs") for row in rows if "scores" in row}
+    teacher = rows[0]["teacher_accuracy"]
+    return [
+        f"Teacher: {100 * teacher:.1f} %. Spread of a score by chance: {scores[0]['chance']:.3f}.",
+        f"RS of an untrained network: {', '.join(f'{value:.3f} ({study})' for study, value in untrained.items())}.",
+        f"RS distilled less that of *{AGAIN}*, same seed, with 95 % interval: {said(rows, 'rs_distilled', stage)}.",
+    ]
 
 
 def value_of(row: Row, stage: str, name: str) -> float | None:
@@ -346,10 +382,10 @@ def _values(rows: list[Row], study: str, arm: str, name: str, stage: str) -> dic
     return {row["seed"]: value for row in own if (value := value_of(row, stage, name)) is not None}
 
 
-def said(rows: list[Row], name: str) -> str:
+def said(rows: list[Row], name: str, stage: str = STAGES[-1]) -> str:
     """`against_chance` in words."""
     lines = []
-    for who, found in against_chance(rows, name).items():
+    for who, found in against_chance(rows, name, stage).items():
         between = found["interval"]
         bounds = f" ({between[0]:+.3f} to {between[1]:+.3f})" if between else ""
         lines.append(f"{who} {found['mean']:+.3f}{bounds}")
@@ -419,7 +455,7 @@ def main() -> None:
             lambda rows: write_json(path, {**more, "settings": asdict(settings), "rows": rows}),
         )
     print(table(rows))
-    print(said(rows, "rs_distilled"))
+    print("\n".join(facts(rows)))
 
 
 if __name__ == "__main__":

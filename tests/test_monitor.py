@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -385,12 +386,20 @@ class TestTrackers:
         assert [step for step, _ in logged] == [1, 3]
         assert logged[0] != logged[1]
 
-    def test_what_a_summary_of_epochs_needs(self) -> None:
-        """timm's update_summary writes the columns of its first row: names stay, NaN included."""
-        monitor = watch(Tracker(), net(3), every=1)
-        with pytest.warns(UserWarning, match="nothing but scale"):
-            monitor(0)
-        first = set(monitor.latest)
-        nn.init.normal_(monitor.student[2].weight)
-        monitor(1)
-        assert set(monitor.latest) == first
+    def test_timms_summary_has_the_same_columns_in_every_epoch(self, tmp_path: Path) -> None:
+        """It writes a header once and then values alone: also where one is NaN, or a probe was cut short."""
+        utils = pytest.importorskip("timm.utils")
+        monitor, file = watch(Tracker(), net(3), every=1), tmp_path / "summary.csv"
+        for epoch in range(3):
+            if epoch:
+                nn.init.normal_(monitor.student[2].weight)
+            monitor.budget.max_seconds = 1e-9 if epoch == 2 else None
+            with pytest.warns(UserWarning, match="nothing but scale|skipped") if epoch != 1 else nullcontext():
+                monitor(epoch)
+            utils.update_summary(epoch, {"loss": 1.0} | monitor.latest, None, file, write_header=epoch == 0)
+        same, changed, cut = csv.DictReader(file.open())
+        assert float(same["train_e2kd/fss/3"]) == pytest.approx(1)
+        assert same["train_e2kd/rs_distilled/3"] == "nan" != changed["train_e2kd/rs_distilled/3"]
+        assert cut["train_e2kd/fss/3"] == "nan"
+        assert float(same["train_e2kd/agreement"]) == 1
+        assert float(cut["train_e2kd/seconds"]) > 0

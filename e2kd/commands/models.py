@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 BCOS = "bcos."
-NAMES = f"timm name, or {BCOS}resnet18 and the like for the networks of e2kd.bcos"
+OWN = re.compile(r"(?!hf_hub:)[a-zA-Z_][\w.]*:[a-zA-Z_]\w*")  # not timm's hf-hub:owner/name
+NAMES = f"timm name, {BCOS}resnet18 and the like for networks of e2kd.bcos, or package.module:function for your own"
 
 
 def make_model(
@@ -20,14 +24,34 @@ def make_model(
 ) -> nn.Module:
     """A model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None.
 
-    `settings` are for timm.
+    `settings` are for timm, and for functions that make a network, as `num_classes` is.
     """
-    if name.startswith(BCOS):
+    if OWN.fullmatch(name):
+        model = _own(name, {**settings} if classes is None else {**settings, "num_classes": classes})
+    elif name.startswith(BCOS):
         model = _bcos(name, classes, **settings)
     else:
         model = _timm(name, classes, pretrained=pretrained, **settings)
     if checkpoint is not None:
         model.load_state_dict(read_state(checkpoint))
+    return model
+
+
+def _own(name: str, settings: dict[str, Any]) -> nn.Module:
+    """What a function makes, from an installed module or one in the working folder."""
+    module, function = name.split(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"Expected {name} to name a function that makes a network, but: {error}.") from error
+    try:
+        model = make(**settings)
+    except TypeError as error:
+        raise ValueError(f"{name} can't be called with {', '.join(settings) or 'nothing'}: {error}.") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Expected {name} to make a network, but it returned {type(model).__name__}.")
     return model
 
 

@@ -62,9 +62,9 @@ def fingerprint(model: nn.Module) -> Tensor | None:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return torch.view_as_real(tensor).norm(dtype=torch.float64)
-    return (tensor if tensor.is_floating_point() else tensor.double()).norm(dtype=torch.float64)
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    found: Tensor = torch.linalg.vector_norm(real if real.is_floating_point() else real.double(), dtype=torch.float64)
+    return found
 
 
 def _same(before: Tensor, now: Tensor) -> bool:

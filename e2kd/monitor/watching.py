@@ -67,7 +67,8 @@ class TransferMonitor:
         prefix: of every name that is logged.
 
     Attributes:
-        latest: every scalar of the last probe, NaN included, for summaries that need the same columns every time.
+        latest: every scalar of the last probe, NaN where it has none but an earlier one had, for summaries that need
+            the same columns every time: timm's `update_summary(epoch, metrics | monitor.latest, ...)`.
         reasons: why scalars of the last probe are NaN; each is warned of once.
 
     Raises:
@@ -162,7 +163,8 @@ class TransferMonitor:
                 ranks.reshard(self.student, self.base)
             self.budget.end()
         scalars = found.scalars | {"seconds": self.budget.last, "share": self.budget.share}
-        self.latest = {self.prefix + name: value for name, value in scalars.items()}
+        missing = dict.fromkeys(self.latest, float("nan"))  # what this probe had no time for
+        self.latest = missing | {self.prefix + name: value for name, value in scalars.items()}
         self.reasons = found.reasons
         if ranks.is_main():
             self._warn()

@@ -1,8 +1,8 @@
 """The UniCAM paper's studies on small networks: what each way of distilling hands over, and what a gap costs.
 
-    python -m benchmarks.transfer_studies --data cifar10      # about 35 minutes on one core; goes on where it stopped
-    python -m benchmarks.transfer_studies --data catsdogs     # the same for photographs of cats and dogs (ASIRRA)
-    python -m benchmarks.transfer_studies --quick             # a minute, to see that it runs; writes nothing
+    python -m benchmarks.transfer_studies --data cifar10                 # half an hour on one core; can be resumed
+    python -m benchmarks.transfer_studies --data catsdogs --epochs 12    # photographs of ASIRRA, a quarter of an hour
+    python -m benchmarks.transfer_studies --quick                        # a minute, to see that it runs; writes nothing
 
 Teacher: a ResNet-32 trained on CIFAR-10, for cats and dogs with the rows of these classes and fine-tuned on the photos.
 Equal base: a ResNet-8 that learns from labels and from the teacher's answers (Hinton et al. 2015), attention maps

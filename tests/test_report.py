@@ -273,6 +273,8 @@ class TestCommand:
             (["--masks", "images"], "Expected the mask of"),
             (["--encoder", "nowhere/nothing"], "neither a folder nor in the hub's cache"),
             (["--student-layers", "nowhere"], "no layer named 'nowhere'"),
+            (["--student", "resnet10tt"], "knows no model 'resnet10tt'. Did you mean resnet10t"),
+            (["--student", "resnet14t"], "student.safetensors holds other weights than resnet14t has: "),
         ],
     )
     def test_bad_input_is_said_in_a_sentence(

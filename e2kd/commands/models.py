@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import inspect
 import os
 import re
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -33,7 +35,11 @@ def make_model(
     else:
         model = _timm(name, classes, pretrained=pretrained, **settings)
     if checkpoint is not None:
-        model.load_state_dict(read_state(checkpoint))
+        try:
+            model.load_state_dict(read_state(checkpoint))
+        except RuntimeError as error:  # names every key that does not fit
+            said = shorten(" ".join(str(error).splitlines()[1:]), 160, placeholder=" ...")
+            raise ValueError(f"{checkpoint} holds other weights than {name} has: {said}") from error
     return model
 
 
@@ -73,7 +79,14 @@ def _timm(name: str, classes: int | None, **settings: Any) -> nn.Module:
     except ImportError as error:
         raise ImportError('models are made by timm: pip install "e2kd[timm]"') from error
     head: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    model: nn.Module = timm.create_model(name, **head, **settings)
+    try:
+        model: nn.Module = timm.create_model(name, **head, **settings)
+    except RuntimeError as error:
+        if not str(error).startswith("Unknown model"):
+            raise
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"timm {timm.__version__} knows no model {name!r}.{hint} Expected a {NAMES}.") from error
     return model
 
 

@@ -113,6 +113,7 @@ class TransferMonitor:
         images, labels = probe if isinstance(probe, tuple) else (probe, None)
         _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)
         self.student, self.base = unwrap(student), unwrap(base)
+        self._models = [self.student, self.base, *([] if teacher is None else [unwrap(teacher)])]
         self.log, self.log_images, self.prefix = log, log_images, prefix
         self.budget = Budget(every, max_seconds, max_share)
         self.latest: dict[str, float] = {}
@@ -121,7 +122,7 @@ class TransferMonitor:
         self._probed = Probed(
             self.student,
             self.base,
-            None if teacher is None else unwrap(teacher),
+            None if teacher is None else self._models[2],
             images,
             images if base_images is None else base_images,
             images if teacher_images is None else teacher_images,
@@ -138,7 +139,7 @@ class TransferMonitor:
 
     def __call__(self, step: int) -> None:
         """Probe if it is time to. Call it at every step, in every process."""
-        together = ranks.takes_all(self.student, self.base)
+        together = ranks.takes_all(*self._models)
         if not together and not ranks.is_main():
             return
         if self.budget.steps_passed(step) and self._agreed(self.budget.affordable(), together):
@@ -160,7 +161,7 @@ class TransferMonitor:
             self._probed.readings = None  # room for the training
             set_rng_state(states, device)
             if together:
-                ranks.reshard(self.student, self.base)
+                ranks.reshard(*self._models)
             self.budget.end()
         scalars = found.scalars | {"seconds": self.budget.last, "share": self.budget.share}
         missing = dict.fromkeys(self.latest, float("nan"))  # what this probe had no time for

@@ -21,6 +21,7 @@ h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0; display: block; overflow-x: auto; }
 th, td { padding: .25em .7em; text-align: left; border-bottom: 1px solid #eee; vertical-align: top; }
 th { border-bottom: 2px solid #bbb; } .n { text-align: right; } td.n { white-space: nowrap; } .who { color: #555; }
+td:last-child { min-width: 14em; }
 img { max-width: 100%; } figure { margin: 1em 0; } figcaption { color: #555; font-size: 13px; }
 .row { display: flex; flex-wrap: wrap; gap: 1em; } .row figure { flex: 1 1 440px; } code { font-size: 12px; }
 """
@@ -107,6 +108,8 @@ def _table(pair: Pair, measured: Measured) -> str:
             reasons = "; ".join(dict.fromkeys(s.reason for s in layer.regions.values() if s.reason))
             rows.append(_scores("", f"{measured.keep:g} % by own map", layer.regions, reasons))
     note = f"Distilled: the {first} beyond the {second}; residual: the {second} beyond the {first}."
+    if any(layer.regions for layer in pair.layers):
+        note += " By own map: each network is shown the pixels that its own maps keep, so the two see different images."
     return heading + _html_table(header, rows) + f"<figcaption>{escape(note)}</figcaption>"
 
 

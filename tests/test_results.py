@@ -79,25 +79,25 @@ def test_seeing_the_transfer_costs_little() -> None:
     assert share <= 0.02
 
 
-@pytest.mark.parametrize(
-    "data", [pytest.param(d, marks=measured(f"transfer_studies_{d}")) for d in ("cifar10", "catsdogs")]
-)
+@pytest.mark.parametrize("data", ["cifar10", "catsdogs"])
 def test_the_papers_studies_are_complete_and_say_what_the_readme_says(data: str) -> None:
-    """Three paired seeds of every arm. Features hand over what is relevant and leave nothing behind, beyond what two
-    networks of the same training differ in; a teacher's answers don't."""
+    """Three paired seeds of every arm. Features hand over what is relevant, beyond what two networks of one and
+    the same training differ in; a teacher's answers don't."""
     rows = tables.results(f"transfer_studies_{data}")["rows"]
     seeds: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         seeds.setdefault((row["study"], row["arm"]), []).append(row["seed"])
     assert seeds.keys() == {(arm.study, arm.name) for arm in transfer_studies.ARMS}
     assert all(len(each) >= 3 and sorted(each) == list(range(len(each))) for each in seeds.values())
-    assert all(row["accuracy"] > row["base_accuracy"] for row in rows if row["arm"] == "features")
-    gained = transfer_studies.against_chance(rows, "rs_distilled")
-    left = transfer_studies.against_chance(rows, "rs_residual")
-    assert gained["equal base, features"]["interval"][0] > 0
-    assert max(left["equal base, features"]["each"]) < 0
-    low, high = gained["equal base, answers"]["interval"]
-    assert low < 0 < high
+    for row in (row for row in rows if row["arm"] == "features"):
+        last = row["scores"]["layer3"]
+        assert row["accuracy"] > row["base_accuracy"]
+        assert last["rs_distilled"]["value"] > last["rs_residual"]["value"] + 0.2
+    for score in ("rs_distilled", "teacher_fss"):
+        gained = transfer_studies.against_chance(rows, score)
+        assert gained["equal base, features"]["interval"][0] > 0
+        low, high = gained["equal base, answers"]["interval"]
+        assert low < 0 < high
 
 
 @measured("frozen_quality")

@@ -35,16 +35,17 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-(6n+2) for 32x32 images, with the parameter names of the shared checkpoints."""
+    """ResNet-(6n+2) for 32x32 images, with the parameter names of the shared checkpoints, which are 16 wide."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, width: int = 16, classes: int = CLASSES) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        w = width
+        self.conv1, self.bn1 = nn.Conv2d(3, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w)
         self.layer1, self.layer2, self.layer3 = (
             nn.Sequential(*(Block(i if n == 0 else o, o, s if n == 0 else 1) for n in range(blocks)))
-            for i, o, s in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+            for i, o, s in ((w, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2))
         )
-        self.linear = nn.Linear(64, CLASSES)
+        self.linear = nn.Linear(4 * w, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks import bcos, families, frozen, hosts, limited, peers, step
+from benchmarks import bcos, families, frozen, hosts, limited, peers, step, transfer_studies
 from benchmarks.common import RESULTS, ROOT, markdown_table
 from e2kd.demo import report
 
@@ -136,11 +136,30 @@ def transfer_cost() -> str:
     return f"{markdown_table(['ratio', ''], lines)}\n\n{note}: `{found['command']}`."
 
 
+def studies() -> str:
+    """What each way of distilling hands over, and what a capacity gap costs, on either data set."""
+    return "\n\n".join(_study(data) for data in ("cifar10", "catsdogs"))
+
+
+def _study(data: str) -> str:
+    found = results(f"transfer_studies_{data}")
+    rows, settings = found["rows"], found["settings"]
+    images = f"{10 * settings['per_class']:,} images of CIFAR-10" if data == "cifar10" else "1,120 photos of ASIRRA"
+    seeds = len({row["seed"] for row in rows})
+    note = (
+        f"{images} at {settings['side']} pixels, {settings['epochs']} epochs, {seeds} paired seeds, mean ± sd; "
+        f"accuracy and agreement in percent, scores at the last stage: `{found['command']}`. "
+        f"{' '.join(transfer_studies.facts(rows))}"
+    )
+    return f"{transfer_studies.table(rows)}\n\n{note}"
+
+
 TABLES = {
     "demo": demo, "cost": cost, "coverage": coverage, "sizes": sizes, "hosts": trainers, "bcos": bcos_cost,
     "transfer": transfer_cost, "frozen": frozen_cost, "limited": limited_data, "peers": peers.table,
+    "studies": studies,
 }  # fmt: skip
-EVIDENCE = ("limited", "peers")
+EVIDENCE = ("limited", "studies", "peers")
 PAGES = {README: [name for name in TABLES if name not in EVIDENCE], ROOT / "benchmarks" / "README.md": EVIDENCE}
 
 

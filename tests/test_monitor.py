@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +179,36 @@ class TestWhatIsLeftAlone:
         plain, watched = trained(False), trained(True)
         assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
-    def test_fixed_models_are_explained_once(self) -> None:
-        teacher, calls = net(4), []
-        teacher.register_forward_hook(lambda *_: calls.append(1))
-        monitor = watch(Tracker(), teacher=teacher, every=1)
-        monitor(0)
-        first = len(calls)
-        monitor(1)
-        assert len(calls) == first
+    @pytest.mark.parametrize("change", [None, "weights", "statistics"])
+    def test_fixed_models_are_asked_once_until_they_change(self, change: str | None) -> None:
+        teacher, base, calls = net(4), Noisy(), list[str]()
+        teacher.register_forward_hook(lambda *_: calls.append("teacher"))
+        base.register_forward_hook(lambda *_: calls.append("base"))
+        tracker = Tracker()
+        watched = {"teacher": teacher, "layers": [("3", "norm")], "every": 1, "max_share": None}
+        monitor = TransferMonitor(net(0), base, (images(), LABELS), tracker.log, **watched)
+        with torch.no_grad():
+            monitor(0)
+            calls.clear()
+            if change == "weights":
+                base.conv.weight.data.add_(torch.randn(6, 3, 3, 3))  # leaves no trace but the values
+            if change == "statistics":
+                base.norm.running_mean.fill_(-1)
+            monitor(1)
+        assert calls == ([] if change is None else ["base"])
+        fresh = Tracker()
+        TransferMonitor(net(0), base, (images(), LABELS), fresh.log, **watched)(0)
+        assert tracker.scalars[1][1]["e2kd/fss/3"] == pytest.approx(fresh.scalars[0][1]["e2kd/fss/3"], abs=1e-12)
+        assert (tracker.scalars[1][1]["e2kd/fss/3"] == tracker.scalars[0][1]["e2kd/fss/3"]) == (change is None)
+
+    def test_a_base_whose_maps_are_large_is_read_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("e2kd.monitor.probed.ROOM", 100)
+        base, calls = net(3), []
+        base.register_forward_hook(lambda *_: calls.append(1))
+        monitor = TransferMonitor(net(0), base, images(), Tracker().log, teacher=net(4), layers=["3"], every=1)
+        for step in range(3):
+            monitor.measure(step)
+        assert len(calls) == 3
 
     def test_works_around_a_compiled_student(self) -> None:
         student = torch.compile(net(0), backend="eager")
@@ -363,12 +386,20 @@ class TestTrackers:
         assert [step for step, _ in logged] == [1, 3]
         assert logged[0] != logged[1]
 
-    def test_what_a_summary_of_epochs_needs(self) -> None:
-        """timm's update_summary writes the columns of its first row: names stay, NaN included."""
-        monitor = watch(Tracker(), net(3), every=1)
-        with pytest.warns(UserWarning, match="nothing but scale"):
-            monitor(0)
-        first = set(monitor.latest)
-        nn.init.normal_(monitor.student[2].weight)
-        monitor(1)
-        assert set(monitor.latest) == first
+    def test_timms_summary_has_the_same_columns_in_every_epoch(self, tmp_path: Path) -> None:
+        """It writes a header once and then values alone: also where one is NaN, or a probe was cut short."""
+        utils = pytest.importorskip("timm.utils")
+        monitor, file = watch(Tracker(), net(3), every=1), tmp_path / "summary.csv"
+        for epoch in range(3):
+            if epoch:
+                nn.init.normal_(monitor.student[2].weight)
+            monitor.budget.max_seconds = 1e-9 if epoch == 2 else None
+            with pytest.warns(UserWarning, match="nothing but scale|skipped") if epoch != 1 else nullcontext():
+                monitor(epoch)
+            utils.update_summary(epoch, {"loss": 1.0} | monitor.latest, None, file, write_header=epoch == 0)
+        same, changed, cut = csv.DictReader(file.open())
+        assert float(same["train_e2kd/fss/3"]) == pytest.approx(1)
+        assert same["train_e2kd/rs_distilled/3"] == "nan" != changed["train_e2kd/rs_distilled/3"]
+        assert cut["train_e2kd/fss/3"] == "nan"
+        assert float(same["train_e2kd/agreement"]) == 1
+        assert float(cut["train_e2kd/seconds"]) > 0

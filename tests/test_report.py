@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nets import cnn
 from torch import Tensor, nn
 
 import e2kd
+from e2kd.commands.models import make_model
 from e2kd.distance import Score
 from e2kd.report import page, wording
 from e2kd.report.measuring import LayerScores, Measured, Pair, Pictures, Subject, measure
@@ -198,9 +200,11 @@ class TestWords:
     def test_speak_of_what_is_above_chance_only(self) -> None:
         fss, control = score(0.9), score(0.3)
         clear = self.say(fss=fss, fss_control=control, rs_distilled=score(0.3), rs_residual=score(0.05))
-        assert "The student learned features relevant to the labels that the base lacks at layer1" in clear
+        assert "The student has features relevant to the labels that the base lacks at layer1" in clear
         assert "Nothing relevant to the labels that the base has beyond the student stands out" in clear
         assert "untrained network has in common" not in clear
+        assert "Two networks of one and the same training" in clear
+        assert wording.SEEDS not in self.say(fss=fss, fss_control=control, rs_distilled=score(0.05))
 
     def test_a_similarity_that_needs_no_training_is_called_so(self) -> None:
         assert "At layer1 that is no more than an untrained" in self.say(fss=score(0.9), fss_control=score(0.88))
@@ -269,6 +273,8 @@ class TestCommand:
             (["--masks", "images"], "Expected the mask of"),
             (["--encoder", "nowhere/nothing"], "neither a folder nor in the hub's cache"),
             (["--student-layers", "nowhere"], "no layer named 'nowhere'"),
+            (["--student", "resnet10tt"], "knows no model 'resnet10tt'. Did you mean resnet10t"),
+            (["--student", "resnet14t"], "student.safetensors holds other weights than resnet14t has: "),
         ],
     )
     def test_bad_input_is_said_in_a_sentence(
@@ -292,6 +298,32 @@ class TestCommand:
             change = ["--masks", str(tmp_path)]
         assert main(self.arguments(folder, tmp_path / "out", "--count", "8", "--regions", "none", *change)) == 2
         assert message in capsys.readouterr().err
+
+    def test_a_network_that_a_function_of_ones_own_makes(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Found in the working folder, and shown under the function's name."""
+        from e2kd.cli import main
+
+        (tmp_path / "own_networks.py").write_text(
+            "import timm\n"
+            "def small(num_classes): return timm.create_model('resnet10t', num_classes=num_classes)\n"
+            "def nothing(num_classes): return None\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.path", list(sys.path))
+        arguments = self.arguments(folder, tmp_path, "--count", "4", "--regions", "none")
+        arguments[arguments.index("resnet10t")] = "own_networks:small"
+        assert main(arguments) == 0
+        found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert found["networks"][0]["name"] == "small (student.safetensors)"
+        for name, message in {
+            "own_networks:nothing": "returned NoneType",
+            "own_networks:missing": "no attribute 'missing'",
+            "no_such_module:small": "No module named",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                make_model(name, 2, None, pretrained=False)
 
     def test_one_network_is_not_enough(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         from e2kd.cli import main

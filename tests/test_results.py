@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hosts, limited, tables
+from benchmarks import hosts, limited, tables, transfer_studies
 from benchmarks.paired import differences
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -79,6 +79,27 @@ def test_seeing_the_transfer_costs_little() -> None:
     assert memory <= 0.25
     assert road >= 5
     assert share <= 0.02
+
+
+@pytest.mark.parametrize("data", ["cifar10", "catsdogs"])
+def test_the_papers_studies_are_complete_and_say_what_the_readme_says(data: str) -> None:
+    """Three paired seeds of every arm. Features hand over what is relevant, beyond what two networks of one and
+    the same training differ in; a teacher's answers don't."""
+    rows = tables.results(f"transfer_studies_{data}")["rows"]
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        seeds.setdefault((row["study"], row["arm"]), []).append(row["seed"])
+    assert seeds.keys() == {(arm.study, arm.name) for arm in transfer_studies.ARMS}
+    assert all(len(each) >= 3 and sorted(each) == list(range(len(each))) for each in seeds.values())
+    for row in (row for row in rows if row["arm"] == "features"):
+        last = row["scores"]["layer3"]
+        assert row["accuracy"] > row["base_accuracy"]
+        assert last["rs_distilled"]["value"] > last["rs_residual"]["value"] + 0.2
+    for score in ("rs_distilled", "teacher_fss"):
+        gained = transfer_studies.against_chance(rows, score)
+        assert gained["equal base, features"]["interval"][0] > 0
+        low, high = gained["equal base, answers"]["interval"]
+        assert low < 0 < high
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("limited_*_*.json")), ids=lambda path: path.stem)

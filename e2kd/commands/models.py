@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
 import inspect
 import os
+import re
+import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 BCOS = "bcos."
-NAMES = f"timm name, or {BCOS}resnet18 and the like for the networks of e2kd.bcos"
+OWN = re.compile(r"(?!hf_hub:)[a-zA-Z_][\w.]*:[a-zA-Z_]\w*")  # not timm's hf-hub:owner/name
+NAMES = f"timm name, {BCOS}resnet18 and the like for networks of e2kd.bcos, or package.module:function for your own"
 
 
 def make_model(
@@ -20,14 +26,38 @@ def make_model(
 ) -> nn.Module:
     """A model with the weights of a checkpoint, of timm's hub or at random; its own head if `classes` is None.
 
-    `settings` are for timm.
+    `settings` are for timm, and for functions that make a network, as `num_classes` is.
     """
-    if name.startswith(BCOS):
+    if OWN.fullmatch(name):
+        model = _own(name, {**settings} if classes is None else {**settings, "num_classes": classes})
+    elif name.startswith(BCOS):
         model = _bcos(name, classes, **settings)
     else:
         model = _timm(name, classes, pretrained=pretrained, **settings)
     if checkpoint is not None:
-        model.load_state_dict(read_state(checkpoint))
+        try:
+            model.load_state_dict(read_state(checkpoint))
+        except RuntimeError as error:  # names every key that does not fit
+            said = shorten(" ".join(str(error).splitlines()[1:]), 160, placeholder=" ...")
+            raise ValueError(f"{checkpoint} holds other weights than {name} has: {said}") from error
+    return model
+
+
+def _own(name: str, settings: dict[str, Any]) -> nn.Module:
+    """What a function makes, from an installed module or one in the working folder."""
+    module, function = name.split(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"Expected {name} to name a function that makes a network, but: {error}.") from error
+    try:
+        model = make(**settings)
+    except TypeError as error:
+        raise ValueError(f"{name} can't be called with {', '.join(settings) or 'nothing'}: {error}.") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Expected {name} to make a network, but it returned {type(model).__name__}.")
     return model
 
 
@@ -49,7 +79,14 @@ def _timm(name: str, classes: int | None, **settings: Any) -> nn.Module:
     except ImportError as error:
         raise ImportError('models are made by timm: pip install "e2kd[timm]"') from error
     head: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    model: nn.Module = timm.create_model(name, **head, **settings)
+    try:
+        model: nn.Module = timm.create_model(name, **head, **settings)
+    except RuntimeError as error:
+        if not str(error).startswith("Unknown model"):
+            raise
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"timm {timm.__version__} knows no model {name!r}.{hint} Expected a {NAMES}.") from error
     return model
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from e2kd.commands.models import device_for, make_model
+from e2kd.commands.models import NAMES, device_for, make_model
 from e2kd.commands.photos import find_photos, normalized, read_masks, read_photos
 from e2kd.errors import UnsupportedModel
 
@@ -26,7 +26,7 @@ SIDE = 224  # of the pictures shown and masked
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `e2kd report`."""
     for role, said in zip(ROLES, ("distilled", "the same without distillation", "it learned from"), strict=True):
-        parser.add_argument(f"--{role}", required=role == "student", help=f"timm name: {said}")
+        parser.add_argument(f"--{role}", required=role == "student", help=f"{said}: {NAMES}")
         parser.add_argument(f"--{role}-checkpoint", type=Path, help="its state_dict; timm's own weights if not given")
         parser.add_argument(f"--{role}-layers", nargs="+", help="dotted names, early to late; found if not given")
         parser.add_argument(f"--{role}-size", type=int, help="side of its images; its own if not given")
@@ -103,7 +103,8 @@ def _subject(args: argparse.Namespace, role: str, paths: list[Path], classes: li
         layers = layers or stages(model, images)
     except UnsupportedModel as error:
         raise UnsupportedModel(str(error).replace("--layers", f"--{role}-layers")) from error
-    label = name if checkpoint is None else f"{name} ({checkpoint.name})"
+    short = name.rpartition(":")[2]  # of a function its own name
+    label = short if checkpoint is None else f"{short} ({checkpoint.name})"
     return Subject(role, label, model, images, list(layers))
 
 

@@ -12,11 +12,14 @@ from e2kd.distance import DistanceSums, Score
 from e2kd.explainers import Explainer
 from e2kd.inspection import explain
 from e2kd.monitor.answers import Answers, answers_of, check_classes, compared
+from e2kd.monitor.fixed import Fixed
 from e2kd.pictures import displayable, enlarge, overlay, panel
-from e2kd.transfer import Reading, Regions, compare, layer_features, read, scores_of, untrained
-from e2kd.transfer.contrasting import read_both
+from e2kd.transfer import Models, Reading, Regions, compare, read, scores_of, untrained
+from e2kd.transfer.contrasting import names_of, read_one
+from e2kd.transfer.seeing import features_of
 
 SIZE = (128, 128)  # of the pictures, pixels
+ROOM = 2**29  # bytes of a base's maps that are kept from one probe to the next; larger ones are read anew
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Part:
 
 
 class Probed:
-    """Models and images; what `TransferMonitor` was given. Models that stay the same are asked once.
+    """Models and images; what `TransferMonitor` was given. Base and teacher are asked once while they stay the same.
 
     Args:
         images, base_images, teacher_images: the same pictures for each model, [n, C, H, W].
@@ -79,37 +82,47 @@ class Probed:
         self.layers, self.regions, self.explainer, self.batch_size = layers, regions, explainer, batch_size
         self.pictures, self.normalization = pictures, normalization
         self.control = untrained(student) if control else None
-        self.reference: Answers | None = None
+        self.reference, self.base_reading = Fixed[Answers](), Fixed[Reading](lambda found: _bytes(found) <= ROOM)
+        self.readings: tuple[Reading, Reading] | None = None  # of the probe that is under way, for its later stages
         self.control_distances: list[Tensor] = []
 
     def answers(self, device: torch.device) -> Part:
         """How the student's answers and explanations compare with the teacher's, or the base's."""
         images = self.images.to(device)
-        if self.reference is None:
-            self.reference = self._asked(device)
-            check_classes(explain(self.student, images[:2], explainer=self.explainer).logits, self.reference.logits)
-        student = answers_of(self.student, images, self.reference.classes, self.explainer, self.batch_size)
-        drawn = self._drawn("explanations", student.maps, self.reference.maps)
-        return Part(compared(student, self.reference, self.masks), drawn)
-
-    def _asked(self, device: torch.device) -> Answers:
-        model, images = (self.base, self.base_images)
+        model, pictures = self.base, self.base_images
         if self.teacher is not None:
-            model, images = self.teacher, self.teacher_images
-        return answers_of(model, images.to(device), None, self.explainer, self.batch_size)
+            model, pictures = self.teacher, self.teacher_images
+
+        def ask() -> Answers:
+            found = answers_of(model, pictures.to(device), None, self.explainer, self.batch_size)
+            check_classes(explain(self.student, images[:2], explainer=self.explainer).logits, found.logits)
+            return found
+
+        reference = self.reference(model, ask)
+        student = answers_of(self.student, images, reference.classes, self.explainer, self.batch_size)
+        drawn = self._drawn("explanations", student.maps, reference.maps)
+        return Part(compared(student, reference, self.masks), drawn)
 
     def transfer(self, device: torch.device) -> Part:
         """UniCAM, and the scores of whole images."""
-        images = (self.images.to(device), self.base_images.to(device))
-        readings = read_both(self.student, self.base, images, self.layers, batch_size=self.batch_size)
-        part = Part({"n": float(len(images[0]))})
-        for name, layer in compare(*readings, self.targets).layers.items():
+        student, base = self.readings = self._read(device)
+        part = Part({"n": float(student.count)})
+        for name, layer in compare(student, base, self.targets).layers.items():
             scores = scores_of(layer.sums)
             both = {"distilled": layer.distilled, "residual": layer.residual}
             blank = {f"blank_{side}/{name}": found.blank.double().mean().item() for side, found in both.items()}
             drawn = self._drawn(f"unicam/{name}", layer.distilled.maps, layer.residual.maps)
             part |= Part.of(scores, name) | Part(blank | {"chance": scores["fss"].chance}, drawn)
-        return part | self._against_control(readings[0], images[0])
+        return part | self._against_control(student, self.images.to(device))
+
+    def _read(self, device: torch.device) -> tuple[Reading, Reading]:
+        """The layers of both models."""
+        (mine, others), size = names_of(self.layers), {"batch_size": self.batch_size}
+
+        def ask() -> Reading:
+            return read_one("base", self.base, self.base_images.to(device), others, size)
+
+        return read_one("student", self.student, self.images.to(device), mine, size), self.base_reading(self.base, ask)
 
     def _against_control(self, student: Reading, images: Tensor) -> Part:
         """The student's similarity to the untrained network."""
@@ -127,16 +140,10 @@ class Probed:
 
     def seen(self, device: torch.device) -> Part:
         """The scores of the pixels that each model's maps keep."""
-        found = layer_features(
-            self.student,
-            self.base,
-            self.images.to(device),
-            self.targets,
-            self.layers,
-            regions=self.regions,
-            base_images=self.base_images.to(device),
-            batch_size=self.batch_size,
-        )
+        assert self.readings is not None  # UniCAM comes first
+        images = (self.images.to(device), self.base_images.to(device))
+        models = Models(self.student, self.base, images, self.readings, self.targets)
+        found = features_of(models, self.regions, batch_size=self.batch_size)
         part = Part()
         for name, layer in found.items():
             part |= Part.of(scores_of(layer.sums), name, "regions/")
@@ -150,3 +157,7 @@ class Probed:
         images = displayable(self.images[: self.pictures], self.normalization)
         maps = (m[: self.pictures].abs().sum(1, keepdim=True) for m in (first, second))
         return {name: panel([enlarge(images, SIZE), *(overlay(images, m, SIZE) for m in maps)])}
+
+
+def _bytes(reading: Reading) -> int:
+    return sum(layer.maps.nbytes for layer in reading.layers)

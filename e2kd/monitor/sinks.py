@@ -56,7 +56,9 @@ def to_tensorboard(writer: Any) -> Sinks:
 def to_accelerate(accelerator: Any) -> Sinks:
     """Into every tracker of an `accelerate.Accelerator`: scalars into all, pictures into those that take images.
 
-    Call it after `init_trackers`. Trackers are asked for when something is logged, so that later ones count too.
+    Call it after `init_trackers`. Trackers are asked for when something is logged, so that later ones count too. Those
+    that take no images (MLflow, Comet, Trackio, DVCLive) get the scalars alone: `to_folder` keeps the pictures. Log the
+    rest of the training with its steps as well: W&B drops what comes with a smaller step than before.
 
     >>> class Accelerator:
     ...     trackers = []

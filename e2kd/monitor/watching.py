@@ -37,7 +37,8 @@ class TransferMonitor:
     - pictures: rows of images, the student's and the reference's explanation; and for each layer rows of images, what
       the student sees beyond the base, and the base beyond the student.
 
-    The student's mode, gradients, buffers and the random state stay as they were. On several processes the first
+    Base and teacher are asked once, and again only after their weights have changed. The student's mode, gradients,
+    buffers and the random state stay as they were. On several processes the first
     measures and logs, the others go on; where the student is sharded among them all take part and agree on when.
 
     Args:
@@ -66,7 +67,8 @@ class TransferMonitor:
         prefix: of every name that is logged.
 
     Attributes:
-        latest: every scalar of the last probe, NaN included, for summaries that need the same columns every time.
+        latest: every scalar of the last probe, NaN where it has none but an earlier one had, for summaries that need
+            the same columns every time: timm's `update_summary(epoch, metrics | monitor.latest, ...)`.
         reasons: why scalars of the last probe are NaN; each is warned of once.
 
     Raises:
@@ -111,6 +113,7 @@ class TransferMonitor:
         images, labels = probe if isinstance(probe, tuple) else (probe, None)
         _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)
         self.student, self.base = unwrap(student), unwrap(base)
+        self._models = [self.student, self.base, *([] if teacher is None else [unwrap(teacher)])]
         self.log, self.log_images, self.prefix = log, log_images, prefix
         self.budget = Budget(every, max_seconds, max_share)
         self.latest: dict[str, float] = {}
@@ -119,7 +122,7 @@ class TransferMonitor:
         self._probed = Probed(
             self.student,
             self.base,
-            None if teacher is None else unwrap(teacher),
+            None if teacher is None else self._models[2],
             images,
             images if base_images is None else base_images,
             images if teacher_images is None else teacher_images,
@@ -136,7 +139,7 @@ class TransferMonitor:
 
     def __call__(self, step: int) -> None:
         """Probe if it is time to. Call it at every step, in every process."""
-        together = ranks.takes_all(self.student, self.base)
+        together = ranks.takes_all(*self._models)
         if not together and not ranks.is_main():
             return
         if self.budget.steps_passed(step) and self._agreed(self.budget.affordable(), together):
@@ -155,12 +158,14 @@ class TransferMonitor:
         try:
             found = self._measured(device, together)
         finally:
+            self._probed.readings = None  # room for the training
             set_rng_state(states, device)
             if together:
-                ranks.reshard(self.student, self.base)
+                ranks.reshard(*self._models)
             self.budget.end()
         scalars = found.scalars | {"seconds": self.budget.last, "share": self.budget.share}
-        self.latest = {self.prefix + name: value for name, value in scalars.items()}
+        missing = dict.fromkeys(self.latest, float("nan"))  # what this probe had no time for
+        self.latest = missing | {self.prefix + name: value for name, value in scalars.items()}
         self.reasons = found.reasons
         if ranks.is_main():
             self._warn()

@@ -23,7 +23,10 @@ SIDE = (160, 160)  # of a picture, pixels
 
 def similarity_curves(measured: Measured) -> bytes:
     """FSS over the layers of every pair, and of the student with an untrained network."""
-    figure, axis = _axes("Feature similarity (FSS)", "1: the same geometry, 0: nothing in common")
+    figure, axis = _axes(
+        "Feature similarity (FSS)",
+        "1: the same geometry, 0: nothing in common; the band is what chance gives, two spreads",
+    )
     for place, pair in enumerate(measured.pairs):
         scores = [layer.scores["fss"] for layer in pair.layers]
         _curve(axis, scores, place, f"{pair.roles[0]} - {pair.roles[1]}")

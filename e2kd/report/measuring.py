@@ -15,8 +15,9 @@ from e2kd.inspection import Explanation, explain
 from e2kd.localization import energy_on_mask, intersection_over_union
 from e2kd.report.stages import paired
 from e2kd.similarity import cosine
-from e2kd.transfer import Reading, Regions, UniCAMResult, layer_features, read, scores_of, stability, untrained
+from e2kd.transfer import Models, Reading, Regions, UniCAMResult, read, scores_of, stability, untrained
 from e2kd.transfer.contrasting import contrast
+from e2kd.transfer.seeing import features_of
 from e2kd.transfer.targets import label_features
 
 
@@ -206,17 +207,8 @@ def _layers(
     steady = _steady(mine, other, pictures)
     shown = {}
     if regions is not None:
-        shown = layer_features(
-            first.model,
-            second.model,
-            first.images,
-            pictures.targets,
-            names,
-            regions=regions,
-            keep=keep,
-            base_images=second.images,
-            batch_size=batch_size,
-        )
+        models = Models(first.model, second.model, (first.images, second.images), (mine, other), pictures.targets)
+        shown = features_of(models, regions, keep=keep, batch_size=batch_size)
     found = []
     for index, (name, layer) in enumerate(maps.layers.items()):
         sums = DistanceSums.of_distances(student=mine.layers[index].distances, control=base.layers[index].distances)

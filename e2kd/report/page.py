@@ -20,10 +20,12 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; mar
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0; display: block; overflow-x: auto; }
 th, td { padding: .25em .7em; text-align: left; border-bottom: 1px solid #eee; vertical-align: top; }
-th { border-bottom: 2px solid #bbb; } td.n { text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #bbb; } .n { text-align: right; } td.n { white-space: nowrap; } .who { color: #555; }
+td:last-child { min-width: 14em; }
 img { max-width: 100%; } figure { margin: 1em 0; } figcaption { color: #555; font-size: 13px; }
 .row { display: flex; flex-wrap: wrap; gap: 1em; } .row figure { flex: 1 1 440px; } code { font-size: 12px; }
 """
+UNDEFINED = "undefined"
 SCORES = ("fss", "fss_control", "rs_student", "rs_base", "rs_distilled", "rs_residual")  # columns, in their order
 
 
@@ -52,38 +54,45 @@ def _figures(measured: Measured) -> dict[str, bytes]:
 def render(measured: Measured, figures: dict[str, bytes], command: str = "") -> str:
     """The page's text."""
     first = measured.pairs[0]
-    title = "What was transferred: " + " and ".join(subject.name for subject in measured.subjects)
+    who = ", ".join(f"{subject.role} {subject.name}" for subject in measured.subjects)
     parts = [
-        f"<h1>{escape(title)}</h1>",
+        f'<h1>What was transferred</h1><p class="who">{escape(who)}</p>',
         _list(wording.findings(measured)),
         "<h2>The networks</h2>",
         _answers(measured),
         "<h2>Layer by layer</h2>",
         '<div class="row">',
-        *(_figure(figures[name], name, "") for name in ("fss.png", "rs.png") if name in figures),
+        *(_figure(figures[name], name) for name in ("fss.png", "rs.png") if name in figures),
         "</div>",
         *(_table(pair, measured) for pair in measured.pairs),
         "<h2>Where each sees what the other does not (UniCAM)</h2>",
         *(
-            _figure(figures[f"unicam-{index + 1}.png"], f"unicam-{index + 1}.png", _name(layer))
-            for index, layer in enumerate(first.layers)
+            f"<h3>{escape(_name(layer))}</h3>" + _figure(figures[name], name)
+            for layer, name in zip(first.layers, [name for name in figures if name.startswith("unicam")], strict=True)
         ),
         "<h2>What these numbers can't say</h2>",
         _list(wording.limits(measured)),
         f"<p><code>{escape(command)}</code><br>e2kd {escape(__version__)}</p>",
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>What was transferred: {escape(who)}</title><style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
 def _answers(measured: Measured) -> str:
-    header = ["", "network", "accuracy", "energy on the object (EPG)", "IoU", "maps without evidence", "layers"]
-    rows = []
-    for subject in measured.subjects:
-        found = measured.answers[subject.role]
-        shares = [_share(value) for value in (found.accuracy, found.epg, found.iou, found.zero_maps)]
-        rows.append([subject.role, subject.name, *shares, ", ".join(subject.layers)])
-    return _html_table(header, rows)
+    """The networks; columns that no network has a value for, as those of masks without masks, are left out."""
+    columns = {
+        "accuracy": "accuracy",
+        "epg": "energy on the object (EPG)",
+        "iou": "IoU",
+        "zero_maps": "maps without evidence",
+    }
+    found = {subject.role: vars(measured.answers[subject.role]) for subject in measured.subjects}
+    shown = [name for name in columns if any(not math.isnan(values[name]) for values in found.values())]
+    rows = [
+        [s.role, s.name, *(_share(found[s.role][name]) for name in shown), ", ".join(s.layers)]
+        for s in measured.subjects
+    ]
+    return _html_table(["", "network", *(columns[name] for name in shown), "layers"], rows)
 
 
 def _table(pair: Pair, measured: Measured) -> str:
@@ -99,6 +108,8 @@ def _table(pair: Pair, measured: Measured) -> str:
             reasons = "; ".join(dict.fromkeys(s.reason for s in layer.regions.values() if s.reason))
             rows.append(_scores("", f"{measured.keep:g} % by own map", layer.regions, reasons))
     note = f"Distilled: the {first} beyond the {second}; residual: the {second} beyond the {first}."
+    if any(layer.regions for layer in pair.layers):
+        note += " By own map: each network is shown the pixels that its own maps keep, so the two see different images."
     return heading + _html_table(header, rows) + f"<figcaption>{escape(note)}</figcaption>"
 
 
@@ -114,27 +125,32 @@ def _scores(layer: str, pixels: str, scores: dict[str, Score], said: str) -> lis
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>\n" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    """Columns of numbers are aligned to the right."""
+    numeric = [all(_is_number(cell) for cell in column) for column in zip(*rows, strict=True)]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        styled = zip(cells, numeric, strict=True)
+        return "".join(f"<{tag}{' class=n' if number else ''}>{escape(cell)}</{tag}>" for cell, number in styled)
+
+    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
+    return f"<table><thead><tr>{line('th', header)}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
-def _cell(text: str) -> str:
-    return f'<td class="n">{escape(text)}</td>' if text[:1] in "-0123456789" and text else f"<td>{escape(text)}</td>"
+def _is_number(text: str) -> bool:
+    return text[:1] in "-0123456789" or text == UNDEFINED
 
 
 def _list(sentences: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _figure(data: bytes, name: str, caption: str) -> str:
+def _figure(data: bytes, name: str) -> str:
     source = "data:image/png;base64," + base64.b64encode(data).decode()
-    said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img src="{source}" alt="{escape(name, quote=True)}">{said}</figure>'
+    return f'<figure><img src="{source}" alt="{escape(name, quote=True)}"></figure>'
 
 
 def _score(score: Score) -> str:
-    return "undefined" if score.reason else f"{score.value:.2f} ± {score.error:.2f}"
+    return UNDEFINED if score.reason else f"{score.value:.2f} ± {score.error:.2f}"
 
 
 def _number(value: float, digits: int) -> str:

@@ -11,6 +11,10 @@ CLEAR = 3.0  # spreads by chance, or standard errors, that a value must be away 
 ADVISED = 64  # images
 STEADY = 0.7  # correlation of maps among other companions
 BLANK = 0.25  # share of blank maps that is many
+SEEDS = (
+    "Two networks of one and the same training, with other random numbers, lack some of each other's relevant features "
+    "too: only what goes beyond that was transferred. Take a second base as the student to see how much it is."
+)
 
 
 def findings(measured: Measured) -> list[str]:
@@ -87,13 +91,14 @@ def _relevant(pair: Pair) -> list[str]:
         clear = [(layer, score) for layer, score in scores if _is_clear(score)]
         if clear:
             layer, best = max(clear, key=lambda each: each[1].value)
-            verb = "learned" if name == "rs_distilled" else "has"
             said.append(
-                f"The {who} {verb} features relevant to the labels that the {other} lacks at "
+                f"The {who} has features relevant to the labels that the {other} lacks at "
                 f"{_listed([name for name, _ in clear])}, most at {layer} (RS {_value(best)})."
             )
         elif scores:
             said.append(f"Nothing relevant to the labels that the {who} has beyond the {other} stands out from chance.")
+    if any("has features" in sentence for sentence in said):
+        said.append(SEEDS)
     return said
 
 

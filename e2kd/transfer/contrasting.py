@@ -239,8 +239,8 @@ def label_rows(targets: Tensor | None, embeddings: Tensor | None, n: int) -> Ten
     return label_features(targets, embeddings)
 
 
-def _names(layers: Sequence[str | tuple[str, str]] | None) -> tuple[list[str] | None, list[str] | None]:
-    """The student's and the base's names."""
+def names_of(layers: Sequence[str | tuple[str, str]] | None) -> tuple[list[str] | None, list[str] | None]:
+    """The student's and the base's names of layers as `unicam` takes them; None where an explanation reads."""
     if layers is None:
         return None, None
     pairs = [(layer, layer) if isinstance(layer, str) else layer for layer in layers]
@@ -260,11 +260,12 @@ def read_both(
     """The readings of two models, each of the pictures as it expects them, at layers as `unicam` takes them."""
     if len(images[0]) != len(images[1]):
         raise ValueError(f"Expected the same pictures for both models, but got {len(images[0])} and {len(images[1])}.")
-    mine, others = _names(layers)
-    return _read("student", student, images[0], mine, options), _read("base", base, images[1], others, options)
+    mine, others = names_of(layers)
+    return read_one("student", student, images[0], mine, options), read_one("base", base, images[1], others, options)
 
 
-def _read(who: str, model: nn.Module, images: Tensor, names: list[str] | None, options: dict[str, Any]) -> Reading:
+def read_one(who: str, model: nn.Module, images: Tensor, names: list[str] | None, options: dict[str, Any]) -> Reading:
+    """The reading of one of two models, and an error that says which of them can't take the images."""
     with taking_images(who, model, images.shape, OTHER_IMAGES):
         return read(model, images, names, **options)
 

@@ -79,9 +79,22 @@ def layer_features(
     given = images if base_images is None else base_images
     readings = read_both(student, base, (images, given), layers, pooled=pooled, batch_size=batch_size)
     models = Models(student, base, (images, given), readings, features)
+    return features_of(models, regions, keep=keep, noise=noise, seed=seed, batch_size=batch_size)
+
+
+def features_of(
+    models: Models,
+    regions: Regions | None,
+    *,
+    keep: float = 50.0,
+    noise: float = 0.01,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> dict[str, LayerFeatures]:
+    """`layer_features` of models whose whole images were read before."""
     if regions is None:
-        whole = torch.ones(len(images), dtype=torch.bool)
-        return {x.layer: _features((x, y), features, whole) for x, y in _pairs(models)}
+        whole = torch.ones(len(models.images[0]), dtype=torch.bool)
+        return {x.layer: _features((x, y), models.targets, whole) for x, y in _pairs(models)}
     found = {}
     for pair, maps in zip(_pairs(models), regions(models), strict=True):
         blank = _constant(maps[0]) | _constant(maps[1]).to(maps[0].device)
@@ -89,9 +102,9 @@ def layer_features(
         shown = [_shown(side, m, rows, keep, noise, seed) for side, m in zip(models.images, maps, strict=True)]
         again = [
             _again(model, side.images, reading, batch_size)
-            for model, side, reading in zip((student, base), shown, pair, strict=True)
+            for model, side, reading in zip((models.student, models.base), shown, pair, strict=True)
         ]
-        found[pair[0].layer] = _features((again[0], again[1]), features, rows)
+        found[pair[0].layer] = _features((again[0], again[1]), models.targets, rows)
     return found
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from e2kd.bcos.direct import scaled_directly
 from e2kd.bcos.dynamic import scaled
-from e2kd.bcos.linear import full_precision
 from e2kd.bcos.statistics import of_batch
+from e2kd.bcos.unit import full_precision
 from e2kd.errors import shape
 
 
@@ -73,7 +74,8 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
         scale = (full_precision(variance) + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight
-        return affine(scaled(input, scale[:, None, None]), None, self.bias)
+        result = scaled_directly(input, scale)
+        return affine(scaled(input, scale[:, None, None]) if result is None else result, None, self.bias)
 
     def _remember(self, variance: Tensor) -> None:
         if not (self.training and self.track_running_stats):

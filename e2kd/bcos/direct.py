@@ -208,7 +208,12 @@ class _Explained(Function):
         product: Product,
         size: torch.Size,
     ) -> Tensor:
-        return product.backwards(_cosine(output, norm).mul_(g), _scaled_rows(weight, scale), size)
+        turned = _cosine(output, norm).mul_(g)
+        if scale is None:
+            return product.backwards(turned, weight, size)
+        if _is_small(weight, output):
+            return product.backwards(turned, weight * scale[:, None, None, None], size)
+        return product.backwards(turned.mul_(product.of_rows(scale)), weight, size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -220,21 +225,27 @@ class _Explained(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (v,) = gradients
         g, output, norm, scale, weight = ctx.saved_tensors
-        by_turned = ctx.product.forwards(v, _scaled_rows(weight, scale))
-        cosine = _cosine(output, norm)
-        turned = cosine * g
-        by_weight = ctx.product.to_weight(turned, v, weight.shape)
-        by_scale = None
-        if scale is not None:
-            by_scale = (by_weight * weight).flatten(1).sum(1)
-            by_weight.mul_(scale[:, None, None, None])
-        by_g, common = cosine.mul_(by_turned), turned.mul_(by_turned)
-        del by_turned
+        product, cosine, by_scale = ctx.product, _cosine(output, norm), None
+        if scale is None:
+            by_weight, by_turned = product.to_weight(cosine * g, v, weight.shape), product.forwards(v, weight)
+        elif _is_small(weight, output):
+            rows = scale[:, None, None, None]
+            by_rows = product.to_weight(cosine * g, v, weight.shape)
+            by_turned = product.forwards(v, weight * rows)  # after it, so that less is alive at once
+            by_weight, by_scale = by_rows * rows, (by_rows * weight).sum((1, 2, 3))
+        else:
+            by_turned, rows = product.forwards(v, weight), product.of_rows(scale)
+            by_scale = (by_turned * cosine).mul_(g).sum((0, 2, 3))
+            cosine.mul_(rows)
+            by_weight = product.to_weight(cosine * g, v, weight.shape)
+        by_g = cosine.mul_(by_turned)
+        common = torch.mul(by_g, g, out=by_turned)
         # common is the derivative by log |cos|, which is (log |output| - log norm) / 2
         by_norm = common.sum_to_size(norm.shape).div(-2 * norm)
         by_output = common.div_(output).mul_(0.5).masked_fill_(output == 0, 0)
         return by_g, by_output, by_norm, by_scale, by_weight, None, None
 
 
-def _scaled_rows(weight: Tensor, scale: Tensor | None) -> Tensor:
-    return weight if scale is None else weight * scale[:, None, None, None]
+def _is_small(weight: Tensor, output: Tensor) -> bool:
+    """Whether it costs less to scale the weight than the output."""
+    return weight.numel() < output.numel()

@@ -116,14 +116,15 @@ class Product:
 
     def backwards(self, g: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
         """The gradient with respect to an input of this size, for a gradient g of the output."""
-        return conv2d_input(list(size), weight, g, *self._settings) if self._settings else g @ weight
+        found: Tensor = conv2d_input(list(size), weight, g, *self._settings) if self._settings else g @ weight
+        return found
 
     def to_weight(self, g: Tensor, x: Tensor, size: torch.Size) -> Tensor:
         """The gradient with respect to a weight of this size."""
         if self._settings:
-            return conv2d_weight(x, list(size), g, *self._settings)
-        found: Tensor = g.flatten(0, -2).T @ x.flatten(0, -2)
-        return found
+            found: Tensor = conv2d_weight(x, list(size), g, *self._settings)
+            return found
+        return g.flatten(0, -2).T @ x.flatten(0, -2)
 
     def of_rows(self, vector: Tensor) -> Tensor:
         """One number for each row of the weight, such that it broadcasts to outputs."""

@@ -110,22 +110,16 @@ class InputGradient:
 
 
 @dataclass(frozen=True)
-class BcosWeights:
-    """The dynamic weights W(x) of a B-cos network, its explanation in e²KD: signed, all channels.
-
-    The gradient of the class logit with respect to the encoded images (x, 1 - x), while what depends on the images but
-    is multiplied to them (|cos|, 1 / std, attention) is held fixed (Böhle et al. 2022): W(x) x is a CNN's logit
-    without its bias. In float32, whatever autocast is around it.
+class DynamicWeights:
+    """What the explainers of B-cos networks share: they are given W(x), at image size.
 
     Args:
-        resolution: side or (h, w) to which W is averaged; None leaves it at image size, as in the paper.
+        resolution: side or (h, w) to which maps are averaged; None leaves them at image size.
         passes: "shared" reads W from the student's own forward, "separate" from a second one. Loss and gradients are
-            the same. A shared pass costs less, unless only a small `fraction` of each batch is explained: a second pass
-            runs those samples alone. None takes the cheaper one. Where the student's own forward can't be
-            differentiated twice in float32 (autocast, torch.compile) there always is a second.
-
-    >>> BcosWeights()(torch.ones(1, 6, 2, 2), torch.zeros(1, 6, 2, 2)).shape
-    torch.Size([1, 6, 2, 2])
+            the same. Of a `fraction` of each batch a second pass runs the drawn samples alone, and where it can, which
+            is for layers with b = 2, it takes what the layers returned in the first. None takes the cheaper one. Where
+            the student's own forward can't be differentiated twice in float32 (autocast, torch.compile) there always
+            is a second.
     """
 
     resolution: int | tuple[int, int] | None = None
@@ -136,13 +130,31 @@ class BcosWeights:
     def __post_init__(self) -> None:
         check_passes(self.passes)
 
+
+@dataclass(frozen=True)
+class BcosWeights(DynamicWeights):
+    """The dynamic weights W(x) of a B-cos network, its explanation in e²KD: signed, all channels.
+
+    The gradient of the class logit with respect to the encoded images (x, 1 - x), while what depends on the images but
+    is multiplied to them (|cos|, 1 / std, attention) is held fixed (Böhle et al. 2022): W(x) x is a CNN's logit
+    without its bias. In float32, whatever autocast is around it.
+
+    Args:
+        resolution: side or (h, w) to which W is averaged; None leaves it at image size, as in the paper.
+        passes: "shared" reads W from the student's own forward, "separate" from a second one; None takes the cheaper
+            one. See `DynamicWeights`.
+
+    >>> BcosWeights()(torch.ones(1, 6, 2, 2), torch.zeros(1, 6, 2, 2)).shape
+    torch.Size([1, 6, 2, 2])
+    """
+
     def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
         """Encoded images and W(x), [B, C, H, W] -> W(x), [B, C, h, w]."""
         return averaged(gradient, self.resolution)
 
 
 @dataclass(frozen=True)
-class BcosContributions:
+class BcosContributions(DynamicWeights):
     """What each cell of the image adds to the class logit of a B-cos network: ReLU(mean over the cell of W(x) x).
 
     One channel, >= 0, on a coarse grid: comparable with the GradCAM of a network that is no B-cos network.
@@ -156,12 +168,6 @@ class BcosContributions:
     """
 
     resolution: int | tuple[int, int] | None = 14
-    passes: str | None = None
-    reads_images = fixes_weights = True
-    layer = None
-
-    def __post_init__(self) -> None:
-        check_passes(self.passes)
 
     def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
         """Encoded images and W(x), [B, C, H, W] -> [B, 1, h, w]."""
@@ -232,14 +238,14 @@ def fixes_weights(explainer: Explainer) -> bool:
 def shares_pass(explainer: Explainer, fraction: float) -> bool:
     """Whether dynamic weights are to be read from the student's own forward, if that is possible.
 
-    In units of a forward, explaining a shared pass costs 3 more than a step without; a second pass of a share of the
-    batch 6 times that share.
+    In units of a forward, explaining a shared pass costs 3 more than a step without; of a share of the batch, 3 times
+    that share where a second pass takes what layers returned in the first, and 6 times where it can't.
 
     >>> shares_pass(BcosWeights(), 1), shares_pass(BcosWeights(), 1 / 4)
     (True, False)
     """
     passes = getattr(explainer, "passes", None)
-    return fixes_weights(explainer) and (fraction >= 0.5 if passes is None else passes == "shared")
+    return fixes_weights(explainer) and (fraction >= 0.75 if passes is None else passes == "shared")
 
 
 def default_explainer(model: object) -> Explainer:

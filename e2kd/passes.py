@@ -58,8 +58,8 @@ class PassKeeper:
         self.end()  # an interrupted forward may have left it open
         if is_compiled(self.student):
             return None
-        self.found = Pass(self.stack.enter_context(explanation_mode()))
-        self.stack.enter_context(keeping_statistics(self.found.statistics))
+        self.found = Pass(self.stack.enter_context(explanation_mode(compact=True)))
+        self.stack.enter_context(keeping_statistics(self.found.statistics, layers=not self.weights))
         if not self._reads(images) or self.encoder is not None:
             return None
         self.found.encoded = differentiable(images)

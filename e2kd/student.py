@@ -216,7 +216,7 @@ class StudentExplainer:
     def _again(self, record: Record, plan: Plan, rows: Tensor | None, kept: Kept | None) -> View:
         images = record.images if rows is None else record.images[rows]
         with replaying(list(self.student.modules()), images.device, record.rng):
-            view = whole_view(self.student, plan, images, create_graph=True, statistics=kept)
+            view = whole_view(self.student, plan, images, create_graph=True, kept=kept, rows=rows)
         return replace(view, rows=rows)
 
     def _closed(self, features: Tensor, logits: Tensor, plan: Plan, head: Head, size: tuple[int, int]) -> View:

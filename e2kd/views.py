@@ -90,12 +90,18 @@ def dynamic_view(encoded: Tensor, logits: Tensor, mode: ExplanationMode, *, crea
 
 
 def whole_view(
-    model: nn.Module, plan: Plan, images: Tensor, *, create_graph: bool, statistics: Kept | None = None
+    model: nn.Module,
+    plan: Plan,
+    images: Tensor,
+    *,
+    create_graph: bool,
+    kept: Kept | None = None,
+    rows: Tensor | None = None,
 ) -> View:
     """A pass of the whole model, explained at its images [B, C, H, W] or, of a B-cos network, at the encoded ones.
 
     Args:
-        statistics: of the batch norms, over the batch that the images are some of; None computes them of the images.
+        kept: what the pass of the batch left of which the images are `rows`; None computes all from the images.
     """
     assert plan.head is not None
     images = images.to(dtype_of(model))
@@ -105,12 +111,12 @@ def whole_view(
             source, plan.head(source), plan, (source.shape[-2], source.shape[-1]), create_graph=create_graph
         )
     with ExitStack() as stack:
-        mode = stack.enter_context(explanation_mode(detached=not create_graph))
-        kept = [] if plan.encoder is None else stack.enter_context(captured_from(model, plan.encoder))
-        if statistics is not None:
-            stack.enter_context(using_statistics(statistics))
+        mode = stack.enter_context(explanation_mode(detached=not create_graph, compact=create_graph))
+        encoded = [] if plan.encoder is None else stack.enter_context(captured_from(model, plan.encoder))
+        if kept is not None and rows is not None:
+            stack.enter_context(using_statistics(kept, rows))
         logits = plan.head(source)
-    return dynamic_view(kept[-1] if kept else source, logits, mode, create_graph=create_graph)
+    return dynamic_view(encoded[-1] if encoded else source, logits, mode, create_graph=create_graph)
 
 
 def differentiable(images: Tensor) -> Tensor:

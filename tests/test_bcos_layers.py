@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from e2kd.bcos import (
     GELU,
@@ -27,6 +29,7 @@ from e2kd.bcos import (
     explanation_mode,
 )
 from e2kd.bcos.mode import current_mode
+from e2kd.errors import UnsupportedModel
 from e2kd.modes import kept_statistics
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -85,9 +88,11 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     return layer, noise(*shape, seed=99).requires_grad_()
 
 
-def explained(layer: nn.Module, x: Tensor, r: Tensor | None = None, **options: bool) -> tuple[Tensor, Tensor]:
+def explained(
+    layer: nn.Module, x: Tensor, r: Tensor | None = None, compact: bool = False, **options: bool
+) -> tuple[Tensor, Tensor]:
     """Output and W(x) under the cotangent r, ones if None."""
-    with explanation_mode() as mode:
+    with explanation_mode(compact=compact) as mode:
         y = layer(x)
     return y, mode.weights(y if r is None else y * r, x, **options)
 
@@ -97,13 +102,14 @@ def golden(shared: Callable[[str], Path]) -> dict[str, Tensor]:
     return load_file(shared("golden/e2kd/layers.safetensors"))
 
 
+@pytest.mark.parametrize("compact", [False, True], ids=["", "compact"])
 @pytest.mark.parametrize("name", GOLDEN)
-def test_equal_the_papers_layers_in_all_three_derivatives(golden: dict[str, Tensor], name: str) -> None:
+def test_equal_the_papers_layers_in_all_three_derivatives(golden: dict[str, Tensor], name: str, compact: bool) -> None:
     case = {key[len(name) + 1 :]: value for key, value in golden.items() if key.startswith(f"{name}.")}
     layer = GOLDEN[name]().double()
     layer.load_state_dict({key[6:]: value for key, value in case.items() if key.startswith("state.")})
     x = case["x"].clone().requires_grad_()
-    y, w = explained(layer, x, case["r"], create_graph=True)
+    y, w = explained(layer, x, case["r"], compact, create_graph=True)
     torch.testing.assert_close(y, case["y"], **TIGHT)
     torch.testing.assert_close(w, case["W_expl"], **TIGHT)
     leaves = {"x": x, **dict(layer.named_parameters())}
@@ -140,6 +146,62 @@ def test_second_derivative_equals_finite_differences_of_the_weights(name: str) -
 
     eps = 1e-6
     torch.testing.assert_close(slope, (at(eps) - at(-eps)) / (2 * eps), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "zero norm"])
+def test_a_compact_pass_gives_the_same_outputs_weights_and_derivatives(name: str) -> None:
+    """Also where a patch, a product or the weight of a norm is zero."""
+    layer, x = made("network" if name == "zero norm" else name)
+    if name == "zero norm":
+        norm = layer.get_submodule("1")
+        norm.weight.data[0] = 0
+    x.data[0] = 0
+    leaves, found = [x, *layer.parameters()], []
+    for compact in (False, True):
+        y, w = explained(layer, x, None, compact, create_graph=True)
+        r, v = noise(*y.shape, seed=3), noise(*w.shape, seed=7)
+        both = torch.autograd.grad((y * r).sum() + (w * v).sum(), leaves, allow_unused=True)
+        found.append((y, w, *both))
+    for plain, short in zip(*found, strict=True):
+        assert (plain is None) == (short is None)
+        if plain is not None:
+            torch.testing.assert_close(short, plain, **TIGHT)
+
+
+def test_a_compact_pass_keeps_one_gradient_for_each_layer() -> None:
+    """Of the explanation: the gradient at the norm's output, not another one at the layer's."""
+    layer = nn.Sequential(
+        BcosConv2d(6, 8, 3, 1, 1), BatchNormUncentered2d(8), BcosConv2d(8, 8), BatchNormUncentered2d(8)
+    )
+    x, kept = torch.rand(2, 6, 16, 16, requires_grad=True), []
+    for compact in (False, True):
+        with explanation_mode(compact=compact) as mode:
+            y = layer(x)
+        before, alive = {t.data_ptr() for t in (x, y)}, dict[int, int]()
+
+        def keep(t: Tensor, alive: dict[int, int] = alive, before: set[int] = before) -> Tensor:
+            if t.shape[-2:] == (16, 16) and t.shape[1] == 8 and t.data_ptr() not in before:
+                alive[t.data_ptr()] = 1
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            w = mode.weights((y * torch.rand_like(y)), x, create_graph=True)
+        kept.append(len(alive))
+        del w
+    assert kept[1] <= kept[0] - 2
+
+
+def test_a_compact_pass_is_ordinary_where_layers_have_hooks_or_are_run_again() -> None:
+    layer, x = made("network")
+    _, wanted = explained(layer, x)
+    seen: list[Tensor] = []
+    layer[0].linear.register_forward_hook(lambda module, args, out: seen.append(out))  # type: ignore[index]
+    _, found = explained(layer, x, None, True)
+    assert len(seen) == 1
+    torch.testing.assert_close(found, wanted, **TIGHT)
+    with explanation_mode(compact=True) as mode:
+        y = checkpoint(layer, x, use_reentrant=False)
+    torch.testing.assert_close(mode.weights(y, x), wanted, **TIGHT)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -327,6 +389,15 @@ class TestBatchNormUncentered:
         assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
         assert torch.equal(y, norm(noise(*MAPS)))
         assert norm.num_batches_tracked == 1
+
+    def test_is_never_made_a_centred_synchronised_norm(self) -> None:
+        model = nn.Sequential(BcosConv2d(6, 4, 3), BatchNormUncentered2d(4))
+        with pytest.raises(UnsupportedModel, match="subtracts the mean"):
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert model[1].affine
+        assert type(copy.deepcopy(model)[1]) is BatchNormUncentered2d
+        plain = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4)))
+        assert type(plain[0]) is nn.SyncBatchNorm
 
     def test_without_statistics_eval_uses_the_batch(self) -> None:
         norm = BatchNormUncentered2d(4, track_running_stats=False).double()

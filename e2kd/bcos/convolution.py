@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from e2kd.bcos.linear import bcos, check_transform, full_precision, inverse_norm, is_constant, unit
+from e2kd.bcos.direct import explained_directly
+from e2kd.bcos.linear import bcos, check_transform
+from e2kd.bcos.unit import UnitConv2d, full_precision, is_plain
 from e2kd.errors import shape
 
 Size = int | tuple[int, int]
 Padding = Literal["zeros", "reflect", "replicate", "circular"]
-
-
-class UnitConv2d(nn.Conv2d):
-    """A convolution that uses its weight with filters of norm 1."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, in, H, W] -> [B, out, h, w]."""
-        result: Tensor
-        if is_constant(self.weight) and self.bias is None:  # no second copy of the filters is kept
-            result = self._conv_forward(input, self.weight, None)
-            return result * inverse_norm(self.weight)[:, None, None].to(result.dtype)
-        result = self._conv_forward(input, unit(self.weight), self.bias)
-        return result
 
 
 class BcosConv2d(nn.Module):
@@ -75,6 +65,10 @@ class BcosConv2d(nn.Module):
         """[B, in, H, W] -> [B, out, h, w]."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(wrong_input(x, self.in_channels))
+        if self.b == 2 and self.max_out == 1 and self._one_norm and is_plain(self.linear):
+            direct = explained_directly(x, self.linear, partial(patch_norm, conv=self.linear))
+            if direct is not None:
+                return direct
         linear = self.linear(x)
         if self.max_out > 1:
             linear = linear.unflatten(1, (self.out_channels, self.max_out)).max(2).values
@@ -83,6 +77,11 @@ class BcosConv2d(nn.Module):
             return bcos(linear, norm, self.b)
         groups = linear.unflatten(1, (norm.shape[1], -1))
         return bcos(groups, norm.unsqueeze(2), self.b).flatten(1, 2)
+
+    @property
+    def _one_norm(self) -> bool:
+        """Whether a norm belongs to all filters, or every filter has its own."""
+        return self.linear.groups in (1, self.out_channels)
 
     def extra_repr(self) -> str:
         """b and max_out; the rest is in `linear`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.bcos.dynamic import scaled
-from e2kd.bcos.linear import full_precision
+from e2kd.bcos.unit import full_precision
 
 
 class AddInverse(nn.Module):

@@ -4,46 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from e2kd.bcos.direct import explained_directly
 from e2kd.bcos.dynamic import aligned, scaled
-from e2kd.bcos.mode import current_mode
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Half precisions become float32, in which norms neither overflow nor underflow; others stay."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def unit(weight: Tensor) -> Tensor:
-    """Rows of norm 1: weight [O, ...] over its norm per row; rows of zeros stay zero, with a finite gradient.
-
-    >>> unit(torch.tensor([[3., 4.], [0., 0.]]))
-    tensor([[0.6000, 0.8000],
-            [0.0000, 0.0000]])
-    """
-    rows = full_precision(weight)
-    return (rows / _norm(rows).view(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
-
-
-def inverse_norm(weight: Tensor) -> Tensor:
-    """1 over the norm of each row of a weight [O, ...]; 1 for rows of zeros.
-
-    >>> inverse_norm(torch.tensor([[3., 4.], [0., 0.]]))
-    tensor([0.2000, 1.0000])
-    """
-    return 1 / _norm(full_precision(weight))
-
-
-def _norm(rows: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)))
-    return torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
-def is_constant(weight: Tensor) -> bool:
-    """Whether a pass for explanations alone runs, of a weight that is not trained."""
-    mode = current_mode()
-    return mode is not None and mode.detached and not weight.requires_grad
+from e2kd.bcos.unit import UnitLinear, full_precision, is_plain
 
 
 def check_transform(b: float, max_out: int) -> None:
@@ -71,15 +35,14 @@ def bcos(linear: Tensor, norm: Tensor, b: float) -> Tensor:
     return scaled(linear, ((linear / norm).abs() + 1e-6) ** (b - 1))
 
 
-class UnitLinear(nn.Linear):
-    """A linear layer that uses its weight with rows of norm 1."""
+def vector_norm(x: Tensor) -> Tensor:
+    """Norms of vectors [..., C], [..., 1]; half precisions are computed in float32.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        if is_constant(self.weight) and self.bias is None:
-            result = F.linear(input, self.weight)
-            return result * inverse_norm(self.weight).to(result.dtype)
-        return F.linear(input, unit(self.weight), self.bias)
+    >>> vector_norm(torch.tensor([3., 4.]))
+    tensor([5.])
+    """
+    norm: Tensor = torch.linalg.vector_norm(full_precision(x), dim=-1, keepdim=True)
+    return norm + 1e-12
 
 
 class BcosLinear(nn.Module):
@@ -115,11 +78,14 @@ class BcosLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        if self.b == 2 and self.max_out == 1 and is_plain(self.linear):
+            direct = explained_directly(x, self.linear, vector_norm)
+            if direct is not None:
+                return direct
         linear = self.linear(x)
         if self.max_out > 1:
             linear = linear.unflatten(-1, (self.out_features, self.max_out)).max(-1).values
-        norm = torch.linalg.vector_norm(full_precision(x), dim=-1, keepdim=True) + 1e-12
-        return bcos(linear, norm, self.b)
+        return bcos(linear, vector_norm(x), self.b)
 
     def extra_repr(self) -> str:
         """b and max_out; the rest is in `linear`."""

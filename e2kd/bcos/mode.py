@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ class ExplanationMode:
     don't see it.
     """
 
-    def __init__(self, *, detached: bool = False) -> None:
+    def __init__(self, *, detached: bool = False, compact: bool = False) -> None:
         self.detached = detached  # dynamic weights are constants of the pass
+        self.compact = compact  # explained at its images alone
+        self.last: Any = None  # the B-cos layer that ran last in a compact pass
         self.holding = 0  # calls of `weights` that run now
         self.held = 0  # dynamic weights that the last one held fixed
         self.met = 0  # dynamic weights that became constants
@@ -76,7 +79,7 @@ _CURRENT: ContextVar[ExplanationMode | None] = ContextVar("explanation mode", de
 
 
 @contextmanager
-def explanation_mode(*, detached: bool = False) -> Iterator[ExplanationMode]:
+def explanation_mode(*, detached: bool = False, compact: bool = False) -> Iterator[ExplanationMode]:
     """Inside, B-cos layers run so that they can be explained: `mode.weights(scores, images)`, inside or afterwards.
 
     Outputs and ordinary gradients are the same inside and outside. The mode is that of the thread (and of the
@@ -85,6 +88,9 @@ def explanation_mode(*, detached: bool = False) -> Iterator[ExplanationMode]:
     Args:
         detached: for networks that are explained and not trained: dynamic weights become constants of the pass, which
             takes less memory and time. Gradients of such a pass are those of W(x) alone, and W has no derivative.
+        compact: for networks that are trained by W(x): layers keep less, and the derivative of W takes less time.
+            `weights` may then be asked at the images alone, not at features or parameters, and has a first derivative
+            but no second.
 
     >>> from e2kd.bcos import BcosConv2d
     >>> images = torch.rand(2, 6, 8, 8, requires_grad=True)
@@ -94,12 +100,13 @@ def explanation_mode(*, detached: bool = False) -> Iterator[ExplanationMode]:
     torch.Size([2, 6, 8, 8])
     """
     mode = _CURRENT.get()
-    if mode is None or mode.detached != detached:
-        mode = ExplanationMode(detached=detached)
+    if mode is None or (mode.detached, mode.compact) != (detached, compact):
+        mode = ExplanationMode(detached=detached, compact=compact)
     token = _CURRENT.set(mode)
     try:
         yield mode
     finally:
+        mode.last = None
         _CURRENT.reset(token)
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
+from e2kd.bcos.direct import scaled_directly
 from e2kd.bcos.dynamic import scaled
-from e2kd.bcos.linear import full_precision
 from e2kd.bcos.statistics import of_batch
-from e2kd.errors import shape
+from e2kd.bcos.unit import full_precision
+from e2kd.errors import UnsupportedModel, shape
+
+SYNCHRONISED = (
+    "BatchNormUncentered2d can't be converted to SyncBatchNorm, which subtracts the mean and which explanations don't "
+    "hold fixed: the network would be another one. Leave the conversion out (Lightning: sync_batchnorm=False); every "
+    "process then normalises by its own part of the batch, as the papers' networks were trained."
+)
 
 
 def normalised(x: Tensor, dims: tuple[int, ...], eps: float, *, centred: bool) -> Tensor:
@@ -38,6 +47,8 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
     var is the centred variance of the batch while training, of the running statistics in eval mode. It is biased in
     both (torch's BatchNorm2d keeps the unbiased one); `running_mean` is there for checkpoints and never changes.
 
+    Never synchronised between processes: `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and its like are refused.
+
     Args:
         num_features: C of inputs [B, C, H, W].
         eps, momentum, affine, track_running_stats: as those of `torch.nn.BatchNorm2d`.
@@ -62,6 +73,17 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
         if not bias:
             self.register_parameter("bias", None)
 
+    @property
+    def affine(self) -> bool:
+        """Whether there is a weight. What converts to synchronised batch norms asks for it, and is refused."""
+        if sys._getframe(1).f_code.co_name.startswith("convert_sync"):  # torch's, timm's and apex's
+            raise UnsupportedModel(SYNCHRONISED)
+        return bool(self.__dict__["affine"])
+
+    @affine.setter
+    def affine(self, value: bool) -> None:
+        self.__dict__["affine"] = value
+
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         self._check_input_dim(input)
@@ -73,7 +95,8 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
         scale = (full_precision(variance) + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight
-        return affine(scaled(input, scale[:, None, None]), None, self.bias)
+        result = scaled_directly(input, scale)
+        return affine(scaled(input, scale[:, None, None]) if result is None else result, None, self.bias)
 
     def _remember(self, variance: Tensor) -> None:
         if not (self.training and self.track_running_stats):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from e2kd.bcos.convolution import BcosConv2d
 from e2kd.bcos.dynamic import scaled
 from e2kd.bcos.encoding import LogitLayer
-from e2kd.bcos.linear import BcosLinear, full_precision
+from e2kd.bcos.linear import BcosLinear
+from e2kd.bcos.unit import full_precision
 
 
 class ConvClassifier(BcosConv2d):

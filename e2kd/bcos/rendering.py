@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2kd.bcos.linear import full_precision
+from e2kd.bcos.unit import full_precision
 from e2kd.errors import shape
 
 

@@ -1,49 +1,71 @@
-"""Statistics over a whole batch, for a later pass over some of its samples."""
+"""What a pass over a whole batch leaves, for a later pass over some of its samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Kept = list[Tensor | None]
+Layer = tuple[Tensor, ...]
+Kept = list[Tensor | Layer | None]
 
 
 class NotKept(Exception):
     """The statistics of the earlier pass don't fit to the later one."""
 
 
-_KEPT: ContextVar[Kept | None] = ContextVar("statistics that are kept", default=None)
-_USED: ContextVar[Iterator[Tensor | None] | None] = ContextVar("statistics that are used", default=None)
+@dataclass(frozen=True)
+class Keeping:
+    """What an earlier pass keeps, and whether it keeps what its layers return as well."""
+
+    kept: Kept
+    layers: bool
+
+
+@dataclass(frozen=True)
+class Using:
+    """What a later pass is given, and which samples it runs."""
+
+    given: Iterator[Tensor | Layer | None]
+    rows: Tensor
+
+
+_KEEPING: ContextVar[Keeping | None] = ContextVar("statistics that are kept", default=None)
+_USING: ContextVar[Using | None] = ContextVar("statistics that are used", default=None)
 
 
 @contextmanager
-def keeping_statistics(kept: Kept) -> Iterator[None]:
-    """Inside, `of_batch` adds what it computes to `kept`, in the order of the calls."""
-    token = _KEPT.set(kept)
+def keeping_statistics(kept: Kept, *, layers: bool = False) -> Iterator[None]:
+    """Inside, `of_batch` adds what it computes to `kept`, call by call; with `layers` so does `of_layer`."""
+    token = _KEEPING.set(Keeping(kept, layers))
     try:
         yield
     finally:
-        _KEPT.reset(token)
+        _KEEPING.reset(token)
 
 
 @contextmanager
-def using_statistics(kept: Kept) -> Iterator[None]:
-    """Inside, `of_batch` returns what was kept, call by call, with its graph.
+def using_statistics(kept: Kept, rows: Tensor) -> Iterator[None]:
+    """Inside, what was kept is returned, call by call, with its graph.
+
+    Args:
+        kept: by `keeping_statistics`.
+        rows: indices of the samples that are run.
 
     Raises:
-        NotKept: when more or fewer calls come than were kept, or one ran in activation checkpointing.
+        NotKept: when more or fewer calls come than were kept, or a statistic was needed in activation checkpointing.
     """
-    given = iter(kept)
-    token = _USED.set(given)
+    using = Using(iter(kept), rows)
+    token = _USING.set(using)
     try:
         yield
     finally:
-        _USED.reset(token)
-    if next(given, token) is not token:
+        _USING.reset(token)
+    if next(using.given, token) is not token:
         raise NotKept("fewer statistics were asked for than were kept")
 
 
@@ -53,20 +75,40 @@ def of_batch(compute: Callable[[], Tensor]) -> Tensor:
     >>> kept: Kept = []
     >>> with keeping_statistics(kept):
     ...     whole = of_batch(torch.tensor([1., 3.]).mean)
-    >>> with using_statistics(kept):
+    >>> with using_statistics(kept, torch.tensor([1])):
     ...     of_batch(torch.tensor([3.]).mean)
     tensor(2.)
     """
-    used = _USED.get()
-    if used is not None:
-        found = next(used, None)
-        if found is None:
+    using, keeping = _USING.get(), _KEEPING.get()
+    if using is not None:
+        found = next(using.given, None)
+        if not isinstance(found, Tensor):
             raise NotKept("a statistic was not kept, or was checkpointed")
         return found
-    value, kept = compute(), _KEPT.get()
-    if kept is not None:
-        kept.append(None if is_checkpointed() else value)
+    value = compute()
+    if keeping is not None:
+        keeping.kept.append(None if is_checkpointed() else value)
     return value
+
+
+def of_layer(run: Callable[[], Layer] | None) -> Layer | None:
+    """What `run` returns; or, where a part of a batch is run again, the part that it returned for these samples.
+
+    Args:
+        run: returns tensors of the samples, [B, ...], and last of all a weight; None for what can't be kept.
+    """
+    using, keeping = _USING.get(), _KEEPING.get()
+    if using is not None:
+        found = next(using.given, using)
+        if isinstance(found, (Using, Tensor)):
+            raise NotKept("a layer was run that had not been kept")
+        if found is not None:
+            *samples, weight = found
+            return *(t.index_select(0, using.rows) for t in samples), weight
+    ran = None if run is None else run()
+    if keeping is not None and keeping.layers:
+        keeping.kept.append(ran)
+    return ran
 
 
 def is_checkpointed() -> bool:

@@ -27,7 +27,9 @@ class BcosVGG(nn.Module):
         hidden: channels of the classifier.
         b, max_out: of every B-cos convolution.
         norm: made with the number of channels; `BatchNormUncentered2d` makes the released `_bnu` networks, None
-            those without norms.
+            those without norms, which load released weights but can't be trained from random ones: filters have norm
+            1, so no initialisation changes that with b = 2 a layer multiplies its input by about sqrt(3 / fan-in), a
+            thirteenth for 64 channels, and what is left after a few layers drowns in the 1e-6 of the patch norm.
         logit_bias: -log(K - 1) if None.
 
     >>> import torch

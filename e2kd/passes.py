@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ class Pass:
 
     Attributes:
         mode: the explanation mode it ran in.
-        statistics: of the batch norms, in the order they ran.
+        statistics: of the batch norms, and what the layers returned, in the order they ran.
         encoded: the images that W(x) is a gradient of, where they were made to require one.
         logits: [B, K], as the network itself returned them.
     """
@@ -37,6 +38,9 @@ class Pass:
     def readable(self) -> bool:
         """Whether W(x) can be read from it: in full precision, whatever autocast was put inside of the forward."""
         return self.encoded is not None and self.logits is not None and not self.mode.low_precision
+
+
+_OPEN: weakref.WeakKeyDictionary[nn.Module, Pass] = weakref.WeakKeyDictionary()  # whose forward runs now
 
 
 class PassKeeper:
@@ -58,9 +62,8 @@ class PassKeeper:
         self.end()  # an interrupted forward may have left it open
         if is_compiled(self.student):
             return None
-        self.found = Pass(self.stack.enter_context(explanation_mode(compact=True)))
-        self.stack.enter_context(keeping_statistics(self.found.statistics, layers=not self.weights))
-        if not self._reads(images) or self.encoder is not None:
+        self.found = _OPEN.get(self.student) or self._open()
+        if self.found.encoded is not None or not self._reads(images) or self.encoder is not None:
             return None
         self.found.encoded = differentiable(images)
         return _replaced(args, kwargs, images, self.found.encoded)
@@ -68,6 +71,8 @@ class PassKeeper:
     def encoded(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the module that encodes the images; returns what is to be its output, None for what it is."""
         if torch.compiler.is_compiling() or self.found is None or not self._reads(output):
+            return None
+        if self.found.encoded is not None:  # by another criterion of this student
             return None
         self.found.encoded = differentiable(output)
         return self.found.encoded
@@ -78,6 +83,14 @@ class PassKeeper:
             return
         self.stack.close()
         self.found = None
+
+    def _open(self) -> Pass:
+        """A new pass, which other criteria of this student share until its forward ends."""
+        found = Pass(self.stack.enter_context(explanation_mode(compact=True)))
+        self.stack.enter_context(keeping_statistics(found.statistics))
+        _OPEN[self.student] = found
+        self.stack.callback(_OPEN.pop, self.student, None)
+        return found
 
     def _reads(self, images: Tensor) -> bool:
         """Whether W(x) can be read in full precision from a pass over these images."""

@@ -181,6 +181,34 @@ def test_several_classes_share_one_pass() -> None:
     assert criterion.parts["explanation"] > 0
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["encoded outside", "encoded inside"])
+@pytest.mark.parametrize("second", [{}, {"fraction": 0.5}, {"explainer": e2kd.GradCAM()}], ids=str)
+@pytest.mark.parametrize("first", [{}, {"fraction": 0.5}], ids=str)
+def test_two_criteria_of_one_student_share_its_pass(
+    first: dict[str, Any], second: dict[str, Any], inside: bool
+) -> None:
+    """Two teachers, each with its own way, give the sum of both gradients; nothing is left on."""
+    wanted, losses, ways = [], [], []
+    for seed, settings in ((1, first), (2, second)):
+        alone = nn.Sequential(AddInverse(), net()) if inside else net()
+        torch.manual_seed(0)
+        loss, found, criterion = step(alone, net(seed=seed), colours() if inside else encoded(), **settings)
+        wanted.append(found)
+        losses.append(loss)
+        ways.append(criterion.student.way)
+    student = nn.Sequential(AddInverse(), net()) if inside else net()
+    x = colours() if inside else encoded()
+    torch.manual_seed(0)
+    criteria = [e2kd.E2KDLoss(student, net(seed=n), example=x, **s) for n, s in ((1, first), (2, second))]
+    outputs = student(x)
+    assert current_mode() is None
+    total = sum(criterion(outputs) for criterion in criteria)
+    total.backward()
+    assert [criterion.student.way for criterion in criteria] == ways
+    assert_equal(total.detach(), sum(losses))
+    assert_equal(gradient(student), sum(wanted))
+
+
 # A share of the batch
 
 

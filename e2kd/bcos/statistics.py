@@ -19,14 +19,6 @@ class NotKept(Exception):
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """What an earlier pass keeps, and whether it keeps what its layers return as well."""
-
-    kept: Kept
-    layers: bool
-
-
-@dataclass(frozen=True)
 class Using:
     """What a later pass is given, and which samples it runs."""
 
@@ -34,18 +26,18 @@ class Using:
     rows: Tensor
 
 
-_KEEPING: ContextVar[Keeping | None] = ContextVar("statistics that are kept", default=None)
+_KEPT: ContextVar[Kept | None] = ContextVar("statistics that are kept", default=None)
 _USING: ContextVar[Using | None] = ContextVar("statistics that are used", default=None)
 
 
 @contextmanager
-def keeping_statistics(kept: Kept, *, layers: bool = False) -> Iterator[None]:
-    """Inside, `of_batch` adds what it computes to `kept`, call by call; with `layers` so does `of_layer`."""
-    token = _KEEPING.set(Keeping(kept, layers))
+def keeping_statistics(kept: Kept) -> Iterator[None]:
+    """Inside, `of_batch` and `of_layer` add what they return to `kept`, call by call."""
+    token = _KEPT.set(kept)
     try:
         yield
     finally:
-        _KEEPING.reset(token)
+        _KEPT.reset(token)
 
 
 @contextmanager
@@ -79,15 +71,15 @@ def of_batch(compute: Callable[[], Tensor]) -> Tensor:
     ...     of_batch(torch.tensor([3.]).mean)
     tensor(2.)
     """
-    using, keeping = _USING.get(), _KEEPING.get()
+    using, kept = _USING.get(), _KEPT.get()
     if using is not None:
         found = next(using.given, None)
         if not isinstance(found, Tensor):
             raise NotKept("a statistic was not kept, or was checkpointed")
         return found
     value = compute()
-    if keeping is not None:
-        keeping.kept.append(None if is_checkpointed() else value)
+    if kept is not None:
+        kept.append(None if is_checkpointed() else value)
     return value
 
 
@@ -97,7 +89,7 @@ def of_layer(run: Callable[[], Layer] | None) -> Layer | None:
     Args:
         run: returns tensors of the samples, [B, ...], and last of all a weight; None for what can't be kept.
     """
-    using, keeping = _USING.get(), _KEEPING.get()
+    using, kept = _USING.get(), _KEPT.get()
     if using is not None:
         found = next(using.given, using)
         if isinstance(found, (Using, Tensor)):
@@ -106,8 +98,8 @@ def of_layer(run: Callable[[], Layer] | None) -> Layer | None:
             *samples, weight = found
             return *(t.index_select(0, using.rows) for t in samples), weight
     ran = None if run is None else run()
-    if keeping is not None and keeping.layers:
-        keeping.kept.append(ran)
+    if kept is not None:
+        kept.append(ran)
     return ran
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor, nn
 
 from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
@@ -112,6 +113,15 @@ def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
         )
 
 
+def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor) -> bool:
+    """Whether a criterion is asked to distill by these logits, or for the plain task loss."""
+    if not (criterion.training and torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    if not student.training:
+        warn_eval()
+    return student.training
+
+
 def warn_eval() -> None:
     """Warn that a loss with gradients was asked for while the student is in eval mode."""
     warnings.warn(
@@ -119,5 +129,5 @@ def warn_eval() -> None:
         "distillation happens. Call student.train() to distill (BatchNorm layers may stay in eval mode), or evaluate "
         "under torch.no_grad().",
         NoEffectWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -62,6 +62,40 @@ class Taught(_Fields):
         return self.maps.numel() > 0
 
 
+class _IndexedFields(NamedTuple):
+    labels: Any
+    indices: Tensor
+    counts: Tensor
+
+
+class Indexed(_IndexedFields):
+    """Labels with the places of their samples in the data set, as one value that travels where labels travel.
+
+    What `e2kd.baselines.IndexedDataset` gives; `default_collate` stacks it, and every criterion of e2kd gives `labels`
+    on to the criterion it wraps.
+
+    Attributes:
+        labels: [B], or whatever the data set has.
+        indices: of the samples, [B] int64.
+        counts: samples of the data set, the same number for each, [B] int64.
+
+    >>> import torch
+    >>> one = Indexed(torch.tensor(3), torch.tensor(17), torch.tensor(50_000))
+    >>> torch.utils.data.default_collate([one, one]).indices
+    tensor([17, 17])
+    """
+
+    __slots__ = ()
+
+    def to(self, *args: Any, **kwargs: Any) -> Indexed:
+        """Every field as `Tensor.to` gives it; a type is for what is floating-point alone."""
+        return type(self)(*(_to(field, args, kwargs) for field in self))
+
+    def ne(self, value: Any) -> Any:
+        """`labels != value`: Hugging Face's Trainer counts the samples of an accumulated batch so."""
+        return self.labels.ne(value)
+
+
 def all_known(maps: Tensor) -> Tensor:
     """The `valid` of maps [B, C, h, w] of which every cell is known, [B, 1, h, w].
 
@@ -73,12 +107,12 @@ def all_known(maps: Tensor) -> Tensor:
 
 
 def labels_of(targets: Any) -> Any:
-    """The labels alone, of targets with or without lessons.
+    """The labels alone, of targets with or without lessons or indices.
 
     >>> labels_of(3)
     3
     """
-    return targets.labels if isinstance(targets, Taught) else targets
+    return targets.labels if isinstance(targets, (Taught, Indexed)) else targets
 
 
 def _to(field: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -129,5 +129,5 @@ def warn_eval() -> None:
         "distillation happens. Call student.train() to distill (BatchNorm layers may stay in eval mode), or evaluate "
         "under torch.no_grad().",
         NoEffectWarning,
-        stacklevel=5,
+        stacklevel=4,
     )

@@ -88,7 +88,8 @@ class E2KDLoss(nn.Module):
         student: the module being trained, before or after it is wrapped by its trainer.
         teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode. Or a
             `FrozenTeacher`, whose lessons come with the batch in the targets' place.
-        criterion: the criterion you had; None is pure distillation, the paper's setting.
+        criterion: the criterion you had; None is pure distillation, the paper's setting. It may be another method
+            around it, as `e2kd.baselines.CRD(student, teacher, criterion)`; the teacher still runs once.
         explainer: the student's; None is `GradCAM()` at the layer found for the model, `BcosWeights()` for a B-cos
             network, and `BcosContributions()` for one beside a network of the other kind.
         teacher_explainer: the teacher's; None is the student's, or chosen in the same way where that was not given.

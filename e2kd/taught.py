@@ -42,11 +42,7 @@ class Taught(_Fields):
 
     def __new__(cls, labels: Any, *rest: Tensor) -> Taught:
         """All five fields; or one iterable of them, as hosts rebuild tuples (Hugging Face Trainer)."""
-        rebuilt = not rest and isinstance(labels, Iterable) and not isinstance(labels, Tensor)
-        fields = tuple(labels) if rebuilt else (labels, *rest)
-        if len(fields) != len(cls._fields):
-            raise TypeError(f"Expected the fields {', '.join(cls._fields)}, but got {len(fields)} values.")
-        return super().__new__(cls, *fields)
+        return super().__new__(cls, *_rebuilt(cls._fields, labels, rest))
 
     def to(self, *args: Any, **kwargs: Any) -> Taught:
         """Every field as `Tensor.to` gives it; a type is for what is floating-point alone."""
@@ -87,6 +83,10 @@ class Indexed(_IndexedFields):
 
     __slots__ = ()
 
+    def __new__(cls, labels: Any, *rest: Tensor) -> Indexed:
+        """All three fields; or one iterable of them, as hosts rebuild tuples (Hugging Face Trainer)."""
+        return super().__new__(cls, *_rebuilt(cls._fields, labels, rest))
+
     def to(self, *args: Any, **kwargs: Any) -> Indexed:
         """Every field as `Tensor.to` gives it; a type is for what is floating-point alone."""
         return type(self)(*(_to(field, args, kwargs) for field in self))
@@ -113,6 +113,15 @@ def labels_of(targets: Any) -> Any:
     3
     """
     return targets.labels if isinstance(targets, (Taught, Indexed)) else targets
+
+
+def _rebuilt(names: tuple[str, ...], first: Any, rest: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The fields, which came one by one or as one iterable."""
+    whole = not rest and isinstance(first, Iterable) and not isinstance(first, Tensor)
+    fields = tuple(first) if whole else (first, *rest)
+    if len(fields) != len(names):
+        raise TypeError(f"Expected the fields {', '.join(names)}, but got {len(fields)} values.")
+    return fields
 
 
 def _to(field: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,6 +7,8 @@ All are built as `METHODS[name](student, teacher, criterion, weight)` and called
 method trains are `criterion.parameters()`; see `Baseline`.
 """
 
+from collections.abc import Callable
+
 from e2kd.baselines.attention import AT, attention
 from e2kd.baselines.base import Baseline, Batch
 from e2kd.baselines.class_attention import CATKD, class_activation_maps
@@ -19,7 +21,9 @@ from e2kd.baselines.overhaul import Overhaul, partial_distance
 from e2kd.baselines.review import ReviewKD, hierarchical_context_loss
 from e2kd.taught import Indexed
 
-METHODS = {method.__name__: method for method in (AT, FitNets, ReviewKD, CRD, Overhaul, AFD, CATKD, DKD)}
+METHODS: dict[str, Callable[..., Baseline]] = {
+    method.__name__: method for method in (AT, FitNets, ReviewKD, CRD, Overhaul, AFD, CATKD, DKD)
+}
 
 __all__ = [
     "AFD",

@@ -113,7 +113,8 @@ class Baseline(nn.Module, ABC):
     Trainable parts, where a method has them, are its parameters, beside those of `criterion`: give them to the
     optimizer, `SGD([*student.parameters(), *criterion.parameters()])`, and save `criterion.state_dict()` with
     the checkpoint. They exist from the start, on the student's device. With several processes wrap the criterion as the
-    student is wrapped: `DistributedDataParallel(criterion, broadcast_buffers=False)`, or `accelerator.prepare`.
+    student is wrapped: `DistributedDataParallel(criterion, broadcast_buffers=False)`, or `accelerator.prepare`. With
+    no criterion, layers of the student past the compared ones get no gradient: `find_unused_parameters=True`.
 
     Args:
         student: the module being trained, before or after it is wrapped by its trainer.

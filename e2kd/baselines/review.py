@@ -65,7 +65,7 @@ class Fusion(nn.Module):
         self.expand = nn.Sequential(expand, nn.BatchNorm2d(wanted))
 
     def forward(self, stage: Tensor, deeper: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Features [B, C, h, w] and deeper ones [B, M, h', w'] -> [B, W, *grid] to compare, [B, M, *grid] to pass on."""
+        """Features [B, C, h, w] and deeper ones [B, M, h', w'] -> [B, W, *grid] to compare, [B, M, *grid] to go on."""
         fused = self.reduce(stage)
         if self.attend is not None:
             assert deeper is not None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,24 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
+from e2kd.errors import shape
 from e2kd.kernels import MathKernel
+from e2kd.listening import Place
 from e2kd.modes import rng_state
 from e2kd.outputs import first_tensor, images_in, logits_of
 from e2kd.passes import Pass, PassKeeper
 from e2kd.sites import Site
+
+COMPILED = (
+    "If another model of this class was compiled in this process, torch.compile may have run its code: call "
+    "torch.compiler.reset() in between, or set torch._dynamo.config.skip_nnmodule_hook_guards = False at the start."
+)
+NO_RECORD = (
+    "The criterion was called without a training forward of the student before it. Expected "
+    "`loss = criterion(student(images), targets)` with the student in train() mode and gradients enabled, once per "
+    "forward. If the trainer runs a copy or another wrapper of the model, build E2KDLoss with the module it trains. "
+    + COMPILED
+)
 
 
 @dataclass
@@ -35,6 +48,7 @@ class Record:
     logits: weakref.ref[Tensor] | None = None
     random: bool = False  # whether it drew random numbers, where that was looked at
     explained: Pass | None = None  # of a B-cos network
+    heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
 
 
 def _inert(*_: Any) -> None:
@@ -78,6 +92,8 @@ class Tap:
         self.keeper: PassKeeper | None = None
         self.explaining = True  # whether the next forward's loss is expected to explain it
         self.first: weakref.WeakMethod[Callable[[Tensor], None]] | None = None  # called with the first images
+        self.heard: dict[str, Tensor] = {}
+        _taps.setdefault(student, weakref.WeakSet()).add(self)
         self._add(self.handles, student, self._enter, pre=True, kwargs=True)
         self._add(self.handles, student, self._leave)
         _forget_compiled()
@@ -94,6 +110,12 @@ class Tap:
         for name, position in site.consumers:
             action = _Consumed(self, position)
             self._add(self.site_handles, self.student.get_submodule(name), action, pre=True)
+
+    def listen(self, places: Iterable[Place]) -> None:
+        """Hear these places in every recorded forward, besides the site."""
+        for place in places:
+            module = self.student.get_submodule(place.module)
+            self._add(self.handles, module, _Passed(self, place), pre=place.before)
 
     def under_math(self, names: tuple[str, ...]) -> None:
         """Run these modules under the math kernel of attention, so that they can be differentiated twice."""
@@ -118,12 +140,32 @@ class Tap:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """No capture inside: for passes that e2kd itself runs."""
-        before, self.paused = self.paused, True
+        """No capture inside, by any tap on the student: for passes that e2kd itself runs."""
+        taps = list(_taps[self.student])
+        before = [tap.paused for tap in taps]
+        for tap in taps:
+            tap.paused = True
         try:
             yield
         finally:
-            self.paused = before
+            for tap, paused in zip(taps, before, strict=True):
+                tap.paused = paused
+
+    def record(self, logits: Tensor) -> Record:
+        """The forward that made these logits.
+
+        Raises:
+            RuntimeError: when there was none.
+        """
+        record = self.take(logits)
+        if record is None:
+            raise RuntimeError(NO_RECORD)
+        if len(record.images) != len(logits):
+            raise ValueError(
+                f"The student was given images {shape(record.images.shape)} but the criterion logits "
+                f"{shape(logits.shape)}. Pass the whole output of one forward."
+            )
+        return record
 
     def take(self, logits: Tensor) -> Record | None:
         """The record of the forward that made these logits; None if there is none or it can't be told which."""
@@ -159,6 +201,7 @@ class Tap:
 
     def _clear(self) -> None:
         self.images = self.features = self.rng = None
+        self.heard = {}
         self.open = self.compiled = False
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,7 +209,7 @@ class Tap:
         if self.paused or not self.student.training or not torch.is_grad_enabled():
             return None
         if torch.compiler.is_compiling():
-            self.images, self.features, self.compiled = images_in(args, kwargs), None, True
+            self.images, self.features, self.compiled, self.heard = images_in(args, kwargs), None, True, {}
             self.autocast = None if self.images is None else _autocast_type(self.images.device)
             return None
         if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
@@ -201,6 +244,13 @@ class Tap:
             self.features, self.rng = features, rng_state(features.device)
             self.autocast = _autocast_type(features.device)  # hosts may put it inside of the student's forward
 
+    def hear(self, key: str, tensor: Tensor | None) -> None:
+        """Remember a tensor at a place, if it belongs to a recorded forward."""
+        if self.paused or tensor is None or not torch.is_grad_enabled():
+            return
+        if self.open or (torch.compiler.is_compiling() and self.student.training):
+            self.heard[key] = tensor
+
     def _leave(self, args: tuple[Any, ...], output: Any) -> None:
         if self.paused or torch.compiler.is_compiling() or not self.open:
             return
@@ -229,6 +279,7 @@ class Tap:
                     None if logits is None else weakref.ref(logits),
                     self._drew(),
                     explained,
+                    self.heard,
                 )
             )
         self._clear()
@@ -261,6 +312,19 @@ class _Consumed:
     def __call__(self, args: tuple[Any, ...]) -> None:
         if self.position < len(args) and isinstance(args[self.position], Tensor):
             self.tap.keep(args[self.position])
+
+
+class _Passed:
+    """A hook's action: remember what passes at a place."""
+
+    def __init__(self, tap: Tap, place: Place) -> None:
+        self.tap, self.place = tap, place
+
+    def __call__(self, args: tuple[Any, ...], output: Any = None) -> None:
+        self.tap.hear(self.place.key, self.place.tensor(args if self.place.before else output))
+
+
+_taps: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Tap]] = weakref.WeakKeyDictionary()  # by student
 
 
 def _descends(logits: Tensor, node: Node, steps: int = 64) -> bool:

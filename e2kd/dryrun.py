@@ -144,6 +144,7 @@ def check(
 def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
     """Layers, grids and zero maps of both models in eval mode, for the teacher's top classes."""
     assert isinstance(criterion.teacher, Teacher)
+    assert criterion.teacher.explainer is not None
     prepared = criterion.teacher.prepared(images)
     theirs = explain(criterion.teacher.model, prepared, explainer=criterion.teacher.explainer)
     model = criterion.student.student

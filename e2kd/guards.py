@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor, nn
 
 from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
@@ -110,6 +111,15 @@ def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
             NoEffectWarning,
             stacklevel=5,
         )
+
+
+def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor) -> bool:
+    """Whether a criterion is asked to distill by these logits, or for the plain task loss."""
+    if not (criterion.training and torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    if not student.training:
+        warn_eval()
+    return student.training
 
 
 def warn_eval() -> None:

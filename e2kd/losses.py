@@ -19,8 +19,8 @@ from e2kd.guards import (
     check_not_empty,
     check_prepared,
     check_settings,
+    is_teaching,
     warn_dead,
-    warn_eval,
 )
 from e2kd.lessons import Lesson, Prepared, lesson_of
 from e2kd.logits import kd_loss
@@ -28,12 +28,11 @@ from e2kd.modes import unwrap
 from e2kd.outputs import logits_of
 from e2kd.similarity import cosine, pooled
 from e2kd.student import StudentExplainer
-from e2kd.tasks import default_task, task_input
+from e2kd.tasks import items, reported, task_loss
 from e2kd.taught import Taught, labels_of
-from e2kd.teacher import Normalization, Teacher
+from e2kd.teacher import Normalization, Teacher, shared
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
-IGNORED = -100  # a label that counts for nothing, as in torch's and Hugging Face's losses
 
 TAUGHT_FOR_LIVE = (
     "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live one. Build it "
@@ -89,7 +88,8 @@ class E2KDLoss(nn.Module):
         student: the module being trained, before or after it is wrapped by its trainer.
         teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode. Or a
             `FrozenTeacher`, whose lessons come with the batch in the targets' place.
-        criterion: the criterion you had; None is pure distillation, the paper's setting.
+        criterion: the criterion you had; None is pure distillation, the paper's setting. It may be another method
+            around it, as `e2kd.baselines.CRD(student, teacher, criterion)`; the teacher still runs once.
         explainer: the student's; None is `GradCAM()` at the layer found for the model, `BcosWeights()` for a B-cos
             network, and `BcosContributions()` for one beside a network of the other kind.
         teacher_explainer: the teacher's; None is the student's, or chosen in the same way where that was not given.
@@ -126,6 +126,8 @@ class E2KDLoss(nn.Module):
     >>> sorted(criterion.parts)
     ['agreement', 'cosine', 'explanation', 'kd', 'loss', 'task', 'zero_maps']
     """
+
+    takes_lessons = True  # as a criterion inside of another: it is given the targets as they came
 
     def __init__(
         self,
@@ -174,6 +176,8 @@ class E2KDLoss(nn.Module):
         self.student = StudentExplainer(unwrap(student), self.explainer, example, fraction)
         self.step, self.seed = 0, torch.initial_seed()
         self.student.expect(self._explains())
+        if isinstance(self.teacher, Teacher):
+            self.teacher = shared(self.teacher, criterion)
         self._parts: dict[str, Tensor] = {}
 
     @property
@@ -202,47 +206,32 @@ class E2KDLoss(nn.Module):
                 loss is then this call's share of the batch's mean.
         """
         logits = logits_of(outputs)
-        if not self._teaching(logits):
-            return self._task(outputs, logits, self._labels(targets))
+        if not is_teaching(self, self.student.student, logits):
+            return task_loss(self.criterion, outputs, targets, self._labels(targets))
         loss = self._teach(outputs, logits, targets)
-        return loss if num_items_in_batch is None else loss * (self._items(logits, targets) / num_items_in_batch)
-
-    def _teaching(self, logits: Tensor) -> bool:
-        if not (self.training and torch.is_grad_enabled() and logits.requires_grad):
-            return False
-        if not self.student.student.training:
-            warn_eval()
-            return False
-        return True
-
-    def _task(self, outputs: Any, logits: Tensor, labels: Tensor | None) -> Tensor:
-        if self.criterion is None:
-            return default_task(logits, labels)
-        return self.criterion(task_input(outputs, logits), labels)
-
-    def _items(self, logits: Tensor, targets: Any) -> Tensor | int:
-        """What Hugging Face counts in these targets: class indices, or every entry of multi-hot ones."""
-        labels = self._labels(targets)
-        return labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else len(logits)
+        if num_items_in_batch is None:
+            return loss
+        return loss * (items(logits, self._labels(targets)) / num_items_in_batch)
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
         record = self.student.record(logits)
         taught = self._taught(targets, record.images)
-        labels = targets if taught is None else taught.labels
+        labels = labels_of(targets) if taught is None else taught.labels
         explaining = self._explains()
         self.step += 1
         self.student.expect(self._explains())
         rows = self._rows(len(logits), logits.device) if explaining else None
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")} | {"cosine": zero + torch.nan}
-        loss = zero
-        if self.task_weight != 0:
-            parts["task"] = self._task(outputs, logits, labels)
-            loss = loss + self.task_weight * parts["task"]
-        if explaining or self.kd_weight != 0:
+        loss, lesson = zero, None
+        if explaining or self.kd_weight != 0:  # asked first, so that criteria inside of this one hear the answer
             lesson = self._lesson(record, explaining, rows) if taught is None else lesson_of(taught)
             check_batch(logits, lesson.logits)
+        if self.task_weight != 0:
+            parts["task"] = task_loss(self.criterion, outputs, targets, labels)
+            loss = loss + self.task_weight * parts["task"]
+        if lesson is not None:
             parts["agreement"] = (logits.argmax(1) == lesson.logits.argmax(1)).float().mean()
             if self.kd_weight != 0:
                 parts["kd"] = self._distill(logits, lesson.logits)
@@ -250,8 +239,7 @@ class E2KDLoss(nn.Module):
             if explaining:
                 parts |= self._explain(record, logits, lesson, labels, rows)
                 loss = loss + self.weight * parts["explanation"]
-        # Copied, since trainers divide the loss in place when they accumulate.
-        self._parts = {name: value.detach() for name, value in (parts | {"loss": loss.detach().clone()}).items()}
+        self._parts = reported(self.criterion, parts, loss)
         return loss
 
     def _labels(self, targets: Any) -> Any:

@@ -91,11 +91,11 @@ def _search(model: nn.Module, found: Trace) -> Call:
     at_head = [c for c in found.calls if c.output is not None and c.output is found.head_input]
     if at_head and _alive(at_head[-1], found, model):
         return at_head[-1]
-    calls = [c for c in reversed(found.calls) if _may_be_site(c)]
+    calls = [c for c in reversed(found.calls) if may_be_site(c)]
     cut = next((c for c in calls if _alive(c, found, model) and c.output is not None and found.is_cut(c.output)), None)
     if cut is not None and not _is_early(cut, found):
         return cut
-    last = next((c for c in calls if _is_feature(c) and _alive(c, found, model)), cut)
+    last = next((c for c in calls if is_feature(c) and _alive(c, found, model)), cut)
     if last is not None:
         return last
     raise UnsupportedModel(
@@ -109,19 +109,19 @@ def _is_early(call: Call, found: Trace) -> bool:
     return next(i for i, c in enumerate(found.calls) if c.output is call.output) < EARLY * len(found.calls)
 
 
-def _is_feature(call: Call) -> bool:
+def is_feature(call: Call) -> bool:
     """Attention weights, which only a dropout or softmax returns, look like maps but hold no features."""
     return call.made and not isinstance(call.module, (nn.Dropout, nn.Softmax))
 
 
-def _may_be_site(call: Call) -> bool:
+def may_be_site(call: Call) -> bool:
     """Pools blur the map, and a bare linear layer inside a head is past the features people mean."""
     return bool(call.name) and not isinstance(call.module, nn.Linear) and not POOL.search(type(call.module).__name__)
 
 
 def suggest(model: nn.Module, found: Trace) -> str:
     """A sentence with layers that could be named by hand."""
-    names = [call.name for call in reversed(found.calls) if _may_be_site(call) and _alive(call, found, model)]
+    names = [call.name for call in reversed(found.calls) if may_be_site(call) and _alive(call, found, model)]
     if not names:
         return "No module of it returns a map with a gradient, so its logits can't be explained by a layer."
     return f"Name one through layer=, for instance {', '.join(repr(n) for n in dict.fromkeys(names[:3]))}."
@@ -176,5 +176,5 @@ def _beside(model: nn.Module, found: Trace, tensor: Tensor) -> str | None:
     """The outermost name of the last map on a way around a tensor."""
     if found.is_cut(tensor):
         return None
-    maps = [c for c in found.around(tensor) if _is_feature(c) and _may_be_site(c) and layout_in(c, found, model)]
+    maps = [c for c in found.around(tensor) if is_feature(c) and may_be_site(c) and layout_in(c, found, model)]
     return next((name for c in maps[-1:] if c.output is not None for name in found.producers(c.output)), None)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from e2kd.bcos.images import check_range
 from e2kd.bcos.statistics import Kept, NotKept
-from e2kd.capture import Record, Tap
-from e2kd.errors import UnsupportedModel, shape
+from e2kd.capture import COMPILED, NO_RECORD, Record, Tap
+from e2kd.errors import UnsupportedModel
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.heads import Head
 from e2kd.kernels import fused_attention_between
@@ -28,16 +28,6 @@ FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that w
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
 
-COMPILED = (
-    "If another model of this class was compiled in this process, torch.compile may have run its code: call "
-    "torch.compiler.reset() in between, or set torch._dynamo.config.skip_nnmodule_hook_guards = False at the start."
-)
-NO_RECORD = (
-    "The criterion was called without a training forward of the student before it. Expected "
-    "`loss = criterion(student(images), targets)` with the student in train() mode and gradients enabled, once per "
-    "forward. If the trainer runs a copy or another wrapper of the model, build E2KDLoss with the module it trains. "
-    + COMPILED
-)
 NO_FEATURES = (
     "The student ran, but layer {layer!r} did not return a tensor with gradients, so nothing can be explained there. "
     "Reentrant activation checkpointing around that layer or a frozen student does this: use "
@@ -124,15 +114,7 @@ class StudentExplainer:
         Raises:
             RuntimeError: when there was none.
         """
-        record = self.tap.take(logits)
-        if record is None:
-            raise RuntimeError(NO_RECORD)
-        if len(record.images) != len(logits):
-            raise ValueError(
-                f"The student was given images {shape(record.images.shape)} but the criterion logits "
-                f"{shape(logits.shape)}. Pass the whole output of one forward."
-            )
-        return record
+        return self.tap.record(logits)
 
     def view(self, record: Record, logits: Tensor, rows: Tensor | None = None) -> View:
         """The differentiable view of a recorded forward, logits [B, K] being what it returned.

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from e2kd.errors import shape
+from e2kd.outputs import logits_of
 
 
 def task_input(outputs: Any, logits: Tensor) -> Any:
     """What the criterion is called with: outputs as they came, but the logits of a dict or ModelOutput."""
     return logits if isinstance(outputs, dict) else outputs
+
+
+IGNORED = -100  # a label that counts for nothing, as in torch's and Hugging Face's losses
+
+
+def task_loss(criterion: Callable[..., Tensor] | None, outputs: Any, targets: Any, labels: Any) -> Tensor:
+    """The wrapped criterion's loss, or what stands in for it.
+
+    A criterion of e2kd inside of another (its `takes_lessons`) is given the targets as they came, any other the labels.
+    """
+    logits = logits_of(outputs)
+    if criterion is None:
+        return default_task(logits, labels)
+    return criterion(task_input(outputs, logits), targets if getattr(criterion, "takes_lessons", False) else labels)
+
+
+def items(logits: Tensor, labels: Any) -> Tensor | int:
+    """What Hugging Face counts in labels: class indices, or every entry of multi-hot ones.
+
+    >>> import torch
+    >>> items(torch.zeros(3, 4), torch.tensor([1, IGNORED, 0]))
+    tensor(2)
+    """
+    return labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else len(logits)
+
+
+def reported(criterion: object, parts: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """The detached parts of a loss, with those of the criterion inside that have other names.
+
+    The loss is copied, since trainers divide it in place when they accumulate.
+    """
+    inner = getattr(criterion, "parts", {}) if getattr(criterion, "takes_lessons", False) else {}
+    return {**inner, **{name: value.detach() for name, value in parts.items()}, "loss": loss.detach().clone()}
 
 
 def default_task(logits: Tensor, targets: Tensor | None) -> Tensor:

@@ -42,11 +42,7 @@ class Taught(_Fields):
 
     def __new__(cls, labels: Any, *rest: Tensor) -> Taught:
         """All five fields; or one iterable of them, as hosts rebuild tuples (Hugging Face Trainer)."""
-        rebuilt = not rest and isinstance(labels, Iterable) and not isinstance(labels, Tensor)
-        fields = tuple(labels) if rebuilt else (labels, *rest)
-        if len(fields) != len(cls._fields):
-            raise TypeError(f"Expected the fields {', '.join(cls._fields)}, but got {len(fields)} values.")
-        return super().__new__(cls, *fields)
+        return super().__new__(cls, *_rebuilt(cls._fields, labels, rest))
 
     def to(self, *args: Any, **kwargs: Any) -> Taught:
         """Every field as `Tensor.to` gives it; a type is for what is floating-point alone."""
@@ -62,6 +58,44 @@ class Taught(_Fields):
         return self.maps.numel() > 0
 
 
+class _IndexedFields(NamedTuple):
+    labels: Any
+    indices: Tensor
+    counts: Tensor
+
+
+class Indexed(_IndexedFields):
+    """Labels with the places of their samples in the data set, as one value that travels where labels travel.
+
+    What `e2kd.baselines.IndexedDataset` gives; `default_collate` stacks it, and every criterion of e2kd gives `labels`
+    on to the criterion it wraps.
+
+    Attributes:
+        labels: [B], or whatever the data set has.
+        indices: of the samples, [B] int64.
+        counts: samples of the data set, the same number for each, [B] int64.
+
+    >>> import torch
+    >>> one = Indexed(torch.tensor(3), torch.tensor(17), torch.tensor(50_000))
+    >>> torch.utils.data.default_collate([one, one]).indices
+    tensor([17, 17])
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, labels: Any, *rest: Tensor) -> Indexed:
+        """All three fields; or one iterable of them, as hosts rebuild tuples (Hugging Face Trainer)."""
+        return super().__new__(cls, *_rebuilt(cls._fields, labels, rest))
+
+    def to(self, *args: Any, **kwargs: Any) -> Indexed:
+        """Every field as `Tensor.to` gives it; a type is for what is floating-point alone."""
+        return type(self)(*(_to(field, args, kwargs) for field in self))
+
+    def ne(self, value: Any) -> Any:
+        """`labels != value`: Hugging Face's Trainer counts the samples of an accumulated batch so."""
+        return self.labels.ne(value)
+
+
 def all_known(maps: Tensor) -> Tensor:
     """The `valid` of maps [B, C, h, w] of which every cell is known, [B, 1, h, w].
 
@@ -73,12 +107,21 @@ def all_known(maps: Tensor) -> Tensor:
 
 
 def labels_of(targets: Any) -> Any:
-    """The labels alone, of targets with or without lessons.
+    """The labels alone, of targets with or without lessons or indices.
 
     >>> labels_of(3)
     3
     """
-    return targets.labels if isinstance(targets, Taught) else targets
+    return targets.labels if isinstance(targets, (Taught, Indexed)) else targets
+
+
+def _rebuilt(names: tuple[str, ...], first: Any, rest: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The fields, which came one by one or as one iterable."""
+    whole = not rest and isinstance(first, Iterable) and not isinstance(first, Tensor)
+    fields = tuple(first) if whole else (first, *rest)
+    if len(fields) != len(names):
+        raise TypeError(f"Expected the fields {', '.join(names)}, but got {len(fields)} values.")
+    return fields
 
 
 def _to(field: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from e2kd.errors import taking_images
 from e2kd.explainers import Explainer, reads_images
 from e2kd.inspection import inspect
 from e2kd.lessons import Lesson
-from e2kd.modes import device_of, dtype_of, evaluating, unwrap
+from e2kd.listening import Ear, Heard, Place, hearing
+from e2kd.modes import as_written, device_of, dtype_of, evaluating, unwrap
 from e2kd.outputs import logits_of
 
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -30,7 +31,7 @@ class Teacher:
 
     Args:
         model: the teacher, or a timm name (created with its pretrained weights).
-        explainer: how to explain it.
+        explainer: how to explain it; None for a teacher that is never asked to.
         normalization: (mean, std) the teacher expects; a timm model's own by default.
         input_normalization: (mean, std) the images come in; None leaves the images as they are.
         size: (H, W) or side the teacher expects; a timm model of fixed size tells it itself.
@@ -39,7 +40,7 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module | str,
-        explainer: Explainer,
+        explainer: Explainer | None,
         normalization: Normalization | None = None,
         input_normalization: Normalization | None = None,
         size: int | tuple[int, int] | None = None,
@@ -47,6 +48,8 @@ class Teacher:
         self.owned = isinstance(model, str)
         self.model = unwrap(_from_timm(model) if isinstance(model, str) else model)
         self.explainer = explainer
+        self.ears: list[Ear] = []
+        self.settings = (normalization, input_normalization, size)
         self.size = (size, size) if isinstance(size, int) else size or _fixed_size(self.model)
         self.channels, self.bcos = channels_of(self.model), is_bcos(self.model)
         self.given, self.wanted = input_normalization, expected_normalization(self.model, normalization)
@@ -54,7 +57,38 @@ class Teacher:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] for the student's images, without a graph."""
-        return self._logits(self.prepared(images))
+        prepared = self.prepared(images)
+        with self._hearing() as tensors:
+            logits = self._logits(prepared)
+        self._tell(images, prepared, logits, tensors)
+        return logits
+
+    def listen(self, places: Iterable[Place]) -> Ear:
+        """An ear that will hear these places whenever the teacher is asked, until it is taken out of `ears`."""
+        self.ears.append(Ear(places))
+        return self.ears[-1]
+
+    def serves(self, other: Teacher) -> bool:
+        """Whether this one may answer in another's place: for the same model, asked in the same way."""
+        unset = all(setting is None for setting in other.settings)
+        same = other.model is self.model and (unset or other.settings == self.settings)
+        return same and (other.explainer is None or other.explainer == self.explainer)
+
+    @contextmanager
+    def _hearing(self) -> Iterator[dict[str, Tensor]]:
+        places = {place for ear in self.ears for place in ear.places}
+        if not places:
+            yield {}
+            return
+        with as_written(list(self.model.modules())), hearing(self.model, places) as tensors:
+            yield tensors
+
+    def _tell(self, images: Tensor, prepared: Tensor, logits: Tensor, tensors: dict[str, Tensor]) -> None:
+        size = (prepared.shape[-2], prepared.shape[-1])
+        for ear in self.ears:
+            own = {place.key: tensors[place.key] for place in ear.places if place.key in tensors}
+            if len(own) == len(ear.places):
+                ear.heard = Heard(images, size, logits, own)
 
     def _logits(self, prepared: Tensor) -> Tensor:
         with self._explained(prepared), torch.no_grad(), evaluating(self.model):
@@ -64,18 +98,22 @@ class Teacher:
         """Logits for the student's images and, if explaining, the means to explain any class, of `rows` if given."""
         if not explaining:
             return Lesson(self.logits(images))
-        prepared = self.prepared(images)
-        alone = rows is not None and reads_images(self.explainer)
-        with self._explained(prepared):
-            view = inspect(self.model, prepared[rows] if alone else prepared, self.explainer)
-        logits = view.logits.detach()
-        if alone:
-            assert rows is not None
-            view, logits = replace(view, rows=rows), self._completed(logits, prepared, rows)
+        prepared, explainer = self.prepared(images), self.explainer
+        assert explainer is not None
+        if rows is not None and reads_images(explainer):
+            with self._explained(prepared):
+                view = replace(inspect(self.model, prepared[rows], explainer), rows=rows)
+            logits = self._completed(view.logits.detach(), prepared, rows)
+            self._tell(images, prepared, logits, {})
+        else:
+            with self._explained(prepared), self._hearing() as tensors:
+                view = inspect(self.model, prepared, explainer)
+            logits = view.logits.detach()
+            self._tell(images, prepared, logits, tensors)
 
         def explain(classes: Tensor, rows: Tensor | None) -> list[Tensor]:
             last = classes.shape[1] - 1
-            found = (view.explain(self.explainer, c, rows, again=i < last) for i, c in enumerate(classes.T))
+            found = (view.explain(explainer, c, rows, again=i < last) for i, c in enumerate(classes.T))
             return [maps.detach() for maps in found]
 
         return Lesson(logits, explain)
@@ -123,6 +161,24 @@ class Teacher:
                 f"so move it yourself: teacher.to({str(device)!r})."
             )
         self.model.to(device)
+
+
+def shared(teacher: Teacher, criterion: object) -> Teacher:
+    """The teacher that will answer in this one's place, for all criteria inside of one another: it runs once a step.
+
+    A criterion that says nothing of how the teacher is to be asked follows the one that does.
+    """
+    for module in criterion.modules() if isinstance(criterion, nn.Module) else ():
+        other = getattr(module, "teacher", None)
+        if not isinstance(other, Teacher) or other is teacher:
+            continue
+        if teacher.serves(other):
+            teacher.ears += other.ears
+            module.teacher = teacher  # type: ignore[assignment]
+        elif other.serves(teacher):
+            other.ears += teacher.ears
+            teacher = other
+    return teacher
 
 
 def _from_timm(name: str) -> nn.Module:

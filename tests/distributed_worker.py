@@ -29,6 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import baseline_cases
 import reference
 import transfer_cases
 
@@ -326,6 +327,7 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         **{f"{name}-frozen": partial(frozen_ddp, name) for name in ("cnn", "vit")},
         "small-compiled_inside": partial(ddp, "small", compiled="inside"),
         "small-compiled_outside": partial(ddp, "small", compiled="outside"),
+        **baseline_cases.CASES,
     },
     "fsdp": {
         f"{name}-{shard.__name__}-{label}": partial(fsdp, name, partial(shard, **settings), **how)

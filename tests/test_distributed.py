@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from baseline_cases import CASES as RIVALS
+from baseline_cases import joint_batch, of_rank, ranks_criterion
 from distributed_worker import GROUPS, RANKS, joint_case, run_group
-from reference import error, reference_loss, reference_step
+from reference import error, gradient, reference_loss, reference_step
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Results = list[dict[str, Any]]
@@ -59,7 +62,7 @@ def test_student_that_needs_its_own_graph_is_refused_under_a_static_graph(ddp: R
         assert "static_graph=False" in rank[WRONG_UNDER_STATIC_GRAPH]["refusal"]
 
 
-@pytest.mark.parametrize("label", sorted(GROUPS["ddp"].keys() - {WRONG_UNDER_STATIC_GRAPH, *FROZEN}))
+@pytest.mark.parametrize("label", sorted(GROUPS["ddp"].keys() - {WRONG_UNDER_STATIC_GRAPH, *FROZEN, *RIVALS}))
 def test_gradients_under_ddp_are_equal_on_all_ranks_and_those_of_one_process(label: str, ddp: Results) -> None:
     found = [rank[label] for rank in ddp]
     assert "refusal" not in found[0], found[0]
@@ -75,6 +78,21 @@ def test_two_processes_freeze_and_train_from_one_cache(label: str, ddp: Results)
     assert "refusal" not in first, first
     assert torch.equal(first["gradient"], second["gradient"])
     assert error(first["gradient"], _wanted(label)) < 2e-3
+
+
+@pytest.mark.parametrize("label", RIVALS)
+def test_gradients_of_student_and_parts_with_a_rival_are_the_mean_of_all_ranks(label: str, ddp: Results) -> None:
+    """e²KD on top of the rival; the criterion is wrapped by DistributedDataParallel where it has parameters."""
+    first, second = (rank[label] for rank in ddp)
+    assert "refusal" not in first, first
+    assert torch.equal(first["gradient"], second["gradient"])
+    alone = []
+    for rank in range(RANKS):
+        student, criterion = ranks_criterion(label.removeprefix("rival-"))
+        images, targets = of_rank(joint_batch(), rank)
+        criterion(student(images), targets).backward()
+        alone.append(gradient(nn.ModuleList([student, criterion])))
+    torch.testing.assert_close(first["gradient"], torch.stack(alone).mean(0), rtol=1e-9, atol=1e-12)
 
 
 def _head_is_sharded(label: str) -> bool:

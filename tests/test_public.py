@@ -22,7 +22,15 @@ NAMES = {
     "__version__", "check", "cosine", "explain", "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss",
     "unicam",
 }  # fmt: skip
-PARTS = {"bcos", "distance", "metrics", "monitor", "perturb", "transfer"}  # packages that are public as a whole
+PARTS = {
+    "baselines",
+    "bcos",
+    "distance",
+    "metrics",
+    "monitor",
+    "perturb",
+    "transfer",
+}  # packages that are public as a whole
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
@@ -31,7 +39,7 @@ LAYERS = [
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],
-    ["lessons"],
+    ["lessons", "listening"],
     ["guards"],
     ["sites"],
     ["heads"],
@@ -41,7 +49,7 @@ LAYERS = [
     ["passes"],
     ["capture", "inspection"],
     ["student", "teacher"],
-    ["losses", "frozen", "transfer"],
+    ["losses", "frozen", "transfer", "baselines"],
     ["dryrun", "metrics", "monitor", "report"],
     ["demo", "commands"],
     ["cli", "trainers"],

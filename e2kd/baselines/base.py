@@ -1,0 +1,297 @@
+"""What all rivals have in common: a criterion around another one that also compares student and teacher."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.baselines.stages import Layers, Stage
+from e2kd.capture import Record, Tap
+from e2kd.errors import UnsupportedModel
+from e2kd.guards import check_batch, check_module, check_not_empty, is_teaching
+from e2kd.lessons import Prepared
+from e2kd.listening import Ear, Heard
+from e2kd.modes import device_of, dtype_of, unwrap
+from e2kd.outputs import logits_of
+from e2kd.probing import example_images
+from e2kd.similarity import at_least_float32
+from e2kd.tasks import items, reported, task_loss
+from e2kd.taught import Taught, labels_of
+from e2kd.teacher import Normalization, Teacher, shared
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class Settings(TypedDict, total=False):
+        """What every rival takes besides its own settings."""
+
+        warmup: int
+        input_normalization: Normalization | None
+        teacher_normalization: Normalization | None
+        teacher_size: int | tuple[int, int] | None
+        example: Tensor | None
+
+
+Module = TypeVar("Module", bound=nn.Module)
+Names = Sequence[str] | None
+
+FROZEN = (
+    "{name} compares features inside of teacher and student, and a frozen teacher keeps its logits and maps alone. "
+    "Pass the live teacher. With the cache there are DKD, KD and e²KD: E2KDLoss(student, frozen, ...)."
+)
+NO_EXAMPLE = (
+    "No usual image size runs through {name}, so its layers can't be found. Pass example=images, a batch [B, C, H, W] "
+    "as the student will be given."
+)
+UNEQUAL = "Expected as many layers of the student as of the teacher, but got {student} and {teacher}."
+ELSEWHERE = (
+    "The features are on {device} but the trainable parts of {name} on {where}. They belong to the criterion, so move "
+    "it: criterion.to({device!r}), before the optimizer is made."
+)
+NOT_HEARD = (
+    "The student ran, but {layer!r} did not, or returned no tensor with gradients. Name other layers through layers=."
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a term is computed from.
+
+    Attributes:
+        student: maps [B, C, h, w] of the student's stages, with their graph.
+        teacher: those of the teacher's, without.
+        student_logits, teacher_logits: [B, K].
+        targets: as they came, with lessons or indices.
+        labels: the labels alone.
+    """
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    student_logits: Tensor
+    teacher_logits: Tensor
+    targets: Any
+    labels: Any
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both networks' layers, to choose from."""
+
+    student: Layers
+    teacher: Layers
+
+    def stages(self, layers: Names, teacher_layers: Names, count: int = 4) -> tuple[list[Stage], list[Stage]]:
+        """As many stages of both, last with last; those that were named, where they were.
+
+        Raises:
+            ValueError: when other numbers of layers were named.
+        """
+        mine = self.student.stages(count) if layers is None else self.student.named(layers)
+        theirs = self.teacher.stages(count) if teacher_layers is None else self.teacher.named(teacher_layers)
+        if layers is not None and teacher_layers is not None and len(mine) != len(theirs):
+            raise ValueError(UNEQUAL.format(student=len(mine), teacher=len(theirs)))
+        some = min(len(mine), len(theirs))
+        if len(mine) > some:
+            mine = self.student.stages(some) if layers is None else mine[-some:]
+        if len(theirs) > some:
+            theirs = self.teacher.stages(some) if teacher_layers is None else theirs[-some:]
+        return mine, theirs
+
+
+class Baseline(nn.Module, ABC):
+    """A distillation method around any criterion: loss = criterion(outputs, targets) + weight * term.
+
+    Called and built as `E2KDLoss` is, and it may stand in the place of its criterion, which gives the method with e²KD
+    on top: `E2KDLoss(student, teacher, CRD(student, teacher, criterion))`. The teacher then runs once a step, and the
+    student's forward is always the trainer's own. In eval mode or under `no_grad` it is the plain task loss.
+
+    Trainable parts, where a method has them, are its parameters, beside those of `criterion`: give them to the
+    optimizer, `SGD([*student.parameters(), *criterion.parameters()])`, and save `criterion.state_dict()` with
+    the checkpoint. They exist from the start, on the student's device. With several processes wrap the criterion as the
+    student is wrapped: `DistributedDataParallel(criterion, broadcast_buffers=False)`, or `accelerator.prepare`. With
+    no criterion, layers of the student past the compared ones get no gradient: `find_unused_parameters=True`.
+
+    Args:
+        student: the module being trained, before or after it is wrapped by its trainer.
+        teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode.
+        criterion: the criterion you had; None for the term alone.
+        weight: of the term.
+        warmup: steps over which the weight grows linearly from 0 to its value.
+        input_normalization, teacher_normalization, teacher_size: as of `E2KDLoss`. Without any of them a criterion
+            inside of another asks the teacher as the outer one does.
+        example: images [B, C, H, W] to find layers with; None makes noise of a usual size.
+    """
+
+    name: ClassVar[str]  # of the term, in `.parts`
+    takes_lessons = True
+    takes_features = True
+    step: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | str | Prepared,
+        criterion: Callable[..., Tensor] | None,
+        weight: float,
+        choose: Callable[[Pair], tuple[list[Stage], list[Stage]]] | None = None,
+        *,
+        warmup: int = 0,
+        input_normalization: Normalization | None = None,
+        teacher_normalization: Normalization | None = None,
+        teacher_size: int | tuple[int, int] | None = None,
+        example: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        check_module(student, "student")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"Expected weight >= 0, but got {weight}.")
+        if warmup < 0 or warmup != int(warmup):
+            raise ValueError(f"Expected warmup to be a number of steps >= 0, but got {warmup}.")
+        self.criterion, self.weight, self.warmup = criterion, weight, warmup
+        self.register_buffer("step", torch.zeros((), dtype=torch.long, device=_device(student)), warmup > 0)
+        self._model = [unwrap(student)]  # in a list: neither network is a submodule
+        self.teacher = self._asked(teacher, (teacher_normalization, input_normalization, teacher_size))
+        self.student_stages: list[Stage] = []
+        self.teacher_stages: list[Stage] = []
+        if choose is not None:
+            self.student_stages, self.teacher_stages = choose(self._layers(example))
+        self.ear: Ear | None = None
+        if isinstance(self.teacher, Teacher):
+            self.ear = self.teacher.listen(stage.place for stage in self.teacher_stages)
+            self.teacher = shared(self.teacher, criterion)
+        self.tap = Tap(self.student)
+        self.tap.listen(stage.place for stage in self.student_stages)
+        self._parts: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def term(self, batch: Batch) -> Tensor:
+        """The method's loss [] for a batch, without its weight."""
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that is trained."""
+        return self._model[0]
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Detached scalars of the last training call: loss, task and the method's term, without its weight."""
+        return dict(self._parts)
+
+    def remove(self) -> None:
+        """Take every hook off the student. The criterion can't teach afterwards."""
+        self.tap.remove()
+        if isinstance(self.teacher, Teacher):
+            self.teacher.ears = [ear for ear in self.teacher.ears if ear is not self.ear]
+
+    def forward(
+        self, outputs: Any, targets: Any = None, *, num_items_in_batch: Tensor | int | None = None, **_: Any
+    ) -> Tensor:
+        """The loss [] for the student's outputs; see `E2KDLoss.forward`."""
+        logits = logits_of(outputs)
+        if not is_teaching(self, self.student, logits):
+            return task_loss(self.criterion, outputs, targets, self._labels(targets))
+        check_not_empty(logits)
+        record = self.tap.record(logits)
+        zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        parts = {"task": zero, self.name: zero}
+        if self.criterion is not None:  # first, so that this one hears what a criterion inside asks the teacher
+            parts["task"] = task_loss(self.criterion, outputs, targets, self._labels(targets))
+        if self.weight != 0:
+            with torch.autocast(logits.device.type, enabled=False):
+                parts[self.name] = self.term(self._batch(record, logits, targets))
+        loss = parts["task"] + self._weight() * parts[self.name]
+        self._parts = reported(self.criterion, parts, loss)
+        return (
+            loss if num_items_in_batch is None else loss * (items(logits, self._labels(targets)) / num_items_in_batch)
+        )
+
+    def beside_student(self, part: Module) -> Module:
+        """A trainable part on the student's device, in its precision but no less than float32."""
+        dtype = torch.promote_types(dtype_of(self.student), torch.float32)
+        return part.to(_device(self.student), dtype)
+
+    def _weight(self) -> Tensor | float:
+        if not self.warmup:
+            return self.weight
+        self.step += 1
+        return self.weight * (self.step / self.warmup).clamp(max=1)
+
+    def _asked(self, teacher: nn.Module | str | Prepared, settings: tuple[Any, ...]) -> Teacher | Prepared:
+        if isinstance(teacher, Prepared):
+            if self.takes_features:
+                raise UnsupportedModel(FROZEN.format(name=type(self).__name__))
+            return teacher
+        if not isinstance(teacher, str):
+            check_module(teacher, "teacher")
+        return Teacher(teacher, None, *settings)
+
+    def _layers(self, example: Tensor | None) -> Pair:
+        assert isinstance(self.teacher, Teacher)
+        student, model = self.student, self.teacher.model
+        if example is None and (noise := example_images(student)) is not None:
+            example = noise.sigmoid()  # in the range of images that aren't normalised, which B-cos networks take
+        if example is None:
+            raise ValueError(NO_EXAMPLE.format(name=type(student).__name__))
+        images = example[:2].to(_device(student), dtype_of(student))
+        return Pair(Layers(student, images), Layers(model, self.teacher.prepared(images.to(_device(model)))))
+
+    def _labels(self, targets: Any) -> Any:
+        return self.teacher.labels(targets) if isinstance(self.teacher, Prepared) else labels_of(targets)
+
+    def _batch(self, record: Record, logits: Tensor, targets: Any) -> Batch:
+        heard = self._ask(record, targets)
+        check_batch(logits, heard.logits)
+        dtype = self._dtype(logits.device)
+        size = (record.images.shape[-2], record.images.shape[-1])
+        mine = [_maps(stage, record.heard.get(stage.place.key), size) for stage in self.student_stages]
+        theirs = [_maps(stage, heard.tensors.get(stage.place.key), heard.size) for stage in self.teacher_stages]
+        return Batch(
+            [at_least_float32(m) if dtype is None else m.to(dtype) for m in mine],
+            [at_least_float32(m) if dtype is None else m.to(dtype) for m in theirs],
+            logits,
+            heard.logits,
+            targets,
+            self._labels(targets),
+        )
+
+    def _ask(self, record: Record, targets: Any) -> Heard:
+        """What the teacher says of the recorded images; not asked again if somebody else has just done so."""
+        if isinstance(self.teacher, Prepared):
+            taught: Taught = self.teacher.taught(targets, record.images)
+            return Heard(record.images, (0, 0), taught.logits, {})
+        if isinstance(targets, Taught):
+            raise ValueError(
+                "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live "
+                "one. Pass `targets.labels`."
+            )
+        assert self.ear is not None
+        found = self.ear.take(record.images)
+        if found is None:
+            with torch.autocast(record.images.device.type, record.autocast, enabled=record.autocast is not None):
+                self.teacher.logits(record.images)
+            found = self.ear.take(record.images)
+        assert found is not None
+        return found
+
+    def _dtype(self, device: torch.device) -> torch.dtype | None:
+        """The type the trainable parts compute in, None where there are none."""
+        parts = (module for name, module in self.named_children() if name != "criterion")
+        first = next((p for part in parts for p in part.parameters()), None)
+        if first is not None and first.device != device:
+            raise RuntimeError(ELSEWHERE.format(device=str(device), name=type(self).__name__, where=first.device))
+        return None if first is None else first.dtype
+
+
+def _device(module: nn.Module) -> torch.device:
+    return device_of(module, torch.device("cpu"))
+
+
+def _maps(stage: Stage, tensor: Tensor | None, size: tuple[int, int]) -> Tensor:
+    if tensor is None:
+        raise RuntimeError(NOT_HEARD.format(layer=stage.place.module))
+    return stage.maps(tensor, size)

@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
 from benchmarks.cifar import NORMALIZATION, ResNet, normalized
-from benchmarks.cifar_data import BLOCKS, HELD_OUT, SHARED, TEST, TRAIN, few, fine_tuned, part
+from benchmarks.cifar_data import HELD_OUT, SHARED, TEST, TRAIN, few, part
+from benchmarks.cifar_families import BLOCKS, STANDARD, trained_teacher
 from benchmarks.common import RESULTS, environment, markdown_table, write_json
 from benchmarks.distilling import STAGES, ByFeatures, Teaching, Way, by_answers, by_attention, outputs_of
 from e2kd.commands.photos import find_photos, read_photos
@@ -134,7 +135,7 @@ def cifar10(settings: Settings, seed: int) -> Data:
 def teacher_of(settings: Settings, work: Path, photos: Data | None) -> ResNet:
     """The ResNet-32 of CIFAR-10; for photographs fine-tuned on them, and kept."""
     pool = part(TRAIN, 0, -HELD_OUT) if settings.teacher_epochs else part(TRAIN, 0, 1)
-    teacher = fine_tuned(work, pool, settings.teacher_epochs)
+    teacher = trained_teacher(STANDARD, work, pool, settings.teacher_epochs)
     assert isinstance(teacher, ResNet)
     if photos is None:
         return teacher

@@ -33,11 +33,12 @@ from torch import nn
 from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part, photos
 from benchmarks.cifar_families import FAMILIES, Family, predictions, trained_teacher
 from benchmarks.common import markdown_table, write_results
-from benchmarks.limited_training import ARMS, EXPLAINED, Data, Settings, measures, shift_curve, train
+from benchmarks.limited_training import ARMS, EXPLAINED, RIVALS, Data, Settings, measures, shift_curve, train
 from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
 TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 10.0, 25.0, 50.0)
+MULTIPLES = (0.2, 1.0, 5.0)  # of a rival's own weight
 PER_CLASS = (50, 200, 4500)
 MEASURES = ("accuracy", "agreement")
 PAIRS = (("e2kd", "kd"), ("frozen_e2kd", "frozen_kd"))
@@ -60,7 +61,7 @@ def load(family: Family, settings: Settings, work: Path, unrelated: bool) -> Dat
 def choices(arm: str, temperatures: Sequence[float], weights: Sequence[float]) -> list[Case]:
     """Every setting that an arm may have; what it does not have is None."""
     taus = (None,) if arm == "cross_entropy" else temperatures
-    lambdas = weights if arm in EXPLAINED else (None,)
+    lambdas = weights if arm in EXPLAINED else MULTIPLES if arm in RIVALS else (None,)
     return [Case("test", arm, 0, *pair) for pair in itertools.product(taus, lambdas)]
 
 

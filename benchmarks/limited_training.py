@@ -15,6 +15,7 @@ from benchmarks.cifar import NORMALIZATION
 from benchmarks.cifar_data import Images, few, operations, orders, places
 from benchmarks.cifar_families import BCOS, Family, predictions
 from benchmarks.paired import Case, Row
+from e2kd.baselines import CRD, METHODS, Indexed
 from e2kd.metrics import ShiftEquivariance
 
 BATCH = 50
@@ -23,7 +24,9 @@ ARMS = {
     "cross_entropy": "cross-entropy, no teacher", "kd": "KD", "e2kd": "e²KD", "frozen_kd": "frozen KD",
     "frozen_e2kd": "frozen e²KD",
 }  # fmt: skip
-FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd")
+RIVALS = {name.lower(): method for name, method in METHODS.items()}  # with KD, but for DKD, which is in its place
+ARMS |= {arm: method.__name__ for arm, method in RIVALS.items()} | {"crd_e2kd": "CRD + e²KD"}
+FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd")
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,18 @@ class Settings:
 
 
 def criterion_of(case: Case, family: Family, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher) -> nn.Module:
-    """The one line in which the arms differ."""
+    """The one line in which the arms differ. A rival's weight is a multiple of its own."""
     if case.arm == "cross_entropy":
         return e2kd.bcos.BcosLoss() if family.kind is BCOS else nn.CrossEntropyLoss()
+    rival, weight = None, case.weight or 0.0
+    if case.arm in RIVALS:
+        rival = RIVALS[case.arm](student, teacher)
+        rival.weight, weight = rival.weight * weight, 0.0
+    elif case.arm == "crd_e2kd":
+        rival = CRD(student, teacher)
     assert case.temperature is not None
-    return e2kd.E2KDLoss(student, teacher, temperature=case.temperature, weight=case.weight or 0.0)
+    kd_weight = float(case.arm != "dkd")
+    return e2kd.E2KDLoss(student, teacher, rival, temperature=case.temperature, weight=weight, kd_weight=kd_weight)
 
 
 def lessons_of(data: Data, images: Images) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:
@@ -77,13 +87,15 @@ def train(case: Case, data: Data, settings: Settings) -> nn.Module:
     torch.manual_seed(case.seed)
     student, augmentation = family.student(), e2kd.JointAugmentation(*operations())
     criterion = criterion_of(case, family, student, frozen if frozen_arm else data.teacher)
+    teaching = isinstance(criterion, e2kd.E2KDLoss)
     plan = list(orders(len(pixels), BATCH, settings.epochs, case.seed))
-    optimizer = family.optimizer(student)
+    optimizer = family.optimizer(nn.ModuleList([student, criterion]))  # a rival may have parts to train
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=len(plan))
     student.train()
     for batch in plan:
         augmented, taught = augmentation(pixels[batch], e2kd.Taught(*(field[batch] for field in lessons)))
-        loss = criterion(student(family.kind.encode(augmented)), taught if frozen_arm else taught.labels)
+        targets = taught if frozen_arm else Indexed(taught.labels, batch, torch.full_like(batch, len(pixels)))
+        loss = criterion(student(family.kind.encode(augmented)), targets if teaching else taught.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -16,7 +16,7 @@ from e2kd.taught import Taught
 from e2kd.version import __version__
 
 if TYPE_CHECKING:
-    from e2kd import bcos, distance, metrics, monitor, perturb, transfer
+    from e2kd import bcos, distance, guidance, metrics, monitor, perturb, transfer
     from e2kd.augment import JointAugmentation
     from e2kd.embeddings import label_embeddings
     from e2kd.frozen import CanonicalView, FrozenDataset, FrozenTeacher, freeze
@@ -52,6 +52,7 @@ __all__ = [
     "distance",
     "explain",
     "freeze",
+    "guidance",
     "kd_loss",
     "label_embeddings",
     "metrics",
@@ -62,7 +63,7 @@ __all__ = [
     "unicam",
 ]
 
-_PARTS = ("bcos", "distance", "metrics", "monitor", "perturb", "transfer")  # packages that load when they are asked for
+_PARTS = ("bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer")  # load when they are asked for
 _LATER = {  # names that do, from the module named
     "CanonicalView": "frozen",
     "FrozenDataset": "frozen",

@@ -25,7 +25,7 @@ def energy_on_mask(maps: Tensor, masks: Tensor) -> Tensor:
     >>> energy_on_mask(torch.ones(1, 1, 2, 2), torch.tensor([[[True, False], [False, False]]]))
     tensor([0.2500])
     """
-    energy = _on_grid(maps, masks)
+    energy = on_grid(maps, masks)
     return (energy * masks.to(energy)).sum((1, 2)) / energy.sum((1, 2))
 
 
@@ -48,7 +48,7 @@ def intersection_over_union(maps: Tensor, masks: Tensor) -> Tensor:
     >>> intersection_over_union(torch.tensor([[[[3., 2.], [1., 0.]]]]), torch.tensor([[[1, 0], [1, 0]]]))
     tensor([0.3333])
     """
-    energy, inside = _on_grid(maps, masks).flatten(1), masks.flatten(1) >= 0.5
+    energy, inside = on_grid(maps, masks).flatten(1), masks.flatten(1) >= 0.5
     count = inside.sum(1, keepdim=True)
     ranked = energy.sort(1, descending=True).values
     cut = ranked.gather(1, (count - 1).clamp_min(0))
@@ -58,7 +58,7 @@ def intersection_over_union(maps: Tensor, masks: Tensor) -> Tensor:
     return torch.where(defined, shared / either, torch.nan)
 
 
-def _on_grid(maps: Tensor, masks: Tensor) -> Tensor:
+def on_grid(maps: Tensor, masks: Tensor) -> Tensor:
     """The maps' positive part on the masks' grid, [B, H, W]."""
     if maps.ndim != 4 or maps.shape[1] != 1 or masks.ndim != 3 or len(maps) != len(masks):
         raise ValueError(

@@ -22,7 +22,7 @@ NAMES = {
     "__version__", "check", "cosine", "explain", "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss",
     "unicam",
 }  # fmt: skip
-PARTS = {"bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer"}  # packages that are public as a whole
+PARTS = {"bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer"}  # public as a whole
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [

@@ -160,9 +160,21 @@ def difference_lines(results: list[Row]) -> list[str]:
         arms = {row["arm"] for row in found["rows"] if row["split"] == "test"}
         for arm, base in PAIRS:
             if {arm, base} <= arms:
-                gains = in_points(differences(found["rows"], arm, base, COMPARED))
-                said.append(f"{STUDENTS[found['student']].title}, {ARMS[arm]} - {ARMS[base]}, same seed: {gains}.")
+                gains = differences(found["rows"], arm, base, COMPARED)
+                words = in_points({TITLES[field]: gain for field, gain in gains.items()})
+                said.append(f"{STUDENTS[found['student']].title}, {ARMS[arm]} - {ARMS[base]}, same seed: {words}.")
     return said
+
+
+def section(results: list[Row]) -> str:
+    """The README's table, with what it is of and the paired differences."""
+    settings, commands = results[0]["settings"], dict.fromkeys(f"`{found['command']}`" for found in results)
+    note = (
+        f"Percent of {settings['measured']} composites each in and out of distribution, EPG out of it, mean ± sd of "
+        f"{len(SEEDS)} paired seeds, {settings['epochs']} epochs of {settings['images']:,} images in every arm: "
+        f"{', '.join(commands)}. {' '.join(difference_lines(results))}"
+    )
+    return f"{table(results)}\n\n{note}"
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ what lives or floats in it, GREENERY are insects, plants and fungi.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -37,6 +39,7 @@ MORE_WATER = (
 PLACES = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}  # of every five backgrounds
 
 
+@cache
 def backgrounds(kind: int, part: str) -> Tensor:
     """The photos of a kind in a part, [N, 3, BACKGROUND, BACKGROUND] in [0, 1]."""
     paths = sorted(FOLDER.glob("*/*.jpg"))

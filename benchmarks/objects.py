@@ -16,6 +16,7 @@ from benchmarks import coco, pets
 from e2kd.demo.measure import CHUNK, share
 from e2kd.demo.train import Feed
 from e2kd.localization import energy_on_mask, intersection_over_union
+from e2kd.similarity import is_zero
 
 AREA = (0.5, 1.0)  # of a photo, that a training image shows
 
@@ -77,7 +78,7 @@ class Task:
         return {
             self.measure: self.worth(logits, objects.labels),
             **{name: values.nanmean().item() for name, values in found.items()},
-            "zero_maps": int(e2kd.similarity.is_zero(maps).sum()),
+            "zero_maps": int(is_zero(maps).sum()),
         }
 
 

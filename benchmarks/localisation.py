@@ -53,8 +53,8 @@ WORK = Path(tempfile.gettempdir()) / "e2kd-localisation"
 class Settings:
     """The budget, the same in every arm."""
 
-    epochs: int = 40
-    teacher_epochs: int = 40
+    epochs: int
+    teacher_epochs: int
     guidance_weight: float = 1.0
 
 
@@ -143,9 +143,9 @@ def difference_lines(results: list[Row]) -> list[str]:
 
 def section(results: list[Row]) -> str:
     """The README's table, with what it is of and the paired differences."""
-    settings, commands = results[0]["settings"], dict.fromkeys(f"`{found['command']}`" for found in results)
+    commands = dict.fromkeys(f"`{found['command']}`" for found in results)
     note = (
-        f"Percent on test photos, mean ± sd of {len(SEEDS)} paired seeds, {settings['epochs']} epochs in every arm: "
+        f"Percent on test photos, mean ± sd of {len(SEEDS)} paired seeds, the same steps in every arm: "
         f"{', '.join(commands)}. {' '.join(difference_lines(results))}"
     )
     return f"{table(results)}\n\n{note}"
@@ -153,9 +153,9 @@ def section(results: list[Row]) -> str:
 
 def result_of(name: str, guidance: str, args: Namespace) -> Row:
     """A teacher's study, run or gone on with."""
-    task, settings = TASKS[name], Settings(args.epochs, args.epochs)
-    if args.quick:
-        settings = Settings(epochs=1, teacher_epochs=1)
+    task = TASKS[name]
+    epochs = 1 if args.quick else args.epochs or task.epochs
+    settings = Settings(epochs, epochs)
     parts = {part: task.load(part) for part in ("train", "validation", "test")}
     weights = args.work / f"{name}-{guidance}-{settings.teacher_epochs}-{settings.guidance_weight:g}.safetensors"
     teacher = trained_teacher(task, guidance, parts["train"], settings, weights)
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--tasks", choices=list(TASKS), nargs="+", default=list(TASKS), metavar="TASK")
     parser.add_argument("--guidance", choices=list(GUIDANCE), nargs="+", default=list(GUIDANCE), metavar="GUIDANCE")
     parser.add_argument("--arms", choices=("kd", "e2kd"), nargs="+", default=("kd", "e2kd"), metavar="ARM")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of teachers and students")
+    parser.add_argument("--epochs", type=int, help="of teachers and students; each task has its own")
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="to choose λ from")
     parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, on one core each")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the teachers")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import e2kd
 from benchmarks import coco, pets
+from benchmarks.small_networks import SIDE
 from e2kd.demo.measure import CHUNK, share
 from e2kd.demo.train import Feed
 from e2kd.localization import energy_on_mask, intersection_over_union
@@ -55,6 +56,7 @@ class Task:
         worth: of logits and labels, as a share; `measure` is its name.
         distilled: settings of `E2KDLoss` beside weight and temperature.
         temperatures: to choose from; multi-label distillation has none.
+        epochs: of teachers and students; some 180 steps of either task.
     """
 
     title: str
@@ -65,6 +67,7 @@ class Task:
     worth: Callable[[Tensor, Tensor], float]
     distilled: dict[str, Any]
     temperatures: tuple[float | None, ...]
+    epochs: int
 
     def scores(self, model: nn.Module, objects: Objects) -> dict[str, float]:
         """What a network is worth, with EPG and IoU of its explanations of the classes that are there."""
@@ -108,22 +111,22 @@ def f1(logits: Tensor, labels: Tensor) -> float:
 
 def load_pets(part: str) -> Objects:
     """Squares from the middle of the photos of three breeds, with the animals."""
-    images, masks, breeds = pets.squares(part, 64, animals=False)
+    images, masks, breeds = pets.squares(part, SIDE, animals=False)
     return Objects(images / 255, breeds, masks > 0.5)
 
 
 def load_coco(part: str) -> Objects:
-    """Photos of ten groups of objects, with their boxes."""
-    images, labels, masks = coco.photos(part, 96)
+    """Photos of seven groups of objects, with their boxes."""
+    images, labels, masks = coco.photos(part, SIDE)
     return Objects(images / 255, labels.float(), masks)
 
 
 TASKS = {
     "pets": Task(
-        "Pets, 3 breeds", load_pets, len(pets.BREEDS), F.cross_entropy, "accuracy", accuracy, {}, (1.0, 4.0)
+        "Pets, 3 breeds", load_pets, len(pets.BREEDS), F.cross_entropy, "accuracy", accuracy, {}, (1.0, 4.0), 30
     ),
     "coco": Task(
-        "COCO, 10 groups", load_coco, len(coco.GROUPS), F.binary_cross_entropy_with_logits, "f1", f1,
-        {"classes": "positives", "distillation": e2kd.MultiLabelKDLoss()}, (None,),
+        "COCO, 7 groups", load_coco, len(coco.GROUPS), F.binary_cross_entropy_with_logits, "f1", f1,
+        {"classes": "positives", "distillation": e2kd.MultiLabelKDLoss()}, (None,), 90,
     ),
 }  # fmt: skip

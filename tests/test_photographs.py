@@ -128,7 +128,7 @@ def test_tables_say_what_the_rows_say() -> None:
 
     fields = ("f1", "epg", "iou")
     rows = [row(arm, seed, v, fields) for arm, v in (("kd", 0.5), ("e2kd", 0.75)) for seed in (0, 1)]
-    head = {"command": "python -m x", "settings": asdict(localisation.Settings())}
+    head = {"command": "python -m x", "settings": asdict(localisation.Settings(30, 30))}
     found = [{**head, "task": "coco", "guidance": "l1", "teacher": dict.fromkeys(fields, 0.9), "rows": rows}]
     assert localisation.table(found).splitlines()[-1] == "|  | e²KD | " + "75.0 ±0.0 | " * 3 + "4 | 5 |"
     assert "guided for IoU, e²KD - KD, same seed: f1 +25.0 points" in localisation.section(found)

@@ -1,6 +1,6 @@
 """Right for the right reasons? Cats and dogs on misleading photos (e²KD, Fig. 2 and Table 4), many architectures.
 
-    python -m benchmarks.right_reasons                                # every student, an hour or two on two cores
+    python -m benchmarks.right_reasons                                # every student, two to three hours on two cores
     python -m benchmarks.right_reasons --students vit convnext
     python -m benchmarks.right_reasons --quick                        # to see that it runs; writes nothing
 

@@ -36,16 +36,22 @@ class Study:
     """All rows so far; new ones are written at once.
 
     Args:
-        measured: trains a case's student and says what it is worth, by name; "accuracy" is what settings are chosen by.
+        measured: trains a case's student and says what it is worth, by name.
         rows: those of a run that was stopped.
         write: called with all rows after each.
         jobs: students trained at a time.
+        by: what settings are chosen by.
     """
 
     def __init__(
-        self, measured: Callable[[Case], Row], rows: list[Row], write: Callable[[list[Row]], object], jobs: int
+        self,
+        measured: Callable[[Case], Row],
+        rows: list[Row],
+        write: Callable[[list[Row]], object],
+        jobs: int,
+        by: str = "accuracy",
     ) -> None:
-        self.measured, self.rows, self.write, self.jobs = measured, rows, write, jobs
+        self.measured, self.rows, self.write, self.jobs, self.by = measured, rows, write, jobs, by
 
     def found(self, case: Case) -> Row | None:
         """A student's row, if it is there."""
@@ -79,15 +85,15 @@ class Study:
         return case._asdict() | self.measured(case)
 
     def best(self, choices: list[Case], seeds: Sequence[int]) -> Case:
-        """The choice of the highest mean accuracy on validation images; one alone needs no training."""
+        """The choice of the highest mean on validation images; one alone needs no training."""
         if len(choices) == 1:
             return choices[0]
         tried = {choice: [choice._replace(split="validation", seed=seed) for seed in seeds] for choice in choices}
         self.fill(list(itertools.chain(*tried.values())))
-        return max(choices, key=lambda choice: self._mean_accuracy(tried[choice]))
+        return max(choices, key=lambda choice: self._mean(tried[choice]))
 
-    def _mean_accuracy(self, cases: list[Case]) -> float:
-        return summarise([row["accuracy"] for case in cases if (row := self.found(case))])["mean"] or 0.0
+    def _mean(self, cases: list[Case]) -> float:
+        return summarise([row[self.by] for case in cases if (row := self.found(case))])["mean"] or 0.0
 
 
 def earlier(path: Path, settings: Row) -> list[Row]:

@@ -16,7 +16,7 @@ from e2kd.taught import Taught
 from e2kd.version import __version__
 
 if TYPE_CHECKING:
-    from e2kd import baselines, bcos, distance, metrics, monitor, perturb, transfer
+    from e2kd import baselines, bcos, distance, guidance, metrics, monitor, perturb, transfer
     from e2kd.augment import JointAugmentation
     from e2kd.embeddings import label_embeddings
     from e2kd.frozen import CanonicalView, FrozenDataset, FrozenTeacher, freeze
@@ -53,6 +53,7 @@ __all__ = [
     "distance",
     "explain",
     "freeze",
+    "guidance",
     "kd_loss",
     "label_embeddings",
     "metrics",
@@ -63,7 +64,8 @@ __all__ = [
     "unicam",
 ]
 
-_PARTS = ("baselines", "bcos", "distance", "metrics", "monitor", "perturb", "transfer")  # loaded when asked for
+# loaded when asked for
+_PARTS = ("baselines", "bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer")
 _LATER = {  # names that do, from the module named
     "CanonicalView": "frozen",
     "FrozenDataset": "frozen",

@@ -25,7 +25,7 @@ def energy_on_mask(maps: Tensor, masks: Tensor) -> Tensor:
     >>> energy_on_mask(torch.ones(1, 1, 2, 2), torch.tensor([[[True, False], [False, False]]]))
     tensor([0.2500])
     """
-    energy = _on_grid(maps, masks)
+    energy = on_grid(maps, masks)
     shares = (energy * masks.to(energy)).sum((1, 2)) / energy.sum((1, 2))
     return torch.where(masks.flatten(1).any(1).to(shares.device), shares, torch.nan)
 
@@ -50,7 +50,7 @@ def intersection_over_union(maps: Tensor, masks: Tensor, threshold: float | None
     >>> intersection_over_union(torch.tensor([[[[3., 2.], [1., 0.]]]]), torch.tensor([[[1, 0], [1, 0]]]))
     tensor([0.3333])
     """
-    energy = _on_grid(maps, masks).flatten(1)
+    energy = on_grid(maps, masks).flatten(1)
     inside = masks.flatten(1).to(energy.device) >= 0.5
     count = inside.sum(1, keepdim=True)
     peak = energy.amax(1, keepdim=True)
@@ -64,7 +64,7 @@ def intersection_over_union(maps: Tensor, masks: Tensor, threshold: float | None
     return torch.where(defined, shared / either, torch.nan)
 
 
-def _on_grid(maps: Tensor, masks: Tensor) -> Tensor:
+def on_grid(maps: Tensor, masks: Tensor) -> Tensor:
     """The maps' positive part on the masks' grid, [B, H, W]."""
     if maps.ndim != 4 or maps.shape[1] != 1 or masks.ndim != 3 or len(maps) != len(masks):
         raise ValueError(

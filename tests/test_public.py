@@ -22,15 +22,7 @@ NAMES = {
     "__version__", "check", "cosine", "explain", "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss",
     "unicam",
 }  # fmt: skip
-PARTS = {
-    "baselines",
-    "bcos",
-    "distance",
-    "metrics",
-    "monitor",
-    "perturb",
-    "transfer",
-}  # packages that are public as a whole
+PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer"}  # public as a whole
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
@@ -49,7 +41,7 @@ LAYERS = [
     ["passes"],
     ["capture", "inspection"],
     ["student", "teacher"],
-    ["losses", "frozen", "transfer", "baselines"],
+    ["losses", "guidance", "frozen", "transfer", "baselines"],
     ["dryrun", "metrics", "monitor", "report"],
     ["demo", "commands"],
     ["cli", "trainers"],

@@ -52,7 +52,14 @@ def batches(count: int, epochs: int, seed: int) -> list[Tensor]:
 
 
 def train(
-    model: nn.Module, criterion: Criterion, feed: Feed, plan: list[Tensor], seed: int, advance: Callable[[], None]
+    model: nn.Module,
+    criterion: Criterion,
+    feed: Feed,
+    plan: list[Tensor],
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    learning_rate: float = LEARNING_RATE,
 ) -> None:
     """Trains the model in place and leaves it in eval mode; `advance` is called after every step.
 
@@ -61,13 +68,20 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _steps(model, criterion, feed, plan, advance)
+        _steps(model, criterion, feed, plan, advance, learning_rate)
     model.eval()
 
 
-def _steps(model: nn.Module, criterion: Criterion, feed: Feed, plan: list[Tensor], advance: Callable[[], None]) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=len(plan))
+def _steps(
+    model: nn.Module,
+    criterion: Criterion,
+    feed: Feed,
+    plan: list[Tensor],
+    advance: Callable[[], None],
+    learning_rate: float,
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=len(plan))
     model.train()
     for batch in plan:
         images, targets = feed(batch)

@@ -1,0 +1,202 @@
+"""Does a student look where a teacher looks that was guided to look at the objects? (e²KD, Table 5, left)
+
+    python -m benchmarks.localisation                                  # pets, then COCO; energy, L1 and no guidance
+    python -m benchmarks.localisation --tasks coco --guidance energy
+    python -m benchmarks.localisation --quick                          # to see that it runs; writes nothing
+
+Teachers are ResNet-32s, students ResNet-20s, both beginning with CIFAR-10's weights. Teachers are guided by the
+animals' masks (pets) or the objects' boxes (COCO) with a loss that raises the energy pointing game (EPG) or
+intersection over union (IoU), after *Studying How to Efficiently and Effectively Guide Models with Explanations* (Rao
+et al. 2023); students never see a mask or a box, and no labels: on COCO the labels say which classes are explained, no
+more. EPG and IoU are of GradCAM for the classes that are there; for IoU, the map is cut where it leaves as many pixels
+as the object has. A seed decides the first classifier, the batches and every crop. For each arm, τ and λ are those of
+the highest accuracy or F1 on validation photos, with a seed that is not reported: EPG and IoU are not looked at.
+A run that was stopped goes on where it was; `--fresh` begins anew.
+Results: benchmarks/results/localisation_<task>_<guidance>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import e2kd
+from benchmarks.common import markdown_table, write_results
+from benchmarks.limited import run
+from benchmarks.limited_training import ARMS
+from benchmarks.objects import TASKS, Objects, Task
+from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
+from benchmarks.small_networks import from_cifar, trained_once
+from e2kd.demo.train import batches, train
+from e2kd.guidance import GuidanceLoss, energy_loss, l1_loss
+
+SEEDS, TUNING_SEEDS = range(5), range(100, 101)
+WEIGHTS = (1.0, 5.0, 25.0)
+TEACHER_BLOCKS, STUDENT_BLOCKS = 5, 3  # in each stage: ResNet-32, ResNet-20
+PEAK = 1e-3  # of the schedules
+GUIDANCE = {"energy": energy_loss, "l1": l1_loss, "none": None}
+TITLES = {"energy": "guided for EPG", "l1": "guided for IoU", "none": "not guided"}
+WORK = Path(tempfile.gettempdir()) / "e2kd-localisation"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The budget, the same in every arm."""
+
+    epochs: int
+    teacher_epochs: int
+    guidance_weight: float = 1.0
+
+
+def trained_teacher(task: Task, guidance: str, objects: Objects, settings: Settings, path: Path) -> nn.Module:
+    """A teacher that was guided with masks, kept in a file."""
+    torch.manual_seed(0)
+    teacher, loss = from_cifar(TEACHER_BLOCKS, task.classes), GUIDANCE[guidance]
+
+    def fit(network: nn.Module) -> None:
+        criterion = GuidanceLoss(
+            network, task.loss, loss=loss or energy_loss, weight=settings.guidance_weight, example=objects.images[:2]
+        )
+
+        def guided(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+            labels, masks = targets
+            return criterion(logits, labels, None if loss is None else masks)
+
+        train(network, guided, objects.feed(), plan(objects, settings.teacher_epochs, 0), 0, learning_rate=PEAK)
+        criterion.remove()
+
+    return trained_once(path, teacher, fit)
+
+
+def trained_student(case: Case, task: Task, objects: Objects, teacher: nn.Module, settings: Settings) -> nn.Module:
+    """A student of one arm and seed; those of one seed see the same crops."""
+    torch.manual_seed(case.seed)
+    student = from_cifar(STUDENT_BLOCKS, task.classes)
+    criterion = criterion_of(case, task, student, teacher, objects.images[:2])
+
+    def distilled(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        return criterion(logits, targets[0])
+
+    crops = plan(objects, settings.epochs, case.seed)
+    train(student, distilled, objects.feed(), crops, case.seed, learning_rate=PEAK)
+    criterion.remove()
+    return student
+
+
+def criterion_of(case: Case, task: Task, student: nn.Module, teacher: nn.Module, example: Tensor) -> e2kd.E2KDLoss:
+    """The one line in which the arms differ."""
+    return e2kd.E2KDLoss(
+        student, teacher, temperature=case.temperature or 1.0, weight=case.weight or 0.0, example=example,
+        **task.distilled,
+    )  # fmt: skip
+
+
+def plan(objects: Objects, epochs: int, seed: int) -> list[Tensor]:
+    """Indices of the batches."""
+    return batches(len(objects.labels), epochs, seed)
+
+
+def all_results() -> list[Row]:
+    """What was run: every task and guidance."""
+    paths = [result_path(f"localisation_{task}_{guidance}") for task in TASKS for guidance in GUIDANCE]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def measures(found: Row) -> tuple[str, str, str]:
+    """The names of what a result measures."""
+    return TASKS[found["task"]].measure, "epg", "iou"
+
+
+def table(results: list[Row]) -> str:
+    """Teachers with their students' means, as Markdown."""
+    body = []
+    for found in results:
+        fields, where = measures(found), f"{TASKS[found['task']].title}, {TITLES[found['guidance']]}"
+        body.append([where, "teacher", *(f"{100 * found['teacher'][field]:.1f}" for field in fields), None, None])
+        for arm, name in ARMS.items():
+            mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
+            if mine:
+                chosen = [None if mine[0][k] is None else f"{mine[0][k]:g}" for k in ("temperature", "weight")]
+                body.append(["", name, *(percent(list(values(mine, arm, f).values())) for f in fields), *chosen])
+    return markdown_table(["", "", "accuracy / F1", "EPG", "IoU", "τ", "λ"], body)
+
+
+def difference_lines(results: list[Row]) -> list[str]:
+    """The paired differences of every teacher's students, in words."""
+    said = []
+    for found in results:
+        if {"e2kd", "kd"} <= {row["arm"] for row in found["rows"] if row["split"] == "test"}:
+            gains = in_points(differences(found["rows"], "e2kd", "kd", measures(found)))
+            said.append(f"{TASKS[found['task']].title}, {TITLES[found['guidance']]}, e²KD - KD, same seed: {gains}.")
+    return said
+
+
+def section(results: list[Row]) -> str:
+    """The README's table, with what it is of and the paired differences."""
+    commands = dict.fromkeys(f"`{found['command']}`" for found in results)
+    note = (
+        f"Percent on test photos, mean ± sd of {len(SEEDS)} paired seeds, the same steps in every arm: "
+        f"{', '.join(commands)}. {' '.join(difference_lines(results))}"
+    )
+    return f"{table(results)}\n\n{note}"
+
+
+def result_of(name: str, guidance: str, args: Namespace) -> Row:
+    """A teacher's study, run or gone on with."""
+    task = TASKS[name]
+    epochs = 1 if args.quick else args.epochs or task.epochs
+    settings = Settings(epochs, epochs)
+    parts = {part: task.load(part) for part in ("train", "validation", "test")}
+    weights = args.work / f"{name}-{guidance}-{settings.teacher_epochs}-{settings.guidance_weight:g}.safetensors"
+    teacher = trained_teacher(task, guidance, parts["train"], settings, weights)
+
+    def measured(case: Case) -> Row:
+        begun = time.perf_counter()
+        student = trained_student(case, task, parts["train"], teacher, settings)
+        return task.scores(student, parts[case.split]) | {"seconds": round(time.perf_counter() - begun, 1)}
+
+    found = {
+        "command": " ".join(["python -m benchmarks.localisation", *sys.argv[1:]]),
+        "settings": asdict(settings), "task": name, "guidance": guidance,
+        "teacher": task.scores(teacher, parts["test"]),
+    }  # fmt: skip
+    path = f"localisation_{name}_{guidance}"
+    rows = [] if args.fresh or args.quick else earlier(result_path(path), asdict(settings))
+    write = (lambda rows: None) if args.quick else partial(write_results, path, **found)
+    study = Study(measured, rows, write, args.jobs, by=task.measure)
+    chosen = Namespace(arms=args.arms, temperatures=task.temperatures, weights=args.weights)
+    run(study, chosen, SEEDS[:1] if args.quick else SEEDS, TUNING_SEEDS)
+    return found | {"rows": study.rows}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", choices=list(TASKS), nargs="+", default=list(TASKS), metavar="TASK")
+    parser.add_argument("--guidance", choices=list(GUIDANCE), nargs="+", default=list(GUIDANCE), metavar="GUIDANCE")
+    parser.add_argument("--arms", choices=("kd", "e2kd"), nargs="+", default=("kd", "e2kd"), metavar="ARM")
+    parser.add_argument("--epochs", type=int, help="of teachers and students; each task has its own")
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="to choose λ from")
+    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, on one core each")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the teachers")
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch; nothing written")
+    parser.add_argument("--fresh", action="store_true", help="begin anew")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [result_of(task, guidance, args) for task in args.tasks for guidance in args.guidance]
+    print(table(results))
+    print("\n".join(difference_lines(results)))
+
+
+if __name__ == "__main__":
+    main()

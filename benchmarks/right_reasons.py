@@ -1,0 +1,216 @@
+"""Right for the right reasons? Cats and dogs on misleading photos (e²KD, Fig. 2 and Table 4), many architectures.
+
+    python -m benchmarks.right_reasons                                # every student, two to three hours on two cores
+    python -m benchmarks.right_reasons --students vit convnext
+    python -m benchmarks.right_reasons --quick                        # to see that it runs; writes nothing
+
+The teacher, a ResNet-32 that begins with CIFAR-10's weights, has seen cats and dogs on water and greenery alike.
+Students, from scratch, see dogs on greenery and cats on water alone, and no labels but in the arm `cross_entropy`.
+Out of distribution it is the other way round. A seed decides the composites, the first weights, the batches and every
+shift, so students of one seed differ in their criterion alone. For each architecture and arm, τ and λ are those of the
+highest accuracy over both kinds of composites of validation animals on validation backgrounds, with a seed that is not
+reported. A run that was stopped goes on where it was; `--fresh` begins anew.
+Results: benchmarks/results/right_reasons_<student>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import e2kd
+from benchmarks.common import markdown_table, write_results
+from benchmarks.composites import composites
+from benchmarks.limited import run
+from benchmarks.limited_training import ARMS, FROZEN
+from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
+from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
+from e2kd.demo.data import Mode, Scenes
+from e2kd.demo.lessons import frozen_lessons
+from e2kd.demo.measure import evaluate, predictions
+from e2kd.demo.train import batches, train
+
+SEEDS, TUNING_SEEDS = range(5), range(100, 101)
+TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 25.0)
+LIVE = [arm for arm in ARMS if arm not in FROZEN]
+CLASSES, BLOCKS, PEAK = 2, 5, 1e-3  # of the teacher: blocks in a stage, peak of its schedule
+TITLES = {
+    "id_accuracy": "ID accuracy", "ood_accuracy": "OOD accuracy", "ood_agreement": "OOD agreement",
+    "worst_group_accuracy": "worst group", "epg": "EPG own class", "epg_teacher_class": "EPG teacher's",
+}  # fmt: skip
+COMPARED = ("ood_accuracy", "ood_agreement", "worst_group_accuracy", "epg")
+PAIRS = (("e2kd", "kd"), ("frozen_e2kd", "frozen_kd"))
+WORK = Path(tempfile.gettempdir()) / "e2kd-right-reasons"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The budget, the same in every arm."""
+
+    images: int = 2000
+    epochs: int = 10
+    teacher_images: int = 6000
+    teacher_epochs: int = 2
+    measured: int = 600
+
+
+@dataclass(frozen=True)
+class Test:
+    """A part's composites, aligned and reversed, and the teacher's classes of the reversed ones."""
+
+    aligned: Scenes
+    reversed_: Scenes
+    taught: Tensor
+
+    def scores(self, model: nn.Module) -> Row:
+        """What a network is worth here; "accuracy" is that over both kinds of composites."""
+        found = evaluate(model, self.aligned, self.reversed_, self.taught)._asdict()
+        return {"accuracy": (found["id_accuracy"] + found["ood_accuracy"]) / 2, **found}
+
+
+def trained_teacher(settings: Settings, work: Path) -> nn.Module:
+    """The teacher, kept in the work folder."""
+    torch.manual_seed(0)
+    teacher = from_cifar(BLOCKS, CLASSES)
+
+    def fit(network: nn.Module) -> None:
+        scenes = composites("train", Mode.RANDOM, settings.teacher_images, seed=0)
+        plan = batches(len(scenes.labels), settings.teacher_epochs, seed=0)
+
+        def feed(batch: Tensor) -> tuple[Tensor, Tensor]:
+            return scenes.images[batch], scenes.labels[batch]
+
+        train(network, nn.CrossEntropyLoss(), feed, plan, 0, learning_rate=PEAK)
+
+    path = work / f"teacher-{settings.teacher_images}-{settings.teacher_epochs}.safetensors"
+    return trained_once(path, teacher, fit)
+
+
+def tests(teacher: nn.Module, count: int) -> dict[str, Test]:
+    """What students are measured on, by part."""
+    found = {}
+    for seed, part in enumerate(("validation", "test")):
+        aligned, reversed_ = (composites(part, mode, count, seed) for mode in (Mode.ALIGNED, Mode.REVERSED))
+        found[part] = Test(aligned, reversed_, predictions(teacher, reversed_.images))
+    return found
+
+
+def trained_student(case: Case, student: Student, teacher: nn.Module, settings: Settings) -> nn.Module:
+    """A student of one arm and seed; those of one seed see the same images, shifted alike."""
+    scenes = composites("train", Mode.ALIGNED, settings.images, 1000 + case.seed)
+    torch.manual_seed(case.seed)
+    network = student.make(CLASSES)
+    with frozen_lessons(teacher, scenes) as lessons:
+        taught_by = lessons.frozen if case.arm in FROZEN else teacher
+        criterion = criterion_of(case, network, taught_by, scenes.images[:2])
+        plan = batches(settings.images, settings.epochs, case.seed)
+        feed = lessons.feed(frozen=case.arm in FROZEN)
+        train(network, criterion, feed, plan, case.seed, learning_rate=student.learning_rate)
+    if isinstance(criterion, e2kd.E2KDLoss):
+        criterion.remove()
+    return network
+
+
+def criterion_of(case: Case, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher, example: Tensor) -> nn.Module:
+    """The one line in which the arms differ."""
+    if case.temperature is None:
+        return nn.CrossEntropyLoss()
+    return e2kd.E2KDLoss(student, teacher, temperature=case.temperature, weight=case.weight or 0.0, example=example)
+
+
+def measured(case: Case, student: Student, teacher: nn.Module, parts: dict[str, Test], settings: Settings) -> Row:
+    """A case's student, trained and measured."""
+    begun = time.perf_counter()
+    network = trained_student(case, student, teacher, settings)
+    return parts[case.split].scores(network) | {"seconds": round(time.perf_counter() - begun, 1)}
+
+
+def all_results() -> list[Row]:
+    """What was run: every student."""
+    paths = [result_path(f"right_reasons_{name}") for name in STUDENTS]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def table(results: list[Row]) -> str:
+    """Students and arms with their means, as Markdown."""
+    body = [["teacher (ResNet-32)", "", *(f"{100 * results[0]['teacher'][field]:.1f}" for field in TITLES), "", ""]]
+    for found in results:
+        for arm, name in ARMS.items():
+            mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
+            if mine:
+                cells = [percent(list(values(mine, arm, field).values())) for field in TITLES]
+                chosen = [None if mine[0][k] is None else f"{mine[0][k]:g}" for k in ("temperature", "weight")]
+                body.append([STUDENTS[found["student"]].title, name, *cells, *chosen])
+    return markdown_table(["", "", *TITLES.values(), "τ", "λ"], body)
+
+
+def difference_lines(results: list[Row]) -> list[str]:
+    """The paired differences of every student, in words."""
+    said = []
+    for found in results:
+        arms = {row["arm"] for row in found["rows"] if row["split"] == "test"}
+        for arm, base in PAIRS:
+            if {arm, base} <= arms:
+                gains = differences(found["rows"], arm, base, COMPARED)
+                words = in_points({TITLES[field]: gain for field, gain in gains.items()})
+                said.append(f"{STUDENTS[found['student']].title}, {ARMS[arm]} - {ARMS[base]}, same seed: {words}.")
+    return said
+
+
+def section(results: list[Row]) -> str:
+    """The README's table, with what it is of and the paired differences."""
+    settings, commands = results[0]["settings"], dict.fromkeys(f"`{found['command']}`" for found in results)
+    note = (
+        f"Percent of {settings['measured']} composites each in and out of distribution, EPG out of it, mean ± sd of "
+        f"{len(SEEDS)} paired seeds, {settings['epochs']} epochs of {settings['images']:,} images in every arm: "
+        f"{', '.join(commands)}. {' '.join(difference_lines(results))}"
+    )
+    return f"{table(results)}\n\n{note}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--students", choices=list(STUDENTS), nargs="+", default=list(STUDENTS), metavar="STUDENT")
+    parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=LIVE, metavar="ARM", help="frozen ones too")
+    parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="to choose λ from")
+    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, on one core each")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the teacher")
+    parser.add_argument("--quick", action="store_true", help="one seed, few images; nothing written")
+    parser.add_argument("--fresh", action="store_true", help="begin anew")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = Settings(epochs=args.epochs)
+    if args.quick:
+        settings = Settings(images=100, epochs=1, teacher_images=100, teacher_epochs=1, measured=60)
+    teacher = trained_teacher(settings, args.work)
+    parts = tests(teacher, settings.measured)
+    head = {"settings": asdict(settings), "teacher": parts["test"].scores(teacher)}
+    command = " ".join(["python -m benchmarks.right_reasons", *sys.argv[1:]])
+    results = []
+    for name in args.students:
+        found = {"command": command, "student": name, **head}
+        work = partial(measured, student=STUDENTS[name], teacher=teacher, parts=parts, settings=settings)
+        path = f"right_reasons_{name}"
+        rows = [] if args.fresh or args.quick else earlier(result_path(path), asdict(settings))
+        write = (lambda rows: None) if args.quick else partial(write_results, path, **found)
+        study = Study(work, rows, write, args.jobs)
+        run(study, args, SEEDS[:1] if args.quick else SEEDS, TUNING_SEEDS)
+        results.append(found | {"rows": study.rows})
+    print(table(results))
+    print("\n".join(difference_lines(results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Model guidance: training a network to look at the objects, with their masks or boxes.
+
+For teachers whose explanations are worth imitating. After *Studying How to Efficiently and Effectively Guide Models
+with Explanations* (Rao et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from e2kd.bcos.images import is_bcos
+from e2kd.classes import choose
+from e2kd.errors import shape
+from e2kd.explainers import BcosContributions, Explainer, GradCAM
+from e2kd.guards import check_grid, check_module, check_not_empty
+from e2kd.localization import on_grid
+from e2kd.modes import unwrap
+from e2kd.outputs import logits_of
+from e2kd.similarity import at_least_float32, is_zero
+from e2kd.student import StudentExplainer
+from e2kd.tasks import task_input
+
+Localization = Callable[[Tensor, Tensor], Tensor]
+
+
+def energy_loss(maps: Tensor, masks: Tensor) -> Tensor:
+    """Energy loss (Rao et al. 2023): 1 - share of a map's positive energy inside the mask, in [0, 1].
+
+    Raises the energy pointing game, and leaves the network free to look at a part of the object alone.
+
+    Args:
+        maps: [B, 1, h, w]; brought to the masks' size bilinearly. Only positive values count.
+        masks: of the object, [B, H, W], bool or in [0, 1].
+
+    Returns:
+        [B]; 1 with no gradient for a map without positive values.
+
+    Raises:
+        ValueError: when the shapes don't fit.
+
+    >>> energy_loss(torch.ones(1, 1, 2, 2), torch.tensor([[[True, False], [False, False]]]))
+    tensor([0.7500])
+    """
+    energy = on_grid(maps, masks)
+    total = energy.sum((1, 2))
+    return 1 - (energy * masks.to(energy)).sum((1, 2)) / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def l1_loss(maps: Tensor, masks: Tensor) -> Tensor:
+    """L1 loss (Rao et al. 2023): mean distance of a map, its peak at 1, from the mask, in [0, 1].
+
+    Raises intersection over union: the map is to fill the whole object, evenly.
+
+    Args:
+        maps: [B, 1, h, w]; positive values over the largest, brought to the masks' size bilinearly.
+        masks: of the object, [B, H, W], bool or in [0, 1].
+
+    Returns:
+        [B]; the mask's mean, with no gradient, for a map without positive values.
+
+    Raises:
+        ValueError: when the shapes don't fit.
+
+    >>> l1_loss(torch.tensor([[[[4., 2.], [-9., 0.]]]]), torch.tensor([[[True, True], [False, False]]]))
+    tensor([0.1250])
+    """
+    maps = at_least_float32(maps).relu()
+    peak = maps.flatten(1).amax(1)[:, None, None, None]
+    return (
+        (on_grid(maps / torch.where(peak > 0, peak, torch.ones_like(peak)), masks) - masks.to(maps)).abs().mean((1, 2))
+    )
+
+
+class GuidanceLoss(nn.Module):
+    """A criterion with a loss on the network's own explanations: criterion(outputs, targets) + weight * mean(loss).
+
+    Called with masks behind the targets: `loss = criterion(model(images), targets, masks)`. The explanation is that of
+    the trainer's own forward, read by hooks as `E2KDLoss` reads the student's. Explained is the label's class, or every
+    positive class of multi-hot targets, with equal weights. In eval mode, under `no_grad` or without masks it returns
+    the criterion's loss.
+
+    `.parts` holds detached scalars of the last guided call: loss, task, guidance, and zero_maps (samples whose maps
+    are zero, which are not guided).
+
+    Args:
+        model: being trained.
+        criterion: (outputs, targets) -> [].
+        loss: (maps [B, 1, h, w], masks [B, H, W]) -> [B], such as `energy_loss` and `l1_loss`.
+        weight: of the guidance, per sample; the paper's code sums over the batch.
+        explainer: None is `GradCAM()`, or `BcosContributions()` for a B-cos network.
+        example: images [B, C, H, W] to find the layer with; None makes noise of a usual size.
+
+    Raises:
+        UnsupportedModel: when the model can't be explained; the message says what to do.
+        ValueError, TypeError, RuntimeError: for bad settings or input.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    >>> criterion = GuidanceLoss(model, nn.CrossEntropyLoss())
+    >>> images, labels, masks = torch.rand(2, 3, 16, 16), torch.tensor([0, 3]), torch.ones(2, 16, 16)
+    >>> criterion(model(images), labels, masks).backward()
+    >>> sorted(criterion.parts)
+    ['guidance', 'loss', 'task', 'zero_maps']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        *,
+        loss: Localization = energy_loss,
+        weight: float = 1.0,
+        explainer: Explainer | None = None,
+        example: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"Expected weight >= 0, but got {weight}.")
+        check_module(model, "model")
+        self.criterion, self.loss, self.weight = criterion, loss, weight
+        self.explainer = explainer or (BcosContributions() if is_bcos(unwrap(model)) else GradCAM())
+        self.model = StudentExplainer(unwrap(model), self.explainer, example)  # no submodule
+        self._parts: dict[str, Tensor] = {}
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Detached scalars of the last guided call; see the class."""
+        return dict(self._parts)
+
+    def remove(self) -> None:
+        """Take every hook off the model. The criterion can't guide afterwards."""
+        self.model.tap.remove()
+
+    def forward(self, outputs: Any, targets: Tensor, masks: Tensor | None = None) -> Tensor:
+        """The loss [] for the model's outputs.
+
+        Args:
+            outputs: what the model returned: logits [B, K], or a tuple, dict or ModelOutput with them.
+            targets: class indices [B], or multi-hot [B, K].
+            masks: of the object [B, H, W], or of each class [B, K, H, W], bool or in [0, 1]. A sample or class whose
+                mask is empty was not annotated, and is not guided.
+        """
+        logits = logits_of(outputs)
+        task = self.criterion(task_input(outputs, logits), targets)
+        if masks is None or not (self.training and torch.is_grad_enabled() and self.model.student.training):
+            return task
+        check_not_empty(logits)
+        _check_masks(masks, logits)
+        guidance, zero = self._guide(logits, targets, masks)
+        loss = task + self.weight * guidance
+        found = {"loss": loss, "task": task, "guidance": guidance, "zero_maps": zero}
+        self._parts = {name: value.detach().clone() for name, value in found.items()}
+        return loss
+
+    def _guide(self, logits: Tensor, targets: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of the explained classes, and how many samples have a map that is zero."""
+        record = self.model.record(logits)
+        classes, weights = choose("positives" if targets.ndim == 2 else "labels", logits.detach(), targets)
+        total = dead = torch.zeros((), device=logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            view = self.model.view(record, logits)
+            for chosen, weight in zip(classes.T, weights.T, strict=True):
+                maps = view.explain(self.explainer, chosen)
+                check_grid(maps, f"model's (at {self.model.place})")
+                mine = masks if masks.ndim == 3 else masks[torch.arange(len(masks), device=masks.device), chosen]
+                counted = weight * mine.flatten(1).any(1)
+                total, dead = total + counted * self.loss(maps, mine), dead + counted * is_zero(maps)
+        return total.mean(), (dead > 0).sum()
+
+
+def _check_masks(masks: Tensor, logits: Tensor) -> None:
+    if masks.shape[:-2] not in (logits.shape[:1], logits.shape):
+        batch, classes = logits.shape
+        raise ValueError(
+            f"Expected masks of the batch's objects, [{batch}, H, W], or of each class, [{batch}, {classes}, H, W], "
+            f"but got {shape(masks.shape)}."
+        )

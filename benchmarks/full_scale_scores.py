@@ -12,6 +12,7 @@ from torchmetrics.classification import MultilabelF1Score
 
 from benchmarks.full_scale_networks import evidence
 from benchmarks.paired import Row
+from e2kd.guards import check_batch
 from e2kd.localization import energy_on_mask
 from e2kd.outputs import logits_of
 from e2kd.teacher import Teacher
@@ -59,6 +60,7 @@ class Scores:
         else:
             self._add("accuracy", found == batch["target"], batch)
         if taught is not None:
+            check_batch(logits, taught)
             self._add("agreement", found == taught.argmax(1), batch)
 
     def _add(self, name: str, right: Tensor, batch: Row) -> None:

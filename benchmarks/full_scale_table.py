@@ -15,7 +15,7 @@ PAIRS = (("e2kd", "kd"), ("frozen_e2kd", "frozen_kd"))
 NOT_MEASURED = (*Case._fields, "processes")
 
 
-def test_rows(folder: Path) -> list[Row]:
+def tested(folder: Path) -> list[Row]:
     """The results on test images below a folder.
 
     Raises:
@@ -42,7 +42,7 @@ def measures_of(rows: Sequence[Row]) -> list[str]:
 
 def report(folder: Path) -> str:
     """A Markdown table, arms by measures, mean ± sd in percent, and the paired differences."""
-    rows = test_rows(folder)
+    rows = tested(folder)
     fields, arms = measures_of(rows), list(dict.fromkeys(row["arm"] for row in rows))
     body: list[list[Any]] = [
         [TITLES.get(arm, arm), len(values(rows, arm, fields[0])), *_cells(rows, arm, fields)] for arm in arms

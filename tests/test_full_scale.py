@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks import full_scale, full_scale_data, full_scale_run, full_scale_scores, full_scale_table
+from benchmarks import full_scale, full_scale_arms, full_scale_data, full_scale_run, full_scale_scores, full_scale_table
 from benchmarks.common import write_json
 from benchmarks.full_scale_arms import ARMS
 from benchmarks.full_scale_data import VOC_CLASSES, Box, Measured, Split, few, held_out
@@ -76,7 +76,9 @@ def targets(split: Split) -> list[Any]:
     return [target for _, target in split.samples]
 
 
-@pytest.mark.parametrize("module", [full_scale_data, full_scale_table, full_scale_run], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [full_scale_arms, full_scale_data, full_scale_run, full_scale_table], ids=lambda m: m.__name__
+)
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).attempted
     assert not doctest.testmod(module).failed
@@ -257,6 +259,31 @@ def test_a_student_of_each_layout(folder: Make, tmp_path: Path, layout: str) -> 
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("layout", "arm", "teacher", "student"),
+    [
+        ("voc", "e2kd", "bcos.official", "bcos.resnet20"),
+        ("imagenet", "frozen_e2kd", "bcos.official", "test_resnet"),
+        ("imagenet", "frozen_e2kd", "test_resnet", "bcos.resnet20"),
+    ],
+)
+def test_networks_of_both_kinds_learn_from_one_another(
+    folder: Make, tmp_path: Path, layout: str, arm: str, teacher: str, student: str
+) -> None:
+    """Live and frozen: what either takes and how it is explained is found out, not told."""
+    classes = {"voc": len(VOC_CLASSES), "imagenet": 2}[layout]
+    torch.manual_seed(0)
+    model = bcos.resnet20(classes) if teacher == "bcos.official" else network(teacher, classes, None)
+    save_file(model.state_dict(), tmp_path / "teacher.safetensors")
+    recipe = {"teacher": teacher, "student": student}
+    run = run_on(folder(layout), tmp_path / "out", layout, arm=arm, recipe=recipe)
+    row = distil(replace(run, teacher_checkpoint=tmp_path / "teacher.safetensors"))
+    assert 0 <= row["agreement"] <= 1
+    if layout == "voc":
+        assert row["epg"] > 0
+        assert row["teacher_epg"] > 0
+
+
 def test_a_run_that_was_stopped_ends_where_it_would_have(
     folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +383,8 @@ def test_scores_are_shares_of_images_and_groups() -> None:
     assert [found[f"accuracy {group}"] for group in "abcd"] == [1.0, 0.5, 0.0, 1.0]
     assert found["worst_group"] == 0.0
     assert (found["in_distribution_accuracy"], found["out_of_distribution_accuracy"]) == (1.0, 0.25)
+    with pytest.raises(ValueError, match="classes"):
+        Scores(2, taught=True).update(torch.eye(2), torch.rand(2, 3), {"target": torch.tensor([0, 1])})
 
 
 def test_evidence_on_the_object_is_counted_for_each_class_in_an_image(monkeypatch: pytest.MonkeyPatch) -> None:

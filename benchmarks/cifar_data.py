@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from benchmarks.cifar import CLASSES, labels_of, pixels
+from benchmarks.cifar import labels_of, pixels
 from benchmarks.common import ROOT
 
 SHARED = Path(os.environ.get("E2KD_SHARED", ROOT.parent / "shared"))
@@ -42,7 +42,7 @@ def places(labels: Tensor, start: int, stop: int | None) -> Tensor:
     >>> places(torch.tensor([0, 0, 1, 0, 1]), 0, 1)
     tensor([0, 2])
     """
-    return torch.cat([(labels == c).nonzero().flatten()[start:stop] for c in range(CLASSES)])
+    return torch.cat([(labels == c).nonzero().flatten()[start:stop] for c in labels.unique()])
 
 
 def part(path: Path, start: int, stop: int | None) -> Images:

@@ -1,0 +1,66 @@
+"""The criteria that are compared, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+import e2kd
+from benchmarks.full_scale_run import Run
+from e2kd.bcos.images import is_bcos
+from e2kd.explainers import BcosContributions, Explainer, GradCAM, fixes_weights
+from e2kd.teacher import Teacher
+
+Criterion = Callable[[nn.Module, Any, Run, bool], nn.Module]
+
+
+def supervised(student: nn.Module, teacher: Any, run: Run, multilabel: bool) -> nn.Module:
+    """Labels alone."""
+    if is_bcos(student):
+        return e2kd.bcos.BcosLoss()
+    return nn.BCEWithLogitsLoss() if multilabel else nn.CrossEntropyLoss()
+
+
+def distilled(
+    student: nn.Module, teacher: Teacher | e2kd.FrozenTeacher, run: Run, multilabel: bool, *, explained: bool
+) -> nn.Module:
+    """The teacher alone, with its explanations or without."""
+    settings: dict[str, Any]
+    if isinstance(teacher, Teacher):
+        settings = {"teacher_normalization": teacher.wanted, "input_normalization": teacher.given}
+    else:
+        settings = {"explainer": explainer_beside(student, teacher.explainer)}
+    return e2kd.E2KDLoss(
+        student,
+        teacher.model if isinstance(teacher, Teacher) else teacher,
+        weight=run.weight if explained else 0.0,
+        temperature=run.temperature,
+        fraction=run.fraction,
+        resize=run.recipe.resize,
+        distillation=e2kd.MultiLabelKDLoss() if multilabel else None,
+        **settings,
+    )
+
+
+def explainer_beside(student: nn.Module, cached: Explainer | None) -> Explainer | None:
+    """The student's explainer where that of a cache is for networks of the other kind; None for the cache's own.
+
+    >>> explainer_beside(nn.Linear(2, 2), BcosContributions())
+    GradCAM(layer=None)
+    """
+    if cached is None or fixes_weights(cached) == is_bcos(student):
+        return None
+    return BcosContributions() if is_bcos(student) else GradCAM()
+
+
+# A rival is one more line; parts that it trains are given to the optimizer, to the processes and to the checkpoints.
+ARMS: dict[str, Criterion] = {
+    "cross_entropy": supervised,
+    "kd": partial(distilled, explained=False),
+    "e2kd": partial(distilled, explained=True),
+    "frozen_kd": partial(distilled, explained=False),
+    "frozen_e2kd": partial(distilled, explained=True),
+}

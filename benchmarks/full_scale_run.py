@@ -1,0 +1,125 @@
+"""What makes a student at full scale: its settings, its images, what they go through, and its learning rate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torchvision.transforms import v2
+
+from benchmarks.full_scale_data import Layout, Split, few, held_out, unrelated
+from benchmarks.full_scale_presets import Recipe
+from benchmarks.paired import Row
+from e2kd.teacher import Normalization
+
+WARMUP_FROM = 0.01  # of the learning rate
+SHORTER_SIDE = 256 / 224  # of a test image, to the side of its centre crop
+ELSEWHERE = ("out", "workers", "evaluate_every", "track", "cpu")  # may be others when a run goes on
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student.
+
+    Attributes:
+        recipe: how it is trained.
+        data, path: layout and folder of the data set.
+        unrelated: folder of the images to distil on instead; any images.
+        arm: a name in `ARMS`.
+        temperature, weight, fraction: τ, λ and the share of each batch that is explained.
+        split: "test", or "validation" to choose settings.
+        teacher_checkpoint, student_checkpoint: state_dicts.
+        pretrained: whether a teacher without a checkpoint has its maker's weights.
+        cache: of a frozen teacher; made where it is not complete.
+        out: folder of the result and the checkpoints.
+        accumulate: parts that a batch is computed in.
+        evaluate_every: epochs between two looks at the measures; 0 looks at the end alone.
+    """
+
+    recipe: Recipe
+    data: str
+    path: Path
+    out: Path
+    unrelated: Path | None = None
+    arm: str = "e2kd"
+    seed: int = 0
+    temperature: float = 1.0
+    weight: float = 1.0
+    fraction: float = 1.0
+    split: str = "test"
+    teacher_checkpoint: Path | None = None
+    student_checkpoint: Path | None = None
+    pretrained: bool = True
+    cache: Path | None = None
+    accumulate: int = 1
+    workers: int = 8
+    mixed_precision: str = "no"
+    evaluate_every: int = 10
+    track: str | None = None
+    cpu: bool = False
+
+    def settings(self) -> Row:
+        """What makes the student what it is, in JSON's types."""
+        kept = {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
+        found: Row = json.loads(json.dumps(kept, default=str))
+        return found
+
+
+def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
+    """What the student is trained on, and what it is measured on."""
+    train, validation = layout.train, layout.validation
+    if run.recipe.held_out:
+        train, kept = held_out(train, run.recipe.held_out)
+        validation = validation or kept
+    if run.unrelated is not None:
+        if run.arm == "cross_entropy":
+            raise ValueError("Unrelated images have no labels of these classes: name an arm with a teacher.")
+        train = unrelated(run.unrelated)
+    if run.recipe.per_class is not None:
+        train = few(train, run.recipe.per_class, run.seed)
+    if run.split == "test":
+        return train, layout.test
+    if validation is None:
+        raise ValueError("There are no images to choose settings on. Pass --held-out, images of each class.")
+    return train, validation
+
+
+def augmentation(recipe: Recipe, normalization: Normalization) -> v2.Compose:
+    """What a training image goes through; the maps of a frozen teacher follow it."""
+    policy = [] if recipe.rand_augment is None else [v2.RandAugment(magnitude=recipe.rand_augment)]
+    crop = v2.RandomResizedCrop(recipe.size, (recipe.least_area, 1.0))
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *policy, encoding(normalization)])
+
+
+def centre(size: int) -> v2.Compose:
+    """The square that an image is measured on."""
+    return v2.Compose([v2.Resize(round(size * SHORTER_SIDE)), v2.CenterCrop(size)])
+
+
+def encoding(normalization: Normalization) -> v2.Compose:
+    """An image of PIL as a tensor for a network."""
+    return v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*normalization), v2.ToPureTensor()]
+    )
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LRScheduler:
+    """The rate rises to its value, linearly, and falls to 0 in a cosine; stepped after each batch.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    >>> schedule = schedule_of(optimizer, 2, 6)
+    >>> rates = []
+    >>> for _ in range(6):
+    ...     rates.append(round(schedule.get_last_lr()[0], 3))
+    ...     optimizer.step()
+    ...     schedule.step()
+    >>> rates
+    [0.01, 0.505, 1.0, 0.854, 0.5, 0.146]
+    """
+    cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup))
+    if not warmup:
+        return cosine
+    return SequentialLR(optimizer, [LinearLR(optimizer, WARMUP_FROM, total_iters=warmup), cosine], [warmup])

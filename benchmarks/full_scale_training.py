@@ -1,0 +1,227 @@
+"""One student at full scale: its training through Accelerate, its checkpoints, its result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from timm.utils.agc import adaptive_clip_grad
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import v2
+
+import e2kd
+from benchmarks.common import environment, write_json
+from benchmarks.full_scale_arms import ARMS
+from benchmarks.full_scale_data import READERS, Measured, Split
+from benchmarks.full_scale_networks import asked, network, normalization_of
+from benchmarks.full_scale_run import SHORTER_SIDE, Run, augmentation, centre, encoding, images_of, schedule_of
+from benchmarks.full_scale_scores import Scores, measured
+from benchmarks.limited_training import FROZEN
+from benchmarks.paired import Row, earlier
+from e2kd.teacher import Teacher
+from e2kd.trainers.accelerate import Parts
+
+OPTIMIZERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+
+
+class Distillation:
+    """A student with everything its training needs, prepared by Accelerate."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, recipe = run, run.recipe
+        self.accelerator = Accelerator(
+            cpu=run.cpu,
+            mixed_precision=run.mixed_precision,
+            gradient_accumulation_steps=run.accumulate,
+            log_with=run.track,
+            project_dir=run.out,
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True, use_seedable_sampler=True, data_seed=run.seed
+            ),
+        )
+        layout = READERS[run.data](run.path)
+        train, self.measured = images_of(run, layout)
+        self.groups, classes = layout.groups, len(layout.test.classes)
+        set_seed(run.seed)
+        student = network(recipe.student, classes, run.student_checkpoint).to(self.accelerator.device)
+        self.teacher = self._teacher(student, classes)
+        self.normalization = normalization_of(student)
+        source, dataset = self._lessons(train, augmentation(recipe, self.normalization))
+        criterion = ARMS[run.arm](student, source, run, layout.train.multilabel)
+        self.parameters = [*student.parameters(), *criterion.parameters()]
+        optimizer = OPTIMIZERS[recipe.optimizer](self.parameters, recipe.lr, weight_decay=recipe.weight_decay)
+        loader = self._loader(dataset)
+        steps = -(-len(loader) // run.accumulate)
+        schedule = schedule_of(optimizer, round(recipe.warmup * steps), recipe.epochs * steps)
+        self.student, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
+            student, optimizer, loader, schedule
+        )
+        trains = any(True for _ in criterion.parameters())
+        self.criterion = self.accelerator.prepare(criterion) if trains else criterion
+        self.parts = Parts(self.accelerator, criterion) if isinstance(criterion, e2kd.E2KDLoss) else None
+        if self.parts is not None:
+            self.accelerator.register_for_checkpointing(self.parts)
+        if run.track is not None:
+            self.accelerator.init_trackers("e2kd")
+        set_seed(run.seed, device_specific=True)  # every process augments in its own way
+
+    def _teacher(self, student: nn.Module, classes: int) -> Teacher | None:
+        """The live teacher; None where there is a cache alone."""
+        run = self.run
+        if run.recipe.teacher == "none":
+            return None
+        ready = run.pretrained and run.teacher_checkpoint is None
+        model = network(run.recipe.teacher, classes, run.teacher_checkpoint, pretrained=ready)
+        return asked(model.to(self.accelerator.device).eval(), student)
+
+    def _lessons(self, train: Split, transform: v2.Compose) -> tuple[Any, Dataset[Any]]:
+        """Who teaches, and what the loader reads."""
+        if self.run.arm not in FROZEN:
+            if self.teacher is None and self.run.arm != "cross_entropy":
+                raise ValueError(f"The arm {self.run.arm} asks a live teacher. Name one: --teacher.")
+            return self.teacher, replace(train, transform=transform)
+        frozen = self._frozen(train)
+        return frozen, e2kd.FrozenDataset(train, frozen, match="id", transform=transform)
+
+    def _frozen(self, train: Split) -> e2kd.FrozenTeacher:
+        """The cache, complete; what is missing every process helps to freeze."""
+        cache, teacher = self.run.cache or self.run.out / "cache", self.teacher
+        if not (cache / "manifest.json").exists():
+            if teacher is None:
+                raise ValueError(f"There is no complete cache in {cache} and no teacher to make it: pass --teacher.")
+            e2kd.freeze(
+                teacher.model,
+                train,
+                cache,
+                explainer=teacher.explainer,
+                view=round(self.run.recipe.size * SHORTER_SIDE),
+                normalization=teacher.wanted,
+                teacher_size=self.run.recipe.size,
+                workers=self.run.workers,
+                progress=self.accelerator.is_local_main_process,
+            )
+        self.accelerator.wait_for_everyone()
+        return e2kd.FrozenTeacher.open(cache)
+
+    def _loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        batch, run = self.run.recipe.batch // self.run.accumulate, self.run
+        loader = DataLoader(
+            dataset, batch, shuffle=True, num_workers=run.workers, drop_last=True, persistent_workers=run.workers > 0
+        )
+        if not len(loader):
+            raise ValueError(f"Expected at least one batch of {batch} training images. Pass a smaller --batch.")
+        return loader
+
+    def epoch(self, number: int) -> float:
+        """One pass over the training images; its last loss."""
+        self.student.train()
+        self.criterion.train()
+        self.loader.set_epoch(number)
+        loss = torch.tensor(torch.nan)
+        for images, targets in self.loader:
+            with self.accelerator.accumulate(self.student):
+                loss = self.criterion(self.student(images), targets)
+                self.accelerator.backward(loss)
+                self._clip()
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def _clip(self) -> None:
+        recipe = self.run.recipe
+        if not self.accelerator.sync_gradients:
+            return
+        if recipe.clip is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, recipe.clip)
+        if recipe.adaptive_clip is not None:
+            self.accelerator.unscale_gradients()
+            adaptive_clip_grad(self.parameters, recipe.adaptive_clip)
+
+    def measure(self) -> Row:
+        """What the student is worth; every process takes its share of the images, each of them once."""
+        split, device = self.measured, self.accelerator.device
+        with self.accelerator.split_between_processes(list(range(len(split)))) as mine:
+            share = Subset(Measured(split, centre(self.run.recipe.size), encoding(self.normalization)), mine)
+        batches = DataLoader(share, self.run.recipe.batch, num_workers=self.run.workers)
+        scores = Scores(
+            len(split.classes),
+            multilabel=split.multilabel,
+            groups=self.groups,
+            regions=split.boxes is not None,
+            taught=self.teacher is not None,
+        )
+        student = self.accelerator.unwrap_model(self.student)  # wrapped, processes would wait for each other's batches
+        return measured(student, self.teacher, batches, scores.to(device), device)
+
+    def save(self, number: int) -> None:
+        """All that a resumed run needs; whole under its name, or not there."""
+        folder = self.run.out / "checkpoints"
+        self.accelerator.save_state(str(folder / "partial"))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            older = checkpoints(folder)
+            (folder / "partial").rename(folder / f"epoch_{number}")
+            for path in older:
+                shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Goes on from the newest checkpoint; the epoch to train next."""
+        found = checkpoints(self.run.out / "checkpoints")
+        if not found:
+            return 0
+        self.accelerator.load_state(str(found[-1]))
+        return _number(found[-1]) + 1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete ones, oldest first."""
+    return sorted(folder.glob("epoch_*"), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("epoch_"))
+
+
+def distil(run: Run) -> Row:
+    """Trains a student, or goes on with one, and measures it; `result.json` in its folder says what it is worth.
+
+    Raises:
+        SystemExit: when the folder has another student's result.
+    """
+    result = run.out / "result.json"
+    rows = earlier(result, run.settings())
+    if rows:
+        return rows[0]
+    made = Distillation(run)
+    accelerator = made.accelerator
+
+    def write(found: list[Row]) -> None:
+        if accelerator.is_main_process:
+            write_json(result, {"environment": environment(), "settings": run.settings(), "rows": found})
+        accelerator.wait_for_everyone()
+
+    write([])
+    for number in range(made.resume(), run.recipe.epochs):
+        accelerator.print(f"epoch {number}: loss {made.epoch(number):.3f}")
+        if made.parts is not None:
+            made.parts.log(step=number)
+        if run.evaluate_every and (number + 1) % run.evaluate_every == 0:
+            found = made.measure()
+            accelerator.log({name: value for name, value in found.items() if value is not None}, step=number)
+            accelerator.print(json.dumps(found))
+        made.save(number)
+    row = {name: getattr(run, name) for name in ("split", "arm", "seed", "temperature", "weight")}
+    row |= {"processes": accelerator.num_processes, **made.measure()}
+    accelerator.save_model(made.student, str(run.out))
+    write([row])
+    accelerator.end_training()
+    return row

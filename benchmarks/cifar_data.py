@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from benchmarks.cifar import labels_of, pixels
+from benchmarks.cifar import CLASSES, labels_of, pixels
 from benchmarks.common import ROOT
 
 SHARED = Path(os.environ.get("E2KD_SHARED", ROOT.parent / "shared"))

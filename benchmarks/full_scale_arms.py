@@ -10,6 +10,8 @@ from torch import nn
 
 import e2kd
 from benchmarks.full_scale_run import Run
+from benchmarks.limited_training import RIVALS
+from e2kd.baselines import CRD, DKD, Baseline
 from e2kd.bcos.images import is_bcos
 from e2kd.explainers import BcosContributions, Explainer, GradCAM, fixes_weights
 from e2kd.teacher import Teacher
@@ -25,9 +27,15 @@ def supervised(student: nn.Module, teacher: Any, run: Run, multilabel: bool) -> 
 
 
 def distilled(
-    student: nn.Module, teacher: Teacher | e2kd.FrozenTeacher, run: Run, multilabel: bool, *, explained: bool
+    student: nn.Module,
+    teacher: Teacher | e2kd.FrozenTeacher,
+    run: Run,
+    multilabel: bool,
+    *,
+    explained: bool = False,
+    rival: type[Baseline] | None = None,
 ) -> nn.Module:
-    """The teacher alone, with its explanations or without."""
+    """The teacher alone, with its explanations or not; a rival comes on top, with its own weight; DKD replaces KD."""
     settings: dict[str, Any]
     if isinstance(teacher, Teacher):
         settings = {"teacher_normalization": teacher.wanted, "input_normalization": teacher.given}
@@ -36,6 +44,8 @@ def distilled(
     return e2kd.E2KDLoss(
         student,
         teacher.model if isinstance(teacher, Teacher) else teacher,
+        None if rival is None or not isinstance(teacher, Teacher) else rival(student, teacher.model),
+        kd_weight=0.0 if rival is DKD else 1.0,
         weight=run.weight if explained else 0.0,
         temperature=run.temperature,
         fraction=run.fraction,
@@ -56,11 +66,12 @@ def explainer_beside(student: nn.Module, cached: Explainer | None) -> Explainer 
     return BcosContributions() if is_bcos(student) else GradCAM()
 
 
-# A rival is one more line; parts that it trains are given to the optimizer, to the processes and to the checkpoints.
 ARMS: dict[str, Criterion] = {
     "cross_entropy": supervised,
-    "kd": partial(distilled, explained=False),
+    "kd": distilled,
     "e2kd": partial(distilled, explained=True),
-    "frozen_kd": partial(distilled, explained=False),
+    "frozen_kd": distilled,
     "frozen_e2kd": partial(distilled, explained=True),
+    "crd_e2kd": partial(distilled, explained=True, rival=CRD),
 }
+ARMS |= {arm: partial(distilled, rival=method) for arm, method in RIVALS.items()}

@@ -23,8 +23,9 @@ from benchmarks.full_scale_data import READERS, Measured, Split
 from benchmarks.full_scale_networks import asked, network, normalization_of
 from benchmarks.full_scale_run import SHORTER_SIDE, Run, augmentation, centre, encoding, images_of, schedule_of
 from benchmarks.full_scale_scores import Scores, measured
-from benchmarks.limited_training import FROZEN
+from benchmarks.limited_training import FROZEN, INDEXED
 from benchmarks.paired import Row, earlier
+from e2kd.baselines import IndexedDataset
 from e2kd.teacher import Teacher
 from e2kd.trainers.accelerate import Parts
 
@@ -86,7 +87,10 @@ class Distillation:
         if self.run.arm not in FROZEN:
             if self.teacher is None and self.run.arm != "cross_entropy":
                 raise ValueError(f"The arm {self.run.arm} asks a live teacher. Name one: --teacher.")
-            return self.teacher, replace(train, transform=transform)
+            if self.run.arm in INDEXED and self.accelerator.num_processes > 1:
+                raise ValueError("CRD keeps one memory per process, which this script does not join. Run one process.")
+            images = replace(train, transform=transform)
+            return self.teacher, IndexedDataset(images) if self.run.arm in INDEXED else images
         frozen = self._frozen(train)
         return frozen, e2kd.FrozenDataset(train, frozen, match="id", transform=transform)
 

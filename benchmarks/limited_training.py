@@ -26,6 +26,7 @@ ARMS = {
 }  # fmt: skip
 RIVALS = {name.lower(): method for name, method in METHODS.items()}  # with KD, but for DKD, which is in its place
 ARMS |= {arm: method.__name__ for arm, method in RIVALS.items()} | {"crd_e2kd": "CRD + e²KD"}
+INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd")
 
 

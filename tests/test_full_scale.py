@@ -354,6 +354,13 @@ def test_parts_that_a_criterion_trains_are_trained_and_saved(
     assert made.criterion.scale == trained
 
 
+def test_a_rival_with_a_memory_under_e2kd(folder: Make, tmp_path: Path) -> None:
+    made = Distillation(run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="crd_e2kd"))
+    made.epoch(0)
+    assert {"cosine", "kd", "crd"} <= made.criterion.parts.keys()
+    assert any(name.startswith("criterion.memory") for name in made.criterion.state_dict())
+
+
 def test_official_checkpoints_and_torchvisions_networks_are_teachers(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 64, 64)
     save_file(bcos.resnet18(5).state_dict(), tmp_path / "official.safetensors")
@@ -428,6 +435,7 @@ def test_command_line(folder: Make, tmp_path: Path) -> None:
         assert again.temperature in again.recipe.temperatures
 
 
+@pytest.mark.slow
 def test_presets_name_networks_and_layouts_that_exist() -> None:
     for recipe in PRESETS.values():
         assert recipe.data in full_scale_data.READERS

@@ -6,7 +6,6 @@ import argparse
 import csv
 import logging
 import math
-import os
 import re
 import runpy
 import signal
@@ -343,22 +342,6 @@ def test_launcher_trains_once_in_a_process_of_several(monkeypatch: pytest.Monkey
     meet()
     monkeypatch.setenv("WORLD_SIZE", "1")
     meet()
-
-
-def test_timms_own_script_runs_as_it_is(photos: Path, tmp_path: Path) -> None:
-    """With E2KD_HOST_SCRIPTS=folder, which holds timm's train.py: no package ships it."""
-    folder = os.environ.get("E2KD_HOST_SCRIPTS")
-    if not folder:
-        pytest.skip("set E2KD_HOST_SCRIPTS to a folder with timm's train.py")
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation"):
-        (tmp_path / "data" / split).symlink_to(photos / "train")
-    options = ["--model", "test_resnet", "--num-classes", "4", "--img-size", "64", "-b", "4", "--epochs", "1"]
-    options += ["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--experiment", "e2kd"]
-    options += ["--device", "cpu", "-j", "1", "--amp", "--amp-dtype", "bfloat16", "--model-ema", "--clip-grad", "1"]
-    main([f"{folder}/train.py", *options, *live(photos)])
-    with open(tmp_path / "out" / "e2kd" / "summary.csv") as file:
-        assert float(next(csv.DictReader(file))["train_explanation"]) > 0
 
 
 # Hugging Face's Trainer

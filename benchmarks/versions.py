@@ -25,9 +25,21 @@ class Oldest:
     tests: tuple[str, ...]
 
 
+# What transformers 4 needs and 5 does not, at versions that fit.
+NEEDED = (
+    *("huggingface-hub==0.36.2", "tokenizers==0.21.4", "requests==2.34.2", "urllib3==2.8.0", "idna==3.20"),
+    *("certifi", "charset-normalizer"),
+)
 OLDEST = {
     "timm's tasks": Oldest(
         ("timm==1.0.27",), ("tests/test_trainers.py", "-k", "task or launcher or averages or (resumed_run and timm)")
+    ),
+    "Accelerate and the Trainer": Oldest(
+        ("accelerate==1.4.0", "transformers==4.53.3", *NEEDED),
+        (
+            *("tests/test_hosts.py", "tests/test_trainers.py", "-k"),
+            "(accelerate or transformers-fp32 or callback or lessons_of or trainer_bit or odd_length) and not timm",
+        ),
     ),
 }
 

@@ -1,8 +1,9 @@
-"""timm models, a folder of images, Accelerate, and one line of e2kd: copy this file and make it yours.
+r"""timm models, a folder of images, Accelerate, and one line of e2kd: copy this file and make it yours.
 
-    accelerate launch benchmarks/accelerate_example.py --data photos --teacher resnet50 --student resnet18
+    accelerate launch benchmarks/accelerate_example.py --data photos \
+        --teacher resnet50 --teacher-checkpoint teacher.safetensors --student resnet18
 
-`photos` has the folders train/CLASS and val/CLASS; `--teacher-checkpoint` is a state_dict for its classes. Names and
+`photos` has the folders train/CLASS and val/CLASS, for which the teacher was trained. Names and
 order are those of Accelerate's own cv_example.py; lines that are there for distillation end with "# e2kd".
 """
 
@@ -56,8 +57,8 @@ def main() -> None:
         model, optimizer, train_dataloader, eval_dataloader, lr_scheduler
     )
 
-    weights = args.teacher_checkpoint  # e2kd
-    teacher = make_model(args.teacher, classes, weights, pretrained=weights is None).to(accelerator.device)  # e2kd
+    teacher = make_model(args.teacher, classes, args.teacher_checkpoint, pretrained=False)  # e2kd
+    teacher.to(accelerator.device)  # e2kd
     criterion = e2kd.E2KDLoss(model, teacher, torch.nn.functional.cross_entropy, weight=args.weight)  # e2kd
     parts = Parts(accelerator, criterion)  # e2kd
 
@@ -99,7 +100,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="resnet50")
-    parser.add_argument("--teacher-checkpoint", type=Path, help="timm's pretrained weights if not given")
+    parser.add_argument("--teacher-checkpoint", type=Path, required=True, help="trained on the classes of --data")
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -167,3 +167,23 @@ def test_transformers_loop_with_one_changed_line(photos: Path, model: Path, tmp_
     ]
     options += ["--output_dir", tmp_path / "out", "--num_train_epochs", 1, "--per_device_train_batch_size", 8]
     assert "epoch 0: {'accuracy'" in run(script, *options, "--ignore_mismatched_sizes")
+
+
+def test_our_own_example_on_two_processes_goes_on_where_it_was(photos: Path, tmp_path: Path) -> None:
+    """`accelerate launch benchmarks/accelerate_example.py`, which the README compares with Accelerate's."""
+    (tmp_path / "data").mkdir()
+    for name, split in (("train", "train"), ("val", "validation")):
+        (tmp_path / "data" / name).symlink_to(photos / split)
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), tmp_path / "teacher.pt")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    options = ["--data", tmp_path / "data", "--teacher", "test_resnet", "--student", "test_resnet", "--size", "64"]
+    options += ["--teacher-checkpoint", tmp_path / "teacher.pt", "--batch-size", "4", "--workers", "0", "--cpu"]
+    script = ROOT / "benchmarks" / "accelerate_example.py"
+    options += ["--epochs", "2", "--out", tmp_path / "out"]
+    said = run(*launch, script, *options, "--track", "tensorboard")
+    assert (tmp_path / "out" / "epoch_1" / "random_states_1.pkl").exists(), "two processes"
+    again = run(*launch, script, *options, "--resume", tmp_path / "out" / "epoch_0")
+    line = next(line for line in said.splitlines() if line.startswith("epoch 1:"))
+    assert line in again
+    assert "epoch 0:" not in again

@@ -13,7 +13,6 @@ from benchmarks.full_scale_run import Run
 from benchmarks.limited_training import RIVALS
 from e2kd.baselines import CRD, DKD, Baseline
 from e2kd.bcos.images import is_bcos
-from e2kd.explainers import BcosContributions, Explainer, GradCAM, fixes_weights
 from e2kd.teacher import Teacher
 
 Criterion = Callable[[nn.Module, Any, Run, bool], nn.Module]
@@ -36,11 +35,9 @@ def distilled(
     rival: type[Baseline] | None = None,
 ) -> nn.Module:
     """The teacher alone, with its explanations or not; a rival comes on top, with its own weight; DKD replaces KD."""
-    settings: dict[str, Any]
+    settings: dict[str, Any] = {}
     if isinstance(teacher, Teacher):
         settings = {"teacher_normalization": teacher.wanted, "input_normalization": teacher.given}
-    else:
-        settings = {"explainer": explainer_beside(student, teacher.explainer)}
     return e2kd.E2KDLoss(
         student,
         teacher.model if isinstance(teacher, Teacher) else teacher,
@@ -53,17 +50,6 @@ def distilled(
         distillation=e2kd.MultiLabelKDLoss() if multilabel else None,
         **settings,
     )
-
-
-def explainer_beside(student: nn.Module, cached: Explainer | None) -> Explainer | None:
-    """The student's explainer where that of a cache is for networks of the other kind; None for the cache's own.
-
-    >>> explainer_beside(nn.Linear(2, 2), BcosContributions())
-    GradCAM(layer=None)
-    """
-    if cached is None or fixes_weights(cached) == is_bcos(student):
-        return None
-    return BcosContributions() if is_bcos(student) else GradCAM()
 
 
 ARMS: dict[str, Criterion] = {

@@ -278,3 +278,17 @@ def explainers_of(
     if fixes_weights(mine) == fixes_weights(other):
         return mine, other
     return (BcosContributions(), other) if fixes_weights(mine) else (mine, BcosContributions())
+
+
+def explainer_beside(student: nn.Module, cached: Explainer) -> Explainer:
+    """The student's explainer for maps that a cache holds: the one that made them; for a network of the other kind the
+    one that `explainers_of` would choose beside it, where there is one.
+
+    >>> explainer_beside(nn.Linear(2, 2), BcosContributions())
+    GradCAM(layer=None)
+    """
+    if isinstance(cached, BcosContributions) and not is_bcos(student):
+        return GradCAM()
+    if is_bcos(student) and not fixes_weights(cached) and not reads_images(cached):
+        return BcosContributions()
+    return cached

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from e2kd.capture import Record
 from e2kd.classes import Choice, check_choice, choose
 from e2kd.comparing import Similarity, compare
-from e2kd.explainers import Explainer, default_explainer, explainers_of, reads_images
+from e2kd.explainers import Explainer, default_explainer, explainer_beside, explainers_of, reads_images
 from e2kd.guards import (
     check_batch,
     check_grid,
@@ -166,7 +166,8 @@ class E2KDLoss(nn.Module):
         self.teacher: Teacher | Prepared
         if isinstance(teacher, Prepared):
             check_prepared(teacher, explainer, classes, weight, (teacher_explainer, *settings))
-            self.explainer = explainer or teacher.explainer or default_explainer(unwrap(student))
+            beside = teacher.explainer and explainer_beside(unwrap(student), teacher.explainer)
+            self.explainer = explainer or beside or default_explainer(unwrap(student))
             self.teacher = teacher
         else:
             if not isinstance(teacher, str):

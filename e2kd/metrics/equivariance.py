@@ -37,6 +37,7 @@ class ShiftEquivariance(MeanMetric):
     Raises:
         ValueError: when images are too small for the crops, or crops are shifted so far that they don't overlap.
 
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     >>> equivariance = ShiftEquivariance(model, shifts=(0, 4, (-8, 8)), crop=16)
     >>> equivariance.update(torch.rand(2, 3, 24, 24))

@@ -27,8 +27,8 @@ class Oldest:
 
 # What transformers 4 needs and 5 does not, at versions that fit.
 NEEDED = (
-    *("huggingface-hub==0.36.2", "tokenizers==0.21.4", "requests==2.34.2", "urllib3==2.8.0", "idna==3.20"),
-    *("certifi", "charset-normalizer"),
+    *("huggingface-hub==0.36.2", "tokenizers==0.21.4", "datasets==3.6.0"),
+    *("requests==2.34.2", "urllib3==2.8.0", "idna==3.20", "certifi", "charset-normalizer"),
 )
 OLDEST = {
     "timm's tasks": Oldest(

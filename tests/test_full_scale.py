@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks import full_scale, full_scale_arms, full_scale_data, full_scale_run, full_scale_scores, full_scale_table
+from benchmarks import full_scale, full_scale_data, full_scale_run, full_scale_scores, full_scale_table
 from benchmarks.common import write_json
 from benchmarks.full_scale_arms import ARMS
 from benchmarks.full_scale_data import VOC_CLASSES, Box, Measured, Split, few, held_out
@@ -76,9 +76,7 @@ def targets(split: Split) -> list[Any]:
     return [target for _, target in split.samples]
 
 
-@pytest.mark.parametrize(
-    "module", [full_scale_arms, full_scale_data, full_scale_run, full_scale_table], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("module", [full_scale_data, full_scale_run, full_scale_table], ids=lambda m: m.__name__)
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).attempted
     assert not doctest.testmod(module).failed

@@ -39,6 +39,7 @@ from benchmarks.cifar_data import HELD_OUT, SHARED, TEST, TRAIN, few, part
 from benchmarks.cifar_families import BLOCKS, STANDARD, trained_teacher
 from benchmarks.common import RESULTS, environment, markdown_table, write_json
 from benchmarks.distilling import STAGES, ByFeatures, Teaching, Way, by_answers, by_attention, outputs_of
+from benchmarks.paired import earlier
 from e2kd.commands.photos import find_photos, read_photos
 from e2kd.demo.results import interval, summarise
 from e2kd.distance import DistanceSums, Score
@@ -393,21 +394,6 @@ def said(rows: list[Row], name: str, stage: str = STAGES[-1]) -> str:
     return "; ".join(lines)
 
 
-def earlier(path: Path, settings: Settings) -> list[Row]:
-    """The rows of a run that was stopped.
-
-    Raises:
-        SystemExit: when it was run with other settings.
-    """
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["settings"] != asdict(settings):
-        raise SystemExit(f"{path} has rows with other settings, {found['settings']}: move it away, or pass --fresh.")
-    rows: list[Row] = found["rows"]
-    return rows
-
-
 def run(settings: Settings, seeds: int, work: Path, rows: list[Row], write: Callable[[list[Row]], object]) -> None:
     """Adds the rows that are missing."""
     photos = photographs(settings.side) if settings.data == "catsdogs" else None
@@ -443,7 +429,7 @@ def main() -> None:
         if args.fresh:
             shutil.rmtree(folder_of(settings, args.work), ignore_errors=True)
         else:
-            rows = earlier(path, settings)
+            rows = earlier(path, asdict(settings))
         more = {
             "environment": environment(),
             "command": " ".join(["python -m benchmarks.transfer_studies", *sys.argv[1:]]),

@@ -134,6 +134,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def folders(photos: Path, model: Path) -> list[object]:
+    """What both scripts of transformers are told: the photographs, the model, one epoch."""
     return [
         "--train_dir", photos / "train", "--validation_dir", photos / "validation", "--model_name_or_path", model,
         "--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--ignore_mismatched_sizes",
@@ -142,31 +143,15 @@ def folders(photos: Path, model: Path) -> list[object]:
 
 def test_transformers_example_with_a_loss_and_a_callback(photos: Path, model: Path, tmp_path: Path) -> None:
     script, out = changed("run_image_classification.py", TRAINER, tmp_path), tmp_path / "out"
-    options = [
-        "--train_dir",
-        photos / "train",
-        "--validation_dir",
-        photos / "validation",
-        "--model_name_or_path",
-        model,
-    ]
-    options += ["--output_dir", out, "--do_train", "--do_eval", "--num_train_epochs", 1, "--remove_unused_columns"]
-    options += ["False", "--per_device_train_batch_size", 8, "--logging_steps", 1, "--use_cpu", "--report_to", "none"]
-    assert "e2kd/explanation" in run(script, *options, "--ignore_mismatched_sizes")
+    options = ["--output_dir", out, "--do_train", "--do_eval", "--remove_unused_columns", "False"]
+    options += ["--logging_steps", 1, "--use_cpu", "--report_to", "none"]
+    assert "e2kd/explanation" in run(script, *folders(photos, model), *options)
 
 
 def test_transformers_loop_with_one_changed_line(photos: Path, model: Path, tmp_path: Path) -> None:
     script = changed("run_image_classification_no_trainer.py", NO_TRAINER, tmp_path)
-    options = [
-        "--train_dir",
-        photos / "train",
-        "--validation_dir",
-        photos / "validation",
-        "--model_name_or_path",
-        model,
-    ]
-    options += ["--output_dir", tmp_path / "out", "--num_train_epochs", 1, "--per_device_train_batch_size", 8]
-    assert "epoch 0: {'accuracy'" in run(script, *options, "--ignore_mismatched_sizes")
+    options = [*folders(photos, model), "--output_dir", tmp_path / "out"]
+    assert "epoch 0: {'accuracy'" in run(script, *options)
 
 
 def test_our_own_example_on_two_processes_goes_on_where_it_was(photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real data outside of the repository, found through E2KD_SHARED."""
+"""What all tests share: real data outside of the repository, seeded random numbers, few threads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+# dcor compiles while it is imported, and two workers that fill one cache of numba crash each other (numba#4807).
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """No test depends on the random numbers that the tests before it drew: their order changes from run to run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

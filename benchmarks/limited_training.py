@@ -20,12 +20,21 @@ from e2kd.metrics import ShiftEquivariance
 
 BATCH = 50
 SHIFTS, SHIFTED_PER_CLASS = range(9), 20  # pixels to the right; images of each class
-ARMS = {
+BASIC = {
     "cross_entropy": "cross-entropy, no teacher", "kd": "KD", "e2kd": "e²KD", "frozen_kd": "frozen KD",
     "frozen_e2kd": "frozen e²KD",
 }  # fmt: skip
 RIVALS = {name.lower(): method for name, method in METHODS.items()}  # with KD, but for DKD, which is in its place
-ARMS |= {arm: method.__name__ for arm, method in RIVALS.items()} | {"crd_e2kd": "CRD + e²KD"}
+SPARING = {
+    **{f"fraction_{n}": {"fraction": 1 / n} for n in (2, 4, 8)},
+    **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
+}
+ARMS = (
+    BASIC
+    | {arm: method.__name__ for arm, method in RIVALS.items()}
+    | {"crd_e2kd": "CRD + e²KD"}
+    | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
+)
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd")
 
@@ -63,8 +72,10 @@ def criterion_of(case: Case, family: Family, student: nn.Module, teacher: nn.Mod
     elif case.arm == "crd_e2kd":
         rival = CRD(student, teacher)
     assert case.temperature is not None
-    kd_weight = float(case.arm != "dkd")
-    return e2kd.E2KDLoss(student, teacher, rival, temperature=case.temperature, weight=weight, kd_weight=kd_weight)
+    return e2kd.E2KDLoss(
+        student, teacher, rival,
+        temperature=case.temperature, weight=weight, kd_weight=float(case.arm != "dkd"), **SPARING.get(case.arm, {}),
+    )  # fmt: skip
 
 
 def lessons_of(data: Data, images: Images) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:

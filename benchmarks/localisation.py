@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import e2kd
 from benchmarks.common import markdown_table, write_results
 from benchmarks.limited import run
-from benchmarks.limited_training import ARMS
+from benchmarks.limited_training import BASIC
 from benchmarks.objects import TASKS, Objects, Task
 from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
 from benchmarks.small_networks import from_cifar, trained_once
@@ -123,7 +123,7 @@ def table(results: list[Row]) -> str:
     for found in results:
         fields, where = measures(found), f"{TASKS[found['task']].title}, {TITLES[found['guidance']]}"
         body.append([where, "teacher", *(f"{100 * found['teacher'][field]:.1f}" for field in fields), None, None])
-        for arm, name in ARMS.items():
+        for arm, name in BASIC.items():
             mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
             if mine:
                 chosen = [None if mine[0][k] is None else f"{mine[0][k]:g}" for k in ("temperature", "weight")]

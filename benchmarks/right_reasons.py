@@ -31,7 +31,7 @@ import e2kd
 from benchmarks.common import markdown_table, write_results
 from benchmarks.composites import composites
 from benchmarks.limited import run
-from benchmarks.limited_training import ARMS, FROZEN
+from benchmarks.limited_training import BASIC, FROZEN
 from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
@@ -41,7 +41,7 @@ from e2kd.demo.train import batches, train
 
 SEEDS, TUNING_SEEDS = range(5), range(100, 101)
 TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 25.0)
-LIVE = [arm for arm in ARMS if arm not in FROZEN]
+LIVE = [arm for arm in BASIC if arm not in FROZEN]
 CLASSES, BLOCKS, PEAK = 2, 5, 1e-3  # of the teacher: blocks in a stage, peak of its schedule
 TITLES = {
     "id_accuracy": "ID accuracy", "ood_accuracy": "OOD accuracy", "ood_agreement": "OOD agreement",
@@ -144,7 +144,7 @@ def table(results: list[Row]) -> str:
     """Students and arms with their means, as Markdown."""
     body = [["teacher (ResNet-32)", "", *(f"{100 * results[0]['teacher'][field]:.1f}" for field in TITLES), "", ""]]
     for found in results:
-        for arm, name in ARMS.items():
+        for arm, name in BASIC.items():
             mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
             if mine:
                 cells = [percent(list(values(mine, arm, field).values())) for field in TITLES]
@@ -162,7 +162,7 @@ def difference_lines(results: list[Row]) -> list[str]:
             if {arm, base} <= arms:
                 gains = differences(found["rows"], arm, base, COMPARED)
                 words = in_points({TITLES[field]: gain for field, gain in gains.items()})
-                said.append(f"{STUDENTS[found['student']].title}, {ARMS[arm]} - {ARMS[base]}, same seed: {words}.")
+                said.append(f"{STUDENTS[found['student']].title}, {BASIC[arm]} - {BASIC[base]}, same seed: {words}.")
     return said
 
 
@@ -181,7 +181,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", choices=list(STUDENTS), nargs="+", default=list(STUDENTS), metavar="STUDENT")
-    parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=LIVE, metavar="ARM", help="frozen ones too")
+    parser.add_argument("--arms", choices=list(BASIC), nargs="+", default=LIVE, metavar="ARM", help="frozen ones too")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="to choose λ from")

@@ -1,0 +1,125 @@
+"""What is left of e²KD's gain when a part of each batch is explained (`fraction`), or every k-th batch (`every`).
+
+    python -m benchmarks.limited --family bcos --arms fraction_4 every_4 ...    # the gains: minutes per student
+    python -m benchmarks.sparing                                                # the time of a step, then the curve
+    python -m benchmarks.sparing --quick                                        # to see that it runs; writes nothing
+
+Time is that of eight steps of the B-cos students of benchmarks.limited, with the live teacher's, on one core: median of
+ratios to eight steps of KD, interleaved round by round. Results: benchmarks/results/sparing.json, and sparing.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import torch
+
+from benchmarks.cifar_families import FAMILIES
+from benchmarks.common import RESULTS, markdown_table, read_rows, write_results
+from benchmarks.frozen import interleaved, ratios
+from benchmarks.limited import MEASURES
+from benchmarks.limited_training import ARMS, BATCH, SPARING, criterion_of
+from benchmarks.paired import Case, Row, differences, result_path
+
+FAMILY, STUDY = FAMILIES["bcos"], "limited_bcos_50"
+STEPS = 8  # the least in which every `every` explains
+COMPARED = ("kd", "e2kd", *SPARING)
+
+
+def steps(arm: str, images: torch.Tensor) -> Callable[[], None]:
+    """Trains an arm's student for eight steps at each call."""
+    torch.manual_seed(0)
+    teacher, student = FAMILY.kind.teacher().eval(), FAMILY.student().train()
+    criterion = criterion_of(Case("test", arm, 0, 1.0, 5.0 if arm != "kd" else None), FAMILY, student, teacher)
+    optimizer = FAMILY.optimizer(student)
+
+    def call() -> None:
+        for _ in range(STEPS):
+            loss = criterion(student(images))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return call
+
+
+def costs(rounds: int) -> list[Row]:
+    """Time of every arm's steps, as ratios to KD's."""
+    images = FAMILY.kind.encode(torch.rand(BATCH, 3, 32, 32))
+    seconds = interleaved({arm: steps(arm, images) for arm in COMPARED}, rounds, warmup=1)
+    return [{"arm": arm, "time": ratios(seconds, arm, "kd")} for arm in COMPARED]
+
+
+def gains() -> dict[str, dict[str, Row]]:
+    """Of every arm that was trained: its paired differences to KD."""
+    rows = json.loads(result_path(STUDY).read_text(encoding="utf-8"))["rows"]
+    trained = {row["arm"] for row in rows if row["split"] == "test"}
+    return {arm: differences(rows, arm, "kd", MEASURES) for arm in COMPARED if arm in trained}
+
+
+def share(found: dict[str, dict[str, Row]], arm: str, measure: str) -> float:
+    """Of e²KD's gain."""
+    return float(found[arm][measure]["mean"] / found["e2kd"][measure]["mean"])
+
+
+def table(rows: list[Row]) -> str:
+    """The curve as Markdown."""
+    found, body = gains(), []
+    for row in rows:
+        arm, (low, high) = row["arm"], row["time"]["quartiles"]
+        if arm in found and arm != "kd":
+            gained = [f"{100 * found[arm][name]['mean']:+.1f} ({share(found, arm, name):.0%})" for name in MEASURES]
+            body.append([ARMS[arm], f"{row['time']['median']:.2f}x ({low:.2f}-{high:.2f})", *gained])
+    header = ["", "time of a KD step", *(f"{name}, points over KD (share of e²KD's)" for name in MEASURES)]
+    return markdown_table(header, body)
+
+
+def draw(rows: list[Row]) -> Any:
+    """Gain against cost, as a figure: both measures, `fraction` and `every` as lines from KD to e²KD."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found, time = gains(), {row["arm"]: row["time"]["median"] for row in rows}
+    figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        for kind, marker in (("fraction", "o"), ("every", "s")):
+            arms = ["kd", *(f"{kind}_{n}" for n in (8, 4, 2)), "e2kd"]
+            known = [arm for arm in arms if arm in found]
+            axis.plot(
+                [time[arm] for arm in known], [100 * share(found, arm, measure) for arm in known],
+                marker=marker, label=kind,
+            )  # fmt: skip
+            for arm in known[1:-1]:
+                place = (time[arm], 100 * share(found, arm, measure))
+                axis.annotate(f"1/{arm.split('_')[1]}", place, (5, -12), textcoords="offset points")
+        axis.axhline(90, color="0.7", linestyle=":")
+        axis.set(xlabel="time of a step / of a KD step", title=measure)
+    axes[0].set_ylabel("share of e²KD's gain over KD in %")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--table", action="store_true", help="draw the curve anew from times that were measured")
+    parser.add_argument("--quick", action="store_true", help="one round; nothing written")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = read_rows("sparing") if args.table else costs(2 if args.quick else args.rounds)
+    print(table(rows))
+    if not args.quick:
+        if not args.table:
+            command = " ".join(["python -m benchmarks.sparing", *sys.argv[1:]])
+            write_results("sparing", rows, command=command, rounds=args.rounds)
+        draw(rows).savefig(RESULTS / "sparing.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -458,9 +458,10 @@ def test_copies_and_pickles_draw_alike() -> None:
     augmentation = JointAugmentation(K.RandomResizedCrop((32, 32)), K.RandomRotation(20.0), K.auto.RandAugment(1, 9))
     images, targets = torch.rand(4, 3, 48, 48), taught(rough_maps(4, 1, 7))
     augmentation(images, targets)
+    copies = copy.deepcopy(augmentation), pickle.loads(pickle.dumps(augmentation))
+    assert all(each.verified == augmentation.verified for each in copies)
     results = []
-    for each in (augmentation, copy.deepcopy(augmentation), pickle.loads(pickle.dumps(augmentation))):
-        assert each.verified == augmentation.verified
+    for each in (augmentation, *copies):
         torch.manual_seed(1)
         results.append(each(images, targets))
     for moved, got in results[1:]:

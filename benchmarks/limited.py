@@ -23,7 +23,6 @@ import itertools
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +34,18 @@ from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part, photos
 from benchmarks.cifar_families import FAMILIES, Family, predictions, trained_teacher
 from benchmarks.common import markdown_table, write_results
 from benchmarks.limited_training import ARMS, EXPLAINED, RIVALS, SPARING, Data, Settings, measures, shift_curve, train
-from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
+from benchmarks.paired import (
+    Case,
+    Row,
+    Study,
+    differences,
+    earlier,
+    in_points,
+    parser_of,
+    percent,
+    result_path,
+    values,
+)
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
 TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 10.0, 25.0, 50.0)
@@ -122,18 +132,13 @@ def _plain(value: float | None) -> str | None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, WEIGHTS, WORK)
     parser.add_argument("--family", choices=list(FAMILIES), default="standard")
     parser.add_argument("--per-class", type=int, choices=PER_CLASS, default=50, help="images of each class")
     parser.add_argument("--unrelated", action="store_true", help="students see photographs of other data sets instead")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS), metavar="ARM")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
-    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="to choose λ from")
-    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, on one core each")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the teachers")
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs; nothing written")
-    parser.add_argument("--fresh", action="store_true", help="begin anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
     family, name = FAMILIES[args.family], result_name(args.family, args.per_class, args.unrelated)
@@ -146,9 +151,8 @@ def main() -> None:
     }
 
     def measured(case: Case) -> Row:
-        begun = time.process_time()  # of the student's own process
         student = train(case, data, settings)
-        return measures(case, data, student) | {"cpu_seconds": round(time.process_time() - begun, 1)}
+        return measures(case, data, student)
 
     found = {
         "command": " ".join(["python -m benchmarks.limited", *sys.argv[1:]]),

@@ -17,11 +17,9 @@ Results: benchmarks/results/localisation_<task>_<guidance>.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,7 +33,18 @@ from benchmarks.common import markdown_table, write_results
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC
 from benchmarks.objects import TASKS, Objects, Task
-from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
+from benchmarks.paired import (
+    Case,
+    Row,
+    Study,
+    differences,
+    earlier,
+    in_points,
+    parser_of,
+    percent,
+    result_path,
+    values,
+)
 from benchmarks.small_networks import from_cifar, trained_once
 from e2kd.demo.train import batches, train
 from e2kd.guidance import GuidanceLoss, energy_loss, l1_loss
@@ -161,9 +170,8 @@ def result_of(name: str, guidance: str, args: Namespace) -> Row:
     teacher = trained_teacher(task, guidance, parts["train"], settings, weights)
 
     def measured(case: Case) -> Row:
-        begun = time.perf_counter()
         student = trained_student(case, task, parts["train"], teacher, settings)
-        return task.scores(student, parts[case.split]) | {"seconds": round(time.perf_counter() - begun, 1)}
+        return task.scores(student, parts[case.split])
 
     found = {
         "command": " ".join(["python -m benchmarks.localisation", *sys.argv[1:]]),
@@ -181,16 +189,11 @@ def result_of(name: str, guidance: str, args: Namespace) -> Row:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, WEIGHTS, WORK)
     parser.add_argument("--tasks", choices=list(TASKS), nargs="+", default=list(TASKS), metavar="TASK")
     parser.add_argument("--guidance", choices=list(GUIDANCE), nargs="+", default=list(GUIDANCE), metavar="GUIDANCE")
     parser.add_argument("--arms", choices=("kd", "e2kd"), nargs="+", default=("kd", "e2kd"), metavar="ARM")
     parser.add_argument("--epochs", type=int, help="of teachers and students; each task has its own")
-    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="to choose λ from")
-    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, on one core each")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the teachers")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch; nothing written")
-    parser.add_argument("--fresh", action="store_true", help="begin anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = [result_of(task, guidance, args) for task in args.tasks for guidance in args.guidance]

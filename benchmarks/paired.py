@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -82,7 +84,8 @@ class Study:
 
     def _row(self, case: Case) -> Row:
         torch.set_num_threads(1)
-        return case._asdict() | self.measured(case)
+        begun = time.process_time()  # of this process alone
+        return case._asdict() | self.measured(case) | {"cpu_seconds": round(time.process_time() - begun, 1)}
 
     def best(self, choices: list[Case], seeds: Sequence[int]) -> Case:
         """The choice of the highest mean on validation images; one alone needs no training."""
@@ -94,6 +97,17 @@ class Study:
 
     def _mean(self, cases: list[Case]) -> float:
         return summarise([row[self.by] for case in cases if (row := self.found(case))])["mean"] or 0.0
+
+
+def parser_of(doc: str | None, weights: Sequence[float], work: Path) -> ArgumentParser:
+    """A study's command line, with the options that all have."""
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=float, nargs="+", default=weights, help="to choose λ from")
+    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, on one core each")
+    parser.add_argument("--work", type=Path, default=work, help="folder of the teachers")
+    parser.add_argument("--quick", action="store_true", help="one seed, a tiny budget; nothing written")
+    parser.add_argument("--fresh", action="store_true", help="begin anew")
+    return parser
 
 
 def earlier(path: Path, settings: Row) -> list[Row]:

@@ -15,11 +15,9 @@ Results: benchmarks/results/right_reasons_<student>.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,18 @@ from benchmarks.common import markdown_table, write_results
 from benchmarks.composites import composites
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC, FROZEN
-from benchmarks.paired import Case, Row, Study, differences, earlier, in_points, percent, result_path, values
+from benchmarks.paired import (
+    Case,
+    Row,
+    Study,
+    differences,
+    earlier,
+    in_points,
+    parser_of,
+    percent,
+    result_path,
+    values,
+)
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
 from e2kd.demo.lessons import frozen_lessons
@@ -129,9 +138,8 @@ def criterion_of(case: Case, student: nn.Module, teacher: nn.Module | e2kd.Froze
 
 def measured(case: Case, student: Student, teacher: nn.Module, parts: dict[str, Test], settings: Settings) -> Row:
     """A case's student, trained and measured."""
-    begun = time.perf_counter()
     network = trained_student(case, student, teacher, settings)
-    return parts[case.split].scores(network) | {"seconds": round(time.perf_counter() - begun, 1)}
+    return parts[case.split].scores(network)
 
 
 def all_results() -> list[Row]:
@@ -179,16 +187,11 @@ def section(results: list[Row]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, WEIGHTS, WORK)
     parser.add_argument("--students", choices=list(STUDENTS), nargs="+", default=list(STUDENTS), metavar="STUDENT")
     parser.add_argument("--arms", choices=list(BASIC), nargs="+", default=LIVE, metavar="ARM", help="frozen ones too")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
-    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="to choose λ from")
-    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, on one core each")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the teacher")
-    parser.add_argument("--quick", action="store_true", help="one seed, few images; nothing written")
-    parser.add_argument("--fresh", action="store_true", help="begin anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(epochs=args.epochs)

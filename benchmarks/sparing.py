@@ -72,11 +72,14 @@ def table(rows: list[Row]) -> str:
     found, body = gains(), []
     for row in rows:
         arm, (low, high) = row["arm"], row["time"]["quartiles"]
-        if arm in found and arm != "kd":
-            gained = [f"{100 * found[arm][name]['mean']:+.1f} ({share(found, arm, name):.0%})" for name in MEASURES]
-            body.append([ARMS[arm], f"{row['time']['median']:.2f}x ({low:.2f}-{high:.2f})", *gained])
+        gained = [_gain(found, arm, name) if arm in found else None for name in MEASURES]
+        body.append([ARMS[arm], f"{row['time']['median']:.2f}x ({low:.2f}-{high:.2f})", *gained])
     header = ["", "time of a KD step", *(f"{name}, points over KD (share of e²KD's)" for name in MEASURES)]
     return markdown_table(header, body)
+
+
+def _gain(found: dict[str, dict[str, Row]], arm: str, measure: str) -> str:
+    return f"{100 * found[arm][measure]['mean']:+.1f} ({share(found, arm, measure):.0%})"
 
 
 def draw(rows: list[Row]) -> Any:

@@ -11,7 +11,7 @@ files, students from scratch with no label loss but in the arm `cross_entropy`. 
 weights, the batches and every augmentation, so arms of one seed differ in their criterion alone: a frozen teacher has
 seen the images as they are, a live one sees each as it is augmented. Every arm's τ and λ are those of the highest mean
 accuracy on held-out images of the train part over two seeds that are not reported; arms that explain a part of the
-images (`fraction`, `every`) take e²KD's. Seeds 0 to 2 are left out: an
+images (`fraction`, `every`, a stretch of the training) take e²KD's. Seeds 0 to 2 are left out: an
 early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
@@ -33,7 +33,18 @@ from torch import nn
 from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part, photos
 from benchmarks.cifar_families import FAMILIES, Family, predictions, trained_teacher
 from benchmarks.common import markdown_table, write_results
-from benchmarks.limited_training import ARMS, EXPLAINED, RIVALS, SPARING, Data, Settings, measures, shift_curve, train
+from benchmarks.limited_training import (
+    ARMS,
+    EXPLAINED,
+    RIVALS,
+    SPARING,
+    STRETCHES,
+    Data,
+    Settings,
+    measures,
+    shift_curve,
+    train,
+)
 from benchmarks.paired import (
     Case,
     Row,
@@ -80,7 +91,7 @@ def run(study: Study, args: argparse.Namespace, seeds: Sequence[int], tuning_see
     """Chooses on validation images, arm by arm, then trains every arm's students, seed by seed."""
     best = []
     for arm in args.arms:
-        tuned = "e2kd" if arm in SPARING else arm
+        tuned = "e2kd" if arm in (*SPARING, *STRETCHES) else arm
         chosen = study.best(choices(tuned, args.temperatures, args.weights), tuning_seeds)
         best.append(chosen._replace(arm=arm))
     study.fill([case._replace(seed=seed) for seed, case in itertools.product(seeds, best)])

@@ -29,11 +29,13 @@ SPARING = {
     **{f"fraction_{n}": {"fraction": 1 / n} for n in (2, 4, 8)},
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
+STRETCHES = {"stretch_0_30": (0.0, 0.3), "stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
     BASIC
     | {arm: method.__name__ for arm, method in RIVALS.items()}
     | {"crd_e2kd": "CRD + e²KD"}
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
+    | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd")
@@ -78,6 +80,12 @@ def criterion_of(case: Case, family: Family, student: nn.Module, teacher: nn.Mod
     )  # fmt: skip
 
 
+def weight_at(case: Case, done: float) -> float:
+    """λ of an arm that explains for a stretch, after a share of the training."""
+    start, stop = STRETCHES[case.arm]
+    return case.weight or 0.0 if start <= done < stop else 0.0
+
+
 def lessons_of(data: Data, images: Images) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:
     """The frozen teacher of a student's images, their pixels [N, 3, 32, 32], and its lessons for them."""
     normalization = None if data.family.kind is BCOS else NORMALIZATION
@@ -104,7 +112,9 @@ def train(case: Case, data: Data, settings: Settings) -> nn.Module:
     optimizer = family.optimizer(nn.ModuleList([student, criterion]))  # a rival may have parts to train
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=len(plan))
     student.train()
-    for batch in plan:
+    for step, batch in enumerate(plan):
+        if case.arm in STRETCHES:
+            criterion.weight = weight_at(case, step / len(plan))
         augmented, taught = augmentation(pixels[batch], e2kd.Taught(*(field[batch] for field in lessons)))
         targets = taught if frozen_arm else Indexed(taught.labels, batch, torch.full_like(batch, len(pixels)))
         loss = criterion(student(family.kind.encode(augmented)), targets if teaching else taught.labels)

@@ -1,11 +1,11 @@
-"""What is left of e²KD's gain when a part of each batch is explained (`fraction`), or every k-th batch (`every`).
+"""What is left of e²KD's gain when a part of each batch is explained, every k-th batch, or a stretch of the training.
 
-    python -m benchmarks.limited --family bcos --arms fraction_4 every_4 ...    # the gains: minutes per student
+    python -m benchmarks.limited --family bcos --arms fraction_4 stretch_20_50 ...    # the gains: minutes per student
     python -m benchmarks.sparing                                                # the time of a step, then the curve
     python -m benchmarks.sparing --quick                                        # to see that it runs; writes nothing
 
-Time is that of eight steps of the B-cos students of benchmarks.limited, with the live teacher's, on one core: median of
-ratios to eight steps of KD, interleaved round by round. Results: benchmarks/results/sparing.json, and sparing.png.
+Time is that of 40 steps of the B-cos students of benchmarks.limited, with the live teacher's, on one core: median of
+ratios to KD's, interleaved round by round. Results: benchmarks/results/sparing.json, and sparing.png.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ from benchmarks.cifar_families import FAMILIES
 from benchmarks.common import RESULTS, markdown_table, read_rows, write_results
 from benchmarks.frozen import interleaved, ratios
 from benchmarks.limited import MEASURES
-from benchmarks.limited_training import ARMS, BATCH, SPARING, criterion_of
+from benchmarks.limited_training import ARMS, BATCH, STRETCHES, criterion_of, weight_at
 from benchmarks.paired import Case, Row, differences, result_path
 
 FAMILY, STUDY = FAMILIES["bcos"], "limited_bcos_50"
-STEPS = 8  # the least in which every `every` explains
-COMPARED = ("kd", "e2kd", *SPARING)
+STEPS = 40
+COMPARED = ("kd", "e2kd", "fraction_2", "fraction_4", "every_4", *STRETCHES)
 
 
 def steps(arm: str, images: torch.Tensor) -> Callable[[], None]:
-    """Trains an arm's student for eight steps at each call."""
+    """A short training of an arm's student at each call."""
     torch.manual_seed(0)
     teacher, student = FAMILY.kind.teacher().eval(), FAMILY.student().train()
-    criterion = criterion_of(Case("test", arm, 0, 1.0, 5.0 if arm != "kd" else None), FAMILY, student, teacher)
+    case = Case("test", arm, 0, 1.0, None if arm == "kd" else 5.0)
+    criterion = criterion_of(case, FAMILY, student, teacher)
     optimizer = FAMILY.optimizer(student)
 
     def call() -> None:
-        for _ in range(STEPS):
+        for step in range(STEPS):
+            if arm in STRETCHES:
+                criterion.weight = weight_at(case, step / STEPS)
             loss = criterion(student(images))
             optimizer.zero_grad()
             loss.backward()
@@ -83,27 +86,20 @@ def _gain(found: dict[str, dict[str, Row]], arm: str, measure: str) -> str:
 
 
 def draw(rows: list[Row]) -> Any:
-    """Gain against cost, as a figure: both measures, `fraction` and `every` as lines from KD to e²KD."""
+    """Gain against cost, as a figure: a point for every arm, and the line from KD to e²KD."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     found, time = gains(), {row["arm"]: row["time"]["median"] for row in rows}
-    figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(10, 4), sharey=True, layout="constrained")
     for axis, measure in zip(axes, MEASURES, strict=True):
-        for kind, marker in (("fraction", "o"), ("every", "s")):
-            arms = ["kd", *(f"{kind}_{n}" for n in (8, 4, 2)), "e2kd"]
-            known = [arm for arm in arms if arm in found]
-            axis.plot(
-                [time[arm] for arm in known], [100 * share(found, arm, measure) for arm in known],
-                marker=marker, label=kind,
-            )  # fmt: skip
-            for arm in known[1:-1]:
-                place = (time[arm], 100 * share(found, arm, measure))
-                axis.annotate(f"1/{arm.split('_')[1]}", place, (5, -12), textcoords="offset points")
-        axis.axhline(90, color="0.7", linestyle=":")
-        axis.set(xlabel="time of a step / of a KD step", title=measure)
+        gained = {arm: 100 * share(found, arm, measure) for arm in found}
+        axis.plot([time["kd"], time["e2kd"]], [0, 100], color="0.7", linestyle=":")
+        for arm, value in gained.items():
+            axis.plot(time[arm], value, marker="o")
+            axis.annotate(ARMS[arm], (time[arm], value), (6, -4), textcoords="offset points", fontsize=8)
+        axis.set(xlabel="time of a step / of a KD step", title=measure, xlim=(0.9, 1.25 * max(time.values())))
     axes[0].set_ylabel("share of e²KD's gain over KD in %")
-    axes[0].legend(frameon=False)
     return figure
 
 

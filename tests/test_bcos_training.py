@@ -294,6 +294,23 @@ def test_steps_without_an_explanation_cost_nothing() -> None:
     assert entering == [True, False, False, True]
 
 
+def test_the_weight_may_change_between_steps() -> None:
+    """Every step is that of a criterion which had the weight from the start, whether or not its forward expected it."""
+    student, teacher = net(), net(seed=1)
+    criterion = e2kd.E2KDLoss(student, teacher, weight=0.0, example=encoded())
+    ways = []
+    for weight in (0.0, 5.0, 5.0, 0.0, 0.0):
+        criterion.weight = weight
+        student.zero_grad()
+        loss = criterion(student(encoded()))
+        loss.backward()
+        ways.append(criterion.student.way)
+        wanted, slopes, _ = step(net(), teacher, encoded(), weight=weight)
+        assert_equal(loss.detach(), wanted)
+        assert_equal(gradient(student), slopes)
+    assert ways[1:3] == ["separate", "shared"], "the first one was not prepared for"
+
+
 # Hosts
 
 

@@ -10,8 +10,7 @@ A run that was stopped goes on where it was; `--fresh` begins anew. Teachers are
 files, students from scratch with no label loss but in the arm `cross_entropy`. A seed decides the images, the first
 weights, the batches and every augmentation, so arms of one seed differ in their criterion alone: a frozen teacher has
 seen the images as they are, a live one sees each as it is augmented. Every arm's τ and λ are those of the highest mean
-accuracy on held-out images of the train part over two seeds that are not reported; arms that explain a part of the
-images (`fraction`, `every`, a stretch of the training) take e²KD's. Seeds 0 to 2 are left out: an
+accuracy on held-out images of the train part over two seeds that are not reported. Seeds 0 to 2 are left out: an
 early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
@@ -37,8 +36,6 @@ from benchmarks.limited_training import (
     ARMS,
     EXPLAINED,
     RIVALS,
-    SPARING,
-    STRETCHES,
     Data,
     Settings,
     measures,
@@ -89,11 +86,7 @@ def choices(arm: str, temperatures: Sequence[float], weights: Sequence[float]) -
 
 def run(study: Study, args: argparse.Namespace, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
     """Chooses on validation images, arm by arm, then trains every arm's students, seed by seed."""
-    best = []
-    for arm in args.arms:
-        tuned = "e2kd" if arm in (*SPARING, *STRETCHES) else arm
-        chosen = study.best(choices(tuned, args.temperatures, args.weights), tuning_seeds)
-        best.append(chosen._replace(arm=arm))
+    best = [study.best(choices(arm, args.temperatures, args.weights), tuning_seeds) for arm in args.arms]
     study.fill([case._replace(seed=seed) for seed, case in itertools.product(seeds, best)])
 
 

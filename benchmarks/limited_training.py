@@ -29,7 +29,7 @@ SPARING = {
     **{f"fraction_{n}": {"fraction": 1 / n} for n in (2, 4, 8)},
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
-STRETCHES = {"stretch_0_30": (0.0, 0.3), "stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
+STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
     BASIC
     | {arm: method.__name__ for arm, method in RIVALS.items()}
@@ -38,7 +38,7 @@ ARMS = (
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
-FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd")
+FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd", *SPARING, *STRETCHES)
 
 
 @dataclass(frozen=True)

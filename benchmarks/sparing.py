@@ -28,7 +28,7 @@ from benchmarks.paired import Case, Row, differences, result_path
 
 FAMILY, STUDY = FAMILIES["bcos"], "limited_bcos_50"
 STEPS = 40
-COMPARED = ("kd", "e2kd", "fraction_2", "fraction_4", "every_4", *STRETCHES)
+COMPARED = ("kd", "e2kd", "fraction_4", "every_4", *STRETCHES)
 
 
 def steps(arm: str, images: torch.Tensor) -> Callable[[], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,10 @@ class Settings:
     test_per_class: int = 500
 
 
-def criterion_of(case: Case, family: Family, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher) -> nn.Module:
-    """The one line in which the arms differ. A rival's weight is a multiple of its own."""
+def criterion_of(
+    case: Case, family: Family, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher, steps: int
+) -> nn.Module:
+    """The one line in which the arms differ. A rival's weight is a multiple of its own; steps are the training's."""
     if case.arm == "cross_entropy":
         return e2kd.bcos.BcosLoss() if family.kind is BCOS else nn.CrossEntropyLoss()
     rival, weight = None, case.weight or 0.0
@@ -76,14 +79,20 @@ def criterion_of(case: Case, family: Family, student: nn.Module, teacher: nn.Mod
     assert case.temperature is not None
     return e2kd.E2KDLoss(
         student, teacher, rival,
-        temperature=case.temperature, weight=weight, kd_weight=float(case.arm != "dkd"), **SPARING.get(case.arm, {}),
+        temperature=case.temperature, weight=weight, kd_weight=float(case.arm != "dkd"), **sparing(case.arm, steps),
     )  # fmt: skip
 
 
-def weight_at(case: Case, done: float) -> float:
-    """λ of an arm that explains for a stretch, after a share of the training."""
-    start, stop = STRETCHES[case.arm]
-    return case.weight or 0.0 if start <= done < stop else 0.0
+def sparing(arm: str, steps: int) -> dict[str, Any]:
+    """The settings of an arm that explains a part, for a training of so many steps.
+
+    >>> sparing("stretch_20_50", 500), sparing("every_4", 500), sparing("kd", 500)
+    ({'during': (100, 250)}, {'every': 4}, {})
+    """
+    if arm in STRETCHES:
+        start, stop = STRETCHES[arm]
+        return {"during": (round(start * steps), round(stop * steps))}
+    return dict(SPARING.get(arm, {}))
 
 
 def lessons_of(data: Data, images: Images) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:
@@ -106,15 +115,13 @@ def train(case: Case, data: Data, settings: Settings) -> nn.Module:
     frozen, pixels, lessons = lessons_of(data, images)
     torch.manual_seed(case.seed)
     student, augmentation = family.student(), e2kd.JointAugmentation(*operations())
-    criterion = criterion_of(case, family, student, frozen if frozen_arm else data.teacher)
-    teaching = isinstance(criterion, e2kd.E2KDLoss)
     plan = list(orders(len(pixels), BATCH, settings.epochs, case.seed))
+    criterion = criterion_of(case, family, student, frozen if frozen_arm else data.teacher, len(plan))
+    teaching = isinstance(criterion, e2kd.E2KDLoss)
     optimizer = family.optimizer(nn.ModuleList([student, criterion]))  # a rival may have parts to train
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=len(plan))
     student.train()
-    for step, batch in enumerate(plan):
-        if case.arm in STRETCHES:
-            criterion.weight = weight_at(case, step / len(plan))
+    for batch in plan:
         augmented, taught = augmentation(pixels[batch], e2kd.Taught(*(field[batch] for field in lessons)))
         targets = taught if frozen_arm else Indexed(taught.labels, batch, torch.full_like(batch, len(pixels)))
         loss = criterion(student(family.kind.encode(augmented)), targets if teaching else taught.labels)

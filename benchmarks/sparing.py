@@ -23,7 +23,7 @@ from benchmarks.cifar_families import FAMILIES
 from benchmarks.common import RESULTS, markdown_table, read_rows, write_results
 from benchmarks.frozen import interleaved, ratios
 from benchmarks.limited import MEASURES
-from benchmarks.limited_training import ARMS, BATCH, STRETCHES, criterion_of, weight_at
+from benchmarks.limited_training import ARMS, BATCH, STRETCHES, criterion_of
 from benchmarks.paired import Case, Row, differences, result_path
 
 FAMILY, STUDY = FAMILIES["bcos"], "limited_bcos_50"
@@ -36,13 +36,12 @@ def steps(arm: str, images: torch.Tensor) -> Callable[[], None]:
     torch.manual_seed(0)
     teacher, student = FAMILY.kind.teacher().eval(), FAMILY.student().train()
     case = Case("test", arm, 0, 1.0, None if arm == "kd" else 5.0)
-    criterion = criterion_of(case, FAMILY, student, teacher)
+    criterion = criterion_of(case, FAMILY, student, teacher, STEPS)
     optimizer = FAMILY.optimizer(student)
 
     def call() -> None:
-        for step in range(STEPS):
-            if arm in STRETCHES:
-                criterion.weight = weight_at(case, step / STEPS)
+        criterion.step = 0
+        for _ in range(STEPS):
             loss = criterion(student(images))
             optimizer.zero_grad()
             loss.backward()

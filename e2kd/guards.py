@@ -19,6 +19,7 @@ def check_settings(
     temperature: float,
     fraction: float,
     every: int,
+    during: tuple[int, int] | None,
     resize: str | None,
 ) -> None:
     """Raise a ValueError for settings outside their range."""
@@ -31,6 +32,8 @@ def check_settings(
         raise ValueError(f"Expected fraction in (0, 1], but got {fraction}. weight=0 switches explanations off.")
     if every < 1 or every != int(every):
         raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
+    if during is not None and (len(during) != 2 or any(step % 1 for step in during) or not 0 <= during[0] < during[1]):
+        raise ValueError(f"Expected during to be (start, stop) in steps, 0 <= start < stop, but got {during}.")
     if resize not in (None, "image"):
         raise ValueError(f'Expected resize to be None or "image", but got {resize!r}.')
 

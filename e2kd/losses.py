@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,7 @@ class E2KDLoss(nn.Module):
     the cross-entropy with the targets. `.parts` holds detached scalars of the last training call: loss, task, kd,
     explanation, cosine, agreement (share of equal top classes) and zero_maps (samples whose map is
     zero in student or teacher, which therefore teach nothing). Reading a value is what waits for the device.
-    In a step that explains nothing (`every`), explanation and zero_maps are 0 and cosine is nan.
+    In a step that explains nothing (`every`, `during`), explanation and zero_maps are 0 and cosine is nan.
 
     Args:
         student: the module being trained, before or after it is wrapped by its trainer.
@@ -94,8 +95,7 @@ class E2KDLoss(nn.Module):
             network, and `BcosContributions()` for one beside a network of the other kind.
         teacher_explainer: the teacher's; None is the student's, or chosen in the same way where that was not given.
         similarity: (student maps, teacher maps) -> [B].
-        weight: λ, of the explanation term. The paper tries 1 to 10. `criterion.weight` may be set anew between steps; 0
-            asks for no explanation.
+        weight: λ, of the explanation term. The paper tries 1 to 10. `criterion.weight` may be set anew between steps.
         kd_weight: of the logit term.
         task_weight: of the criterion; None is 1 with a criterion.
         temperature: τ. The paper tries 1 and 5.
@@ -104,6 +104,9 @@ class E2KDLoss(nn.Module):
         fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
             with explainers that need a pass of the whole network, such as `BcosWeights`.
         every: explain every k-th step, the term times k. The paper's code skips without that factor.
+        during: (start, stop), explain in the steps start <= step < stop of the training alone, a step being a call of
+            this criterion. With explainers that need a pass of the whole network a stretch where the learning rate is
+            high keeps most of the gain; the term is not scaled.
         resize: "image" compares maps at image size as the paper's code does; None on the student's grid.
         distillation: (student logits, teacher logits) -> []; None is `kd_loss` at `temperature`. Use
             `MultiLabelKDLoss()` for multi-label teachers.
@@ -146,6 +149,7 @@ class E2KDLoss(nn.Module):
         classes: Choice = "teacher",
         fraction: float = 1.0,
         every: int = 1,
+        during: tuple[int, int] | None = None,
         resize: str | None = None,
         distillation: Distillation | None = None,
         input_normalization: Normalization | None = None,
@@ -154,14 +158,14 @@ class E2KDLoss(nn.Module):
         example: Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_settings(weight, kd_weight, task_weight, temperature, fraction, every, resize)
+        check_settings(weight, kd_weight, task_weight, temperature, fraction, every, during, resize)
         check_choice(classes)
         check_module(student, "student")
         self.criterion = criterion
         self.similarity, self.classes, self.resize = similarity, classes, resize
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
         self.task_weight = task_weight if task_weight is not None else float(criterion is not None)
-        self.fraction, self.every, self.distillation = fraction, every, distillation
+        self.fraction, self.every, self.during, self.distillation = fraction, every, during, distillation
         # Not registered as submodules: neither belongs to the criterion's parameters, state or device.
         settings = (teacher_normalization, input_normalization, teacher_size)
         self.teacher: Teacher | Prepared
@@ -257,7 +261,8 @@ class E2KDLoss(nn.Module):
 
     def _explains(self) -> bool:
         """Whether the next step explains."""
-        return self.weight != 0 and self.step % self.every == 0
+        start, stop = self.during or (0, math.inf)
+        return self.weight != 0 and start <= self.step < stop and (self.step - start) % self.every == 0
 
     def _lesson(self, record: Record, explaining: bool, rows: Tensor | None) -> Lesson:
         assert isinstance(self.teacher, Teacher)

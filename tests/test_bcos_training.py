@@ -283,15 +283,21 @@ def test_samples_that_need_their_batch_are_run_with_it() -> None:
         assert_equal(mine, theirs)
 
 
-def test_steps_without_an_explanation_cost_nothing() -> None:
+@pytest.mark.parametrize(
+    ("settings", "explained"),
+    [({"every": 3}, [0, 3]), ({"during": (1, 3)}, [1, 2]), ({"during": (1, 9), "every": 2}, [1, 3])],
+    ids=str,
+)
+def test_steps_without_an_explanation_cost_nothing(settings: dict[str, Any], explained: list[int]) -> None:
     student, teacher = net(), net(seed=1)
-    criterion = e2kd.E2KDLoss(student, teacher, every=3, example=encoded())
+    criterion = e2kd.E2KDLoss(student, teacher, example=encoded(), **settings)
     entering: list[bool] = []
     student.conv1.register_forward_pre_hook(lambda module, args: entering.append(args[0].requires_grad))
-    for _ in range(4):
+    for step in range(4):
         criterion(student(encoded())).backward()
         assert criterion.student.way == "shared"
-    assert entering == [True, False, False, True]
+        assert bool(criterion.parts["explanation"]) == (step in explained)
+    assert entering == [step in explained for step in range(4)]
 
 
 def test_the_weight_may_change_between_steps() -> None:

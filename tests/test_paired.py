@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from benchmarks.limited import choices
-from benchmarks.limited_training import weight_at
 from benchmarks.paired import Case, Study, differences
 
 WORTH = {1.0: 0.5, 5.0: 0.7, 10.0: 0.6}  # of each weight
@@ -50,8 +49,3 @@ def test_differences_are_those_of_equal_seeds(study: Study) -> None:
     study.fill([Case("test", "a", 5, 1.0, 5.0)])  # has no partner
     found = differences(study.rows, "a", "b", ["accuracy"])["accuracy"]
     assert found["each"] == pytest.approx([0.2, 0.2])
-
-
-def test_a_stretch_explains_from_its_beginning_to_its_end() -> None:
-    case = Case("test", "stretch_20_50", 3, 1.0, 5.0)
-    assert [weight_at(case, done / 10) for done in range(10)] == [0, 0, 5, 5, 5, 0, 0, 0, 0, 0]

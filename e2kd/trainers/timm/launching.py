@@ -93,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--e2kd-teacher-layer", help="the teacher's; found if not given")
     made.add_argument("--e2kd-fraction", type=float, default=1.0, help="share of each batch that is explained")
     made.add_argument("--e2kd-every", type=int, default=1, help="explain every k-th step")
+    made.add_argument(
+        "--e2kd-during", type=int, nargs=2, metavar=("START", "STOP"), help="explain in these steps alone"
+    )
     made.add_argument("--teacher-checkpoint", type=Path, help="the teacher's weights (.safetensors, .pth, .pth.tar)")
     made.add_argument("--frozen-cache", help="folder or URL that `e2kd freeze` wrote for the training images")
     return made
@@ -177,6 +180,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "explanation_loss_weight": args.e2kd_weight,
         "fraction": args.e2kd_fraction,
         "every": args.e2kd_every,
+        "during": args.e2kd_during,
     }
     if args.teacher_checkpoint is not None:
         found["teacher_pretrained_path"] = args.teacher_checkpoint

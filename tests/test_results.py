@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hosts, limited, tables, transfer_studies
+from benchmarks import hosts, limited, shift_curves, sparing, tables, transfer_studies
 from benchmarks.paired import differences
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -134,3 +134,24 @@ def test_a_frozen_explanation_teaches(name: str) -> None:
     for gain in gains:
         assert len(gain["each"]) == 5
         assert gain["interval"][0] > 0
+
+
+def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
+    found = sparing.gains()
+    for measure in limited.MEASURES:
+        kept = {arm: sparing.share(found, arm, measure) for arm in found}
+        assert kept["stretch_20_50"] > 0.9
+        assert max(kept["fraction_4"], kept["every_4"]) < 0.9
+
+
+@pytest.mark.parametrize("name", ["limited_vit_50", "limited_bcos_vit_50"])
+def test_a_vit_taught_by_a_cnn_moves_its_explanations_with_the_image(name: str) -> None:
+    """e²KD is ahead of KD by more than chance, and within a patch its explanations follow the pixels."""
+    found = tables.results(name)
+    for gain in differences(found["rows"], "e2kd", "kd", limited.MEASURES).values():
+        assert len(gain["each"]) == 5
+        assert gain["interval"][0] > 0
+    curves = shift_curves.curves(found)
+    half_a_patch = {arm: float(each[:, 2].mean()) for arm, each in curves.items()}
+    assert half_a_patch["KD"] < half_a_patch["frozen e²KD"]
+    assert half_a_patch["KD"] < half_a_patch["e²KD"] < half_a_patch["teacher"]

@@ -53,7 +53,7 @@ class Averages:
         self.sums = new if self.sums is None else self.sums + new
 
     def resume(self, step: int) -> None:
-        """The criterion goes on after so many training calls: what `every` and `fraction` depend on."""
+        """The criterion goes on after so many training calls: what `every`, `during` and `fraction` depend on."""
         self.criterion.step = self.step = step
 
     def sums_of_all(self) -> Tensor | None:

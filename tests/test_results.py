@@ -146,12 +146,14 @@ def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
 
 @pytest.mark.parametrize("name", ["limited_vit_50", "limited_bcos_vit_50"])
 def test_a_vit_taught_by_a_cnn_moves_its_explanations_with_the_image(name: str) -> None:
-    """e²KD is ahead of KD by more than chance, and within a patch its explanations follow the pixels."""
+    """e²KD is ahead of KD by more than chance, and its explanations follow the pixels as the teacher's do."""
     found = tables.results(name)
     for gain in differences(found["rows"], "e2kd", "kd", limited.MEASURES).values():
         assert len(gain["each"]) == 5
         assert gain["interval"][0] > 0
     curves = shift_curves.curves(found)
-    half_a_patch = {arm: float(each[:, 2].mean()) for arm, each in curves.items()}
-    assert half_a_patch["KD"] < half_a_patch["frozen e²KD"]
-    assert half_a_patch["KD"] < half_a_patch["e²KD"] < half_a_patch["teacher"]
+    for pixels in (1, 2):
+        mean = {arm: float(each[:, pixels].mean()) for arm, each in curves.items()}
+        off = {arm: abs(value - mean["teacher"]) for arm, value in mean.items()}
+        assert mean["KD"] < min(mean["e²KD"], mean["frozen e²KD"])
+        assert max(off["e²KD"], off["frozen e²KD"]) < off["KD"]

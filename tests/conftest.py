@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-# dcor compiles while it is imported, and two workers that fill one cache of numba crash each other (numba#4807).
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
-
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import dcor as oracle
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,8 +99,12 @@ class TestThePapersNumbers:
             torch.testing.assert_close(value, stats[f"{case}/dcor.{name}"].reshape(()), **EXACT, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 7, 20])
 def test_equals_the_dcor_package_on_fresh_data(n: int) -> None:
+    """Slow, for dcor compiles while it is imported: half a minute, and not for two workers at once (numba#4807)."""
+    import dcor as oracle
+
     x, z = features(n, 9), features(n, 4, seed=1)
     y = x[:, :3] ** 2 + features(n, 3, seed=2)
     a, b, c = x.numpy(), y.numpy(), z.numpy()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from timm import create_model
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
@@ -34,6 +34,7 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulate,
         log_with=args.track,
         project_dir=args.out,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # or a resumed epoch has another order
     )
     accelerator.init_trackers("e2kd")
     set_seed(args.seed)

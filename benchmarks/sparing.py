@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--table", action="store_true", help="draw the curve anew from times that were measured")
-    parser.add_argument("--quick", action="store_true", help="one round; nothing written")
+    parser.add_argument("--quick", action="store_true", help="two rounds; nothing written")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = read_rows("sparing") if args.table else costs(2 if args.quick else args.rounds)

@@ -17,13 +17,13 @@ def displayable(images: Tensor, normalization: tuple[Sequence[float], Sequence[f
     """Images as a model expects them [n, C, H, W] -> pictures [n, 3, H, W] in [0, 1] on the CPU.
 
     Args:
-        images: of 1 or 3 channels; of more the first three are shown.
+        images: of 1 or 3 channels; of more the first three are shown, of two (grey beside its inverse) the first.
         normalization: (mean, std) they were normalised with; None stretches their range to [0, 1].
 
     >>> displayable(torch.tensor([-1.0, 3.0]).view(2, 1, 1, 1)).flatten(1)[:, 0]
     tensor([0., 1.])
     """
-    found = images.detach().cpu().float()[:, :3]
+    found = images.detach().cpu().float()[:, : 1 if images.shape[1] < 3 else 3]
     if normalization is not None:
         mean, std = (torch.tensor(values)[: found.shape[1], None, None] for values in normalization)
         found = found * std + mean

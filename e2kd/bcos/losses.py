@@ -16,13 +16,13 @@ def bcos_loss(logits: Tensor, targets: Tensor, off_label: float | None = None) -
     Args:
         logits: [B, K].
         targets: class indices [B], or probabilities of every class [B, K] (mixup, several labels).
-        off_label: in [0, 1); None is 1 / K.
+        off_label: in [0, 1); None is 1 / K, which needs two classes or more.
 
     Returns:
         The mean over samples and classes, [].
 
     Raises:
-        ValueError: for targets of another shape.
+        ValueError: for targets of another shape, an off_label out of range, or none for one logit.
 
     >>> import torch
     >>> bcos_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
@@ -35,8 +35,22 @@ def bcos_loss(logits: Tensor, targets: Tensor, off_label: float | None = None) -
             f"Expected targets as class indices [{len(logits)}] or probabilities {shape(logits.shape)}, but got "
             f"{shape(targets.shape)} of {targets.dtype}."
         )
-    lowest = 1 / logits.shape[1] if off_label is None else off_label
+    classes = logits.shape[1]
+    if off_label is None and classes < 2:
+        raise ValueError(f"Expected logits of two classes or more, but got {shape(logits.shape)}. Pass off_label=0.0.")
+    lowest = 1 / classes if off_label is None else check_off_label(off_label)
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype).clamp_min(lowest))
+
+
+def check_off_label(off_label: float) -> float:
+    """The value itself.
+
+    Raises:
+        ValueError: unless it is in [0, 1).
+    """
+    if not 0 <= off_label < 1:
+        raise ValueError(f"Expected off_label in [0, 1), but got {off_label}.")
+    return off_label
 
 
 class BcosLoss(nn.Module):
@@ -49,9 +63,7 @@ class BcosLoss(nn.Module):
 
     def __init__(self, off_label: float | None = None) -> None:
         super().__init__()
-        if off_label is not None and not 0 <= off_label < 1:
-            raise ValueError(f"Expected off_label in [0, 1), but got {off_label}.")
-        self.off_label = off_label
+        self.off_label = None if off_label is None else check_off_label(off_label)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits [B, K] and targets [B] or [B, K] -> []."""

@@ -17,7 +17,7 @@ SOUND, BLANK, EMPTY, NOT_FINITE = range(4)  # what may be wrong with a sample
 LEFT_OUT = {BLANK: "blank maps", EMPTY: "empty regions"}
 NOTHING = "no samples were given"
 NAN = float("nan")
-_numbers = count()
+numbers = count()  # of metrics, for state names
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class MeanMetric(Metric):
     def __init__(self, width: int = 1, **settings: Any) -> None:
         super().__init__(**settings)
         self.means: list[Mean] = []
-        self.state = f"sums_{next(_numbers)}"
+        self.state = f"sums_{next(numbers)}"
         self.add_state(self.state, torch.zeros(width, 2 + NOT_FINITE + 1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, flaws: Tensor | int = SOUND, rows: Tensor | int = 0) -> None:

@@ -42,13 +42,14 @@ class FeatureSimilarityScore(DistanceMetric):
     def __init__(self, *, mean: bool = False, biased: bool = False, **settings: Any) -> None:
         super().__init__(mean=mean, **settings)
         self.biased = biased
-        if biased:  # a MetricCollection takes metrics of the same states for one
+        if biased:
             self.add_state("values", [], dist_reduce_fx="cat")
 
     def update(self, student: Tensor, base: Tensor) -> None:
         """Features of a batch, [n, d] and [n, e]; maps are passed as `maps.flatten(1)`."""
-        self._add(DistanceSums.of(student=student, base=base))
-        if self.biased:
+        sums = DistanceSums.of(student=student, base=base)
+        self._add(sums)
+        if self.biased and not sums.flaws.any():
             with torch.no_grad():
                 self.values.append(dcor(student, base, normalize=True, guards=PAPERS_BIASED)[None])
 

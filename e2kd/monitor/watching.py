@@ -18,7 +18,7 @@ from e2kd.monitor.sinks import Log, LogImages
 from e2kd.transfer import Regions
 from e2kd.transfer.contrasting import label_rows
 
-Probe = Tensor | tuple[Tensor, Tensor]
+Probe = Tensor | Sequence[Tensor]
 
 
 class TransferMonitor:
@@ -44,7 +44,7 @@ class TransferMonitor:
     Args:
         student: the model in training; wrapped by DDP or torch.compile or not.
         base: what it is compared with: the same architecture trained without distillation, or the teacher.
-        probe: images [n, C, H, W], or (images, labels [n]); 64 or more, the same throughout.
+        probe: images [n, C, H, W], or (images, labels [n]), such as a loader's batch; 64 or more, the same throughout.
         log: called as log(scalars, step).
         log_images: called as log_images(pictures, step), with pictures [3, H, W] uint8; None draws none.
         teacher: what answers and explanations are compared with, if that is not the base.
@@ -110,7 +110,7 @@ class TransferMonitor:
         batch_size: int | None = None,
         prefix: str = "e2kd/",
     ) -> None:
-        images, labels = probe if isinstance(probe, tuple) else (probe, None)
+        images, labels = (probe, None) if isinstance(probe, Tensor) else probe
         _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)
         self.student, self.base = unwrap(student), unwrap(base)
         self._models = [self.student, self.base, *([] if teacher is None else [unwrap(teacher)])]

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class NoEffectWarning(UserWarning):
     """A part of the loss has no effect on training, although nothing crashed."""
@@ -52,7 +54,7 @@ def taking_images(who: str, model: object, images: Iterable[int], advice: str) -
     """
     try:
         yield
-    except UnsupportedModel:
+    except (UnsupportedModel, torch.OutOfMemoryError):  # trainers look for the latter to make batches smaller
         raise
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise ValueError(

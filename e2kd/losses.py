@@ -106,7 +106,8 @@ class E2KDLoss(nn.Module):
         every: explain every k-th step, the term times k. The paper's code skips without that factor.
         during: (start, stop), explain in the steps start <= step < stop of the training alone, a step being a call of
             this criterion. With explainers that need a pass of the whole network a stretch where the learning rate is
-            high keeps most of the gain; the term is not scaled.
+            high keeps most of the gain; the term is not scaled. `every`, `fraction` and `during` count from 0 in a
+            resumed process, unless you set `criterion.step`.
         resize: "image" compares maps at image size as the paper's code does; None on the student's grid.
         distillation: (student logits, teacher logits) -> []; None is `kd_loss` at `temperature`. Use
             `MultiLabelKDLoss()` for multi-label teachers.
@@ -180,8 +181,7 @@ class E2KDLoss(nn.Module):
             self.explainer, theirs = explainers_of(student, teacher, explainer, teacher_explainer)
             self.teacher = Teacher(teacher, theirs, *settings)
         self.student = StudentExplainer(unwrap(student), self.explainer, example, fraction)
-        self.step, self.seed = 0, torch.initial_seed()
-        self.student.expect(self._explains())
+        self.seed, self.step = torch.initial_seed(), 0
         if isinstance(self.teacher, Teacher):
             self.teacher = shared(self.teacher, criterion)
         self._parts: dict[str, Tensor] = {}
@@ -191,9 +191,21 @@ class E2KDLoss(nn.Module):
         """Detached scalars of the last training call; see the class."""
         return dict(self._parts)
 
+    @property
+    def step(self) -> int:
+        """Training calls so far. Set it where a training is resumed; e2kd's trainers do."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        self.student.expect(self._explains())
+
     def remove(self) -> None:
-        """Take every hook off the student. The criterion can't teach afterwards."""
+        """Take every hook off the student, those of an e2kd criterion inside too. Neither can teach afterwards."""
         self.student.tap.remove()
+        if getattr(self.criterion, "takes_lessons", False):
+            self.criterion.remove()  # type: ignore[union-attr]
 
     def forward(
         self,
@@ -226,7 +238,6 @@ class E2KDLoss(nn.Module):
         labels = labels_of(targets) if taught is None else taught.labels
         explaining = self._explains()
         self.step += 1
-        self.student.expect(self._explains())
         rows = self._rows(len(logits), logits.device) if explaining else None
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")} | {"cosine": zero + torch.nan}

@@ -137,6 +137,7 @@ class Teacher:
         images, given = images.detach().to(dtype_of(self.model)), self.given
         if images.shape[1] == 2 * self.channels:  # a student that is a B-cos network was given them encoded
             images, given = decoded(images), ((0.0,) * self.channels, (1.0,) * self.channels)
+        _check_normalization(given, self.wanted, self.settings[0])
         images = _rescaled(images, given, self.wanted)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
@@ -213,15 +214,39 @@ def expected_normalization(model: nn.Module, given: Normalization | None) -> Nor
     if is_bcos(model):
         return (0.0,) * colours_of(model), (1.0,) * colours_of(model)
     configuration = _configuration(model)
-    return (configuration["mean"], configuration["std"]) if "mean" in configuration else None
+    mean, std = configuration.get("mean"), configuration.get("std")
+    if mean is None or std is None or len(mean) != channels_of(model):  # timm changes in_chans, not the configuration
+        return None
+    return mean, std
+
+
+def _check_normalization(given: Normalization | None, wanted: Normalization | None, said: Normalization | None) -> None:
+    """Raise a ValueError where one normalisation is said and the other is not known, so that nothing would be done."""
+    if given is not None and wanted is None:
+        raise ValueError(
+            "Expected to know what normalisation the teacher expects, since input_normalization= was given, but it has "
+            "no timm configuration. Pass teacher_normalization=(mean, std) too, or leave both out if the teacher "
+            "expects the images as they are."
+        )
+    if said is not None and given is None:
+        raise ValueError(
+            "Expected input_normalization=(mean, std) of your images beside teacher_normalization=, but got none. Pass "
+            "((0.0,), (1.0,)) for images in [0, 1], or leave both out if the teacher expects the images as they are."
+        )
 
 
 def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization | None) -> Tensor:
-    """Images from one normalisation to another; as they are where one is not known, or it is that of other channels."""
-    if given is None or wanted is None or len(given[0]) != images.shape[1]:
+    """Images from one normalisation to another; as they are where one is not known."""
+    if given is None or wanted is None:
         return images
+    for name, values in {"input": given[0], "teacher": wanted[0]}.items():
+        if len(values) not in (1, images.shape[1]):
+            raise ValueError(
+                f"Expected {name}_normalization of one channel or of the images' {images.shape[1]}, but got "
+                f"{len(values)} means."
+            )
     (mean_in, std_in), (mean, std) = (tuple(torch.tensor(v, dtype=torch.float64) for v in n) for n in (given, wanted))
     scale, shift = std_in / std, (mean_in - mean) / std
     if torch.allclose(scale, torch.ones_like(scale)) and torch.allclose(shift, torch.zeros_like(shift)):
         return images
-    return images * scale[:, None, None].to(images) + shift[:, None, None].to(images)
+    return images * scale[:, None, None].to(images) + shift[:, None, None].to(images)  # one value is for all channels

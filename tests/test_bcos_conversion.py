@@ -386,3 +386,19 @@ def test_what_it_cannot_convert_is_named(build: Callable[[], nn.Module], message
 def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_was_converted_is_explained_and_distilled(name: str) -> None:
+    """By the library's own passes, whose layers keep what they returned: no activation may change it in place."""
+    model, x = small(name), AddInverse()(colours(32))
+    _, weights = explained(model, x.clone().requires_grad_())
+    classes = torch.tensor([0, model(x).shape[1] - 1])
+    torch.testing.assert_close(e2kd.explain(model, x, classes).maps, weights, rtol=1e-9, atol=1e-12)
+    losses, teacher = {}, copy.deepcopy(model)
+    for passes in ("shared", "separate"):
+        criterion = e2kd.E2KDLoss(model.train(), teacher, explainer=e2kd.BcosWeights(passes=passes))
+        losses[passes] = criterion(model(x))
+        losses[passes].backward()
+        criterion.remove()
+    torch.testing.assert_close(losses["shared"], losses["separate"])

@@ -637,6 +637,8 @@ def test_bcos_loss_of_probabilities_and_bad_targets() -> None:
         bcos.bcos_loss(logits, torch.zeros(3, 4))
     with pytest.raises(ValueError, match="off_label"):
         bcos.BcosLoss(1.0)
+    with pytest.raises(ValueError, match=r"two classes or more, but got \[4, 1\]"):
+        bcos.bcos_loss(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long))
 
 
 # Bad input

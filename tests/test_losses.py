@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,68 @@ def test_own_normalisation_and_size_of_the_teacher(x: Tensor) -> None:
     torch.testing.assert_close(criterion.teacher.prepared(x), expected)
     criterion(student(x)).backward()
     torch.testing.assert_close(criterion.parts["kd"], e2kd.kd_loss(student(x), teacher(expected)).detach())
+
+
+def test_one_value_of_a_normalisation_is_for_all_channels(x: Tensor) -> None:
+    student, teacher = models()
+    settings: dict[str, Any] = {"teacher_normalization": ((0.0,), (1.0,)), "example": x}
+    criterion = e2kd.E2KDLoss(student, teacher, input_normalization=((0.5,), (0.25,)), **settings)
+    torch.testing.assert_close(criterion.teacher.prepared(x), x * 0.25 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"input_normalization": ((0.5,), (0.5,))}, "Pass teacher_normalization"),
+        ({"teacher_normalization": ((0.5,), (0.5,))}, "Expected input_normalization"),
+        (
+            {"input_normalization": ((0.5,) * 2, (0.5,) * 2), "teacher_normalization": ((0.5,), (0.5,))},
+            "of one channel or of the images' 3",
+        ),
+    ],
+)
+def test_a_normalisation_that_would_do_nothing_is_refused(x: Tensor, settings: dict[str, Any], advice: str) -> None:
+    student, teacher = models()
+    criterion = e2kd.E2KDLoss(student, teacher, example=x, **settings)
+    with pytest.raises(ValueError, match=advice):
+        criterion(student(x))
+
+
+def test_a_teacher_without_memory_says_so_as_torch_does(x: Tensor) -> None:
+    """So that trainers which look for a batch size that fits go on looking."""
+    student, teacher = models()
+    criterion = e2kd.E2KDLoss(student, teacher, example=x)
+
+    def full(module: nn.Module, args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    teacher.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        criterion(student(x))
+
+
+def test_a_resumed_training_explains_in_the_steps_of_an_uninterrupted_one(x: Tensor) -> None:
+    def explained(criterion: e2kd.E2KDLoss, student: nn.Module, steps: int) -> list[bool]:
+        found = []
+        for _ in range(steps):
+            criterion(student(x))
+            found.append(bool(criterion.parts["explanation"] > 0))
+        return found
+
+    student, teacher = models()
+    whole = explained(e2kd.E2KDLoss(student, teacher, during=(2, 4), example=x), student, 6)
+    assert whole == [False, False, True, True, False, False]
+    resumed = e2kd.E2KDLoss(student, teacher, during=(2, 4), example=x)
+    resumed.step = 3
+    assert explained(resumed, student, 3) == whole[3:]
+
+
+def test_removing_takes_the_hooks_of_a_method_inside_too(x: Tensor) -> None:
+    student, teacher = models()
+    before = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in student.modules())
+    inner = e2kd.baselines.AT(student, teacher, nn.CrossEntropyLoss())
+    e2kd.E2KDLoss(student, teacher, inner, example=x).remove()
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in student.modules()) == before
 
 
 def test_a_timm_teacher_knows_its_normalisation_and_fixed_size() -> None:

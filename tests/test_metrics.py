@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from e2kd.distance import DistanceSums, dcor_unbiased, semi_partial_dcor
 from e2kd.metrics import FeatureSimilarityScore, RelevanceScore
@@ -114,6 +115,30 @@ class TestBatches:
         fss.update(*first)
         assert fss(*second).item() == pytest.approx(dcor_unbiased(*second).item(), abs=1e-12)
         assert fss.score().n == 17
+
+    def test_metrics_of_one_collection_stay_apart(self) -> None:
+        """Though their first states are equal: a batch of one class says the same under any embeddings."""
+        features, labels = torch.rand(3, 16, 5), torch.arange(3).repeat_interleave(16).view(3, 16)
+        labels[1:] = torch.arange(16) % 3
+        text = torch.rand(3, 4)
+        both = MetricCollection({"onehot": RelevanceScore(), "text": RelevanceScore(text)})
+        alone = RelevanceScore(text)
+        for x, y in zip(features, labels, strict=True):
+            both.update(x, y)
+            alone.update(x, y)
+        assert both.compute()["text"] == alone.compute() != both.compute()["onehot"]
+
+    def test_batches_that_are_skipped_do_not_count_in_the_biased_score(self) -> None:
+        fss = FeatureSimilarityScore(biased=True)
+        x, y = torch.rand(16, 5), torch.rand(16, 4)
+        fss.update(x, y)
+        alone = fss.score()
+        for flawed in (0, 2):
+            fss.update(torch.rand(flawed, 5), torch.rand(flawed, 4))
+        found = fss.score()
+        assert found.value == alone.value
+        assert math.isnan(found.error)
+        assert (found.batches, found.skipped) == (1, 2)
 
     def test_reset_forgets(self) -> None:
         fss = FeatureSimilarityScore()

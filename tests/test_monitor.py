@@ -15,6 +15,7 @@ from nets import TinyViT, cnn
 from torch import Tensor, nn
 
 import e2kd
+from e2kd.bcos import AddInverse, BcosConv2d, BcosLinear
 from e2kd.localization import energy_on_mask
 from e2kd.monitor import TransferMonitor, to_accelerate, to_folder, to_tensorboard, to_trainer, trainer_callback
 from e2kd.monitor.budget import Budget
@@ -26,6 +27,12 @@ LABELS = torch.arange(16) % 3
 
 def net(seed: int) -> nn.Sequential:
     return cnn(seed=seed).float()
+
+
+def bcos_net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(BcosConv2d(6, 4, 3, padding=1), BcosConv2d(4, 4, 3, padding=1), *pool, BcosLinear(4, 5))
 
 
 def images(n: int = 16) -> Tensor:
@@ -82,6 +89,33 @@ class TestWhatIsLogged:
             assert scalars["e2kd/explanation_cosine"] == pytest.approx(cosines[alive].mean().item(), abs=1e-6)
             assert scalars["e2kd/epg_student"] == pytest.approx(energy_on_mask(mine.maps, masks).nanmean().item())
             assert scalars["e2kd/epg_reference"] == pytest.approx(energy_on_mask(theirs.maps, masks).nanmean().item())
+
+    @pytest.mark.parametrize("kinds", [("bcos", "bcos"), ("bcos", "standard"), ("standard", "bcos")])
+    def test_bcos_networks_beside_their_kind_and_beside_others(self, kinds: tuple[str, str]) -> None:
+        """W(x) is compared among themselves, contributions beside GradCAM; the energy is always that of places."""
+        encoded = AddInverse()(images())
+        given = {"bcos": (bcos_net(0), encoded), "standard": (net(3), images())}
+        (student, mine), (base, theirs) = (given[kind] for kind in kinds)
+        masks = torch.zeros(16, 16, 16, dtype=torch.bool)
+        masks[:, 4:12, 4:12] = True
+        tracker = Tracker()
+        settings: dict[str, Any] = {"base_images": theirs, "masks": masks, "layers": None, "max_share": None}
+        TransferMonitor(student, base, [mine, LABELS], tracker.log, **settings)(0)
+        scalars = tracker.scalars[0][1]
+        channels = 6 if kinds == ("bcos", "bcos") else 1
+        explainer = e2kd.BcosWeights() if channels == 6 else e2kd.BcosContributions()
+        explainers = [explainer if kind == "bcos" else e2kd.GradCAM() for kind in kinds]
+        other = e2kd.explain(base, theirs, explainer=explainers[1])
+        own = e2kd.explain(student, mine, other.classes, explainers[0])
+        assert own.maps.shape[1] == other.maps.shape[1] == channels
+        alike = e2kd.ExplanationLoss(reduction="none")(own.maps, other.maps)
+        assert scalars["e2kd/explanation_cosine"] == pytest.approx(1 - alike.mean().item(), abs=1e-5)
+        whole = e2kd.BcosContributions(resolution=None)
+        for name, kind, model, x in (("student", kinds[0], student, mine), ("reference", kinds[1], base, theirs)):
+            explainer = explainers[0 if name == "student" else 1]
+            places = whole if kind == "bcos" and channels == 6 else explainer
+            maps = e2kd.explain(model, x, other.classes, places).maps
+            assert scalars[f"e2kd/epg_{name}"] == pytest.approx(energy_on_mask(maps, masks).nanmean().item(), abs=1e-5)
 
     def test_regions_and_a_control_on_request(self) -> None:
         tracker = Tracker()
@@ -228,6 +262,14 @@ class TestBudget:
         assert [step for step, _ in tracker.scalars] == [1, 4, 7]
         monitor(0)  # another run
         assert tracker.scalars[-1][0] == 0
+
+    def test_steps_that_begin_anew_in_every_epoch(self) -> None:
+        tracker = Tracker()
+        monitor = watch(tracker, every=5)
+        for _ in range(3):
+            for step in range(3):
+                monitor(step)
+        assert len(tracker.scalars) == 2  # at the first call and the sixth
 
     def test_a_probe_that_takes_too_long_is_cut_short(self) -> None:
         tracker = Tracker()

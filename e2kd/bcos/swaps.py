@@ -68,6 +68,12 @@ def keep(layer: nn.Module, recipe: Recipe) -> nn.Module:
     return layer
 
 
+def activation(layer: nn.ReLU | nn.LeakyReLU, recipe: Recipe) -> nn.Module:
+    """Piecewise linear; not in place, since explanations need what the layer before returned."""
+    layer.inplace = False
+    return layer
+
+
 def drop(layer: nn.Module, recipe: Recipe) -> nn.Module:
     """Nothing in its place."""
     return nn.Identity()
@@ -191,7 +197,8 @@ TORCH: dict[type[nn.Module], Swap] = {
     nn.GroupNorm: group_norm,
     nn.GELU: gelu,
     nn.MaxPool2d: max_pool,
-    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.LeakyReLU, nn.AvgPool2d), keep),
+    **dict.fromkeys((nn.ReLU, nn.LeakyReLU), activation),
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d), keep),
 }
 SWAPS: dict[str, Swap] = {f"{cls.__module__}.{cls.__qualname__}": swap for cls, swap in TORCH.items()} | {
     "timm.layers.activations.GELU": gelu,

@@ -1,25 +1,30 @@
-"""What a model says of the probe and where it looks, in numbers."""
+"""How a student's answers and explanations compare with another model's, in numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from e2kd.answers import answers_of, places_of
 from e2kd.comparing import compare
 from e2kd.explainers import Explainer
-from e2kd.inspection import explain
+from e2kd.inspection import Explanation
 from e2kd.localization import energy_on_mask
 from e2kd.similarity import cosine
+
+ALL_ZERO = "all maps are zero in one of the two"
+NO_ENERGY = "every map is zero or its mask is empty"
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Logits [n, K] of a model, and its maps [n, 1, h, w] for the classes that were asked about."""
+    """Logits [n, K] of a model, its maps [n, C, h, w] for the classes that were asked about, and their energy [n] on
+    the objects where masks were given."""
 
     logits: Tensor
     maps: Tensor
+    energy: Tensor | None
 
     @property
     def classes(self) -> Tensor:
@@ -27,14 +32,25 @@ class Answers:
         return self.logits.argmax(1)
 
 
-def answers_of(
-    model: nn.Module, images: Tensor, classes: Tensor | None, explainer: Explainer | None, batch_size: int | None
+def answered(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor | None,
+    explainer: Explainer,
+    masks: Tensor | None,
+    batch_size: int | None,
 ) -> Answers:
     """A model's answers to images [n, C, H, W], explained for given classes [n] or its own top ones."""
-    size = batch_size or len(images)
-    asked = [None] * len(images.split(size)) if classes is None else list(classes.split(size))
-    found = [explain(model, part, c, explainer) for part, c in zip(images.split(size), asked, strict=True)]
-    return Answers(torch.cat([part.logits for part in found]), torch.cat([part.maps for part in found]))
+    found = answers_of(model, images, classes, explainer, batch_size)
+    energy = None if masks is None else _energy(model, images, found, explainer, masks, batch_size)
+    return Answers(found.logits, found.maps, energy)
+
+
+def _energy(
+    model: nn.Module, images: Tensor, found: Explanation, explainer: Explainer, masks: Tensor, batch_size: int | None
+) -> Tensor:
+    places = places_of(model, images, found, explainer, batch_size)
+    return energy_on_mask(places, masks.to(places.device))
 
 
 def check_classes(student: Tensor, reference: Tensor) -> None:
@@ -46,19 +62,21 @@ def check_classes(student: Tensor, reference: Tensor) -> None:
         )
 
 
-def compared(student: Answers, reference: Answers, masks: Tensor | None) -> dict[str, float]:
-    """Agreement on the top class, mean cosine of the maps that are not all zero, and the energy of both on masks."""
+def compared(student: Answers, reference: Answers) -> tuple[dict[str, float], dict[str, str]]:
+    """Agreement on the top class, mean cosine of the maps that are not all zero, and the energy of both on the objects;
+    and why some of these are NaN."""
     values, dead = compare(cosine, student.maps, reference.maps.to(student.maps.device))
     found = {
         "agreement": _mean((student.classes == reference.classes.to(student.classes.device)).double()),
         "explanation_cosine": _mean(values[~dead]),
         "zero_maps": _mean(dead.double()),
     }
-    if masks is not None:
-        for name, who in (("epg_student", student), ("epg_reference", reference)):
-            maps = who.maps.sum(1, keepdim=True)
-            found[name] = energy_on_mask(maps, masks.to(maps.device)).nanmean().item()
-    return found
+    reasons = {"explanation_cosine": ALL_ZERO} if bool(dead.all()) else {}
+    for name, energy in {"epg_student": student.energy, "epg_reference": reference.energy}.items():
+        if energy is not None:
+            found[name] = energy.nanmean().item()
+            reasons |= {name: NO_ENERGY} if bool(energy.isnan().all()) else {}
+    return found, reasons
 
 
 def _mean(values: Tensor) -> float:

@@ -10,7 +10,8 @@ class Budget:
     """Decides when the next probe is due, and when one has taken too long.
 
     Args:
-        every: steps between probes.
+        every: steps, or questions whether a probe is due, between probes; whichever is reached first, so that steps
+            counted anew in every epoch are no obstacle.
         max_seconds: of one probe; what is left of it then is skipped.
         max_share: of the time since the first call that all probes together may take; they come later where `every`
             would exceed it. None lets `every` alone decide.
@@ -42,6 +43,7 @@ class Budget:
         self.every, self.max_seconds, self.max_share, self.clock = every, max_seconds, max_share, clock
         self.born: float | None = None
         self.step: int | None = None  # of the last probe
+        self.asked = 0  # times since then
         self.started = self.spent = self.last = 0.0
 
     @property
@@ -54,7 +56,8 @@ class Budget:
         """Whether `every` steps have passed since the last probe; a smaller step than that one is a new run."""
         if self.born is None:
             self.born = self.clock()
-        return self.step is None or step < self.step or step - self.step >= self.every
+        self.asked += 1
+        return self.step is None or step < self.step or max(step - self.step, self.asked) >= self.every
 
     def affordable(self) -> bool:
         """Whether another probe like the last keeps within `max_share`."""
@@ -68,7 +71,7 @@ class Budget:
 
     def begin(self, step: int) -> None:
         """A probe starts."""
-        self.step, self.started = step, self.clock()
+        self.step, self.asked, self.started = step, 0, self.clock()
 
     def over(self) -> bool:
         """Whether this probe has used its time."""

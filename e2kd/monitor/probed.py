@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.distance import DistanceSums, Score
-from e2kd.explainers import Explainer
+from e2kd.explainers import Explainer, explainers_of
 from e2kd.inspection import explain
-from e2kd.monitor.answers import Answers, answers_of, check_classes, compared
+from e2kd.monitor.answers import Answers, answered, check_classes, compared
 from e2kd.monitor.fixed import Fixed
 from e2kd.pictures import displayable, enlarge, overlay, panel
 from e2kd.transfer import Models, Reading, Regions, compare, read, scores_of, untrained
@@ -92,16 +92,18 @@ class Probed:
         model, pictures = self.base, self.base_images
         if self.teacher is not None:
             model, pictures = self.teacher, self.teacher_images
+        mine, theirs = explainers_of(self.student, model, self.explainer, None)
 
         def ask() -> Answers:
-            found = answers_of(model, pictures.to(device), None, self.explainer, self.batch_size)
-            check_classes(explain(self.student, images[:2], explainer=self.explainer).logits, found.logits)
+            found = answered(model, pictures.to(device), None, theirs, self.masks, self.batch_size)
+            check_classes(explain(self.student, images[:2], explainer=mine).logits, found.logits)
             return found
 
         reference = self.reference(model, ask)
-        student = answers_of(self.student, images, reference.classes, self.explainer, self.batch_size)
+        student = answered(self.student, images, reference.classes, mine, self.masks, self.batch_size)
         drawn = self._drawn("explanations", student.maps, reference.maps)
-        return Part(compared(student, reference, self.masks), drawn)
+        scalars, reasons = compared(student, reference)
+        return Part(scalars, drawn, reasons)
 
     def transfer(self, device: torch.device) -> Part:
         """UniCAM, and the scores of whole images."""

@@ -55,7 +55,7 @@ class TransferMonitor:
         regions: such as `e2kd.transfer.UniCAMRegions()`: adds scores of perturbed images. On a CPU the imputation
             costs more than all forwards together.
         control: compare the student with an untrained network as well.
-        explainer: of the answers; `GradCAM()` if None.
+        explainer: of the answers; None is chosen for each model, as by `E2KDLoss`.
         every: steps between probes.
         max_seconds: of one probe: explanations come first, then UniCAM, then regions, and what would begin later is
             skipped, with a warning.

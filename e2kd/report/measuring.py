@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-import torch
 from torch import Tensor, nn
 
+from e2kd.answers import answers_of, places_of
 from e2kd.comparing import compare as compare_maps
 from e2kd.distance import DistanceSums, Score
-from e2kd.inspection import Explanation, explain
+from e2kd.explainers import default_explainer, explainers_of
+from e2kd.inspection import Explanation
 from e2kd.localization import energy_on_mask, intersection_over_union
 from e2kd.report.stages import paired
 from e2kd.similarity import cosine
@@ -142,8 +143,8 @@ def measure(
     explained, answers, notes = {}, {}, list[str]()
     for subject in subjects:
         say(f"{subject.role}: answers and explanations")
-        explained[subject.role] = _explained(subject, batch_size)
-        answers[subject.role] = _answer(explained[subject.role], pictures)
+        explained[subject.role] = answers_of(subject.model, subject.images, batch_size=batch_size)
+        answers[subject.role] = _answer(subject, explained[subject.role], pictures, batch_size)
     pairs: list[Pair] = []
     for first, second in combinations(subjects, 2):
         say(f"{first.role} and {second.role}: layers")
@@ -154,20 +155,12 @@ def measure(
     return Measured(list(subjects), pictures, answers, pairs, keep, notes)
 
 
-def _explained(subject: Subject, batch_size: int, classes: Tensor | None = None) -> Explanation:
-    """Explanations of all images, for the model's own top classes or given ones."""
-    parts = subject.images.split(batch_size)
-    asked = [None] * len(parts) if classes is None else list(classes.split(batch_size))
-    found = [explain(subject.model, part, some) for part, some in zip(parts, asked, strict=True)]
-    return Explanation(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
-
-
-def _answer(found: Explanation, pictures: Pictures) -> Answer:
+def _answer(subject: Subject, found: Explanation, pictures: Pictures, batch_size: int) -> Answer:
     nan = float("nan")
     labels, count = pictures.labels, found.logits.shape[1]
     known = labels is not None and count == len(pictures.classes)
-    accuracy = _share(found.logits.argmax(1).eq(labels)) if known and labels is not None else nan
-    maps = found.maps.sum(1, keepdim=True)
+    accuracy = _share(found.logits.argmax(1).cpu().eq(labels)) if known and labels is not None else nan
+    maps = places_of(subject.model, subject.images, found, None, batch_size).cpu()
     zero = _share(maps.flatten(1).amax(1) <= 0)
     if pictures.masks is None:
         return Answer(accuracy, nan, nan, zero)
@@ -190,9 +183,12 @@ def _alike(
             f"{theirs.logits.shape[1]}: their answers are not compared."
         )
         return float("nan"), float("nan")
-    again = _explained(first, batch_size, theirs.classes)
-    values, dead = compare_maps(cosine, again.maps, theirs.maps)
-    return _share(mine.classes == theirs.classes), values[~dead].double().mean().item()
+    own, others = explainers_of(first.model, second.model, None, None)
+    again = answers_of(first.model, first.images, theirs.classes, own, batch_size)
+    if others != default_explainer(second.model):  # beside a network of the other kind
+        theirs = answers_of(second.model, second.images, theirs.classes, others, batch_size)
+    values, dead = compare_maps(cosine, again.maps, theirs.maps.to(again.maps.device))
+    return _share(mine.classes == theirs.classes.to(mine.classes.device)), values[~dead].double().mean().item()
 
 
 def _layers(

@@ -84,7 +84,8 @@ class E2KDTask(ClassificationTask):
         else:
             checkpoint = None if teacher_pretrained_path is None else Path(teacher_pretrained_path)
             teacher = self._teacher(teacher_model, checkpoint, teacher_pretrained_cfg_overlay)
-            settings = {"input_normalization": expected_normalization(unwrap(student_model), None)} | settings
+            if expected_normalization(teacher, settings.get("teacher_normalization")) is not None:
+                settings = {"input_normalization": expected_normalization(unwrap(student_model), None)} | settings
         only_task = task_loss_weight is not None and distill_loss_weight is None
         criterion = E2KDLoss(
             student_model,

@@ -15,8 +15,10 @@ from nets import cnn
 from torch import Tensor, nn
 
 import e2kd
+from e2kd.bcos import AddInverse, BcosConv2d, BcosLinear
 from e2kd.commands.models import make_model
 from e2kd.distance import Score
+from e2kd.localization import energy_on_mask
 from e2kd.report import page, wording
 from e2kd.report.measuring import LayerScores, Measured, Pair, Pictures, Subject, measure
 from e2kd.report.stages import stages
@@ -51,6 +53,23 @@ def measured() -> Measured:
     pictures = Pictures(images(), LABELS, ("cat", "dog", NASTY), masks=masks())
     subjects = [subject("student", 0, NASTY), subject("base", 3), subject("teacher", 4)]
     return measure(subjects, pictures, regions=GradCAMRegions(), keep=40)
+
+
+def test_bcos_networks_beside_others() -> None:
+    """Contributions beside GradCAM; energy and overlap are those of places, not of W(x)."""
+    torch.manual_seed(0)
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    student = nn.Sequential(BcosConv2d(6, 4, 3, padding=1), BcosConv2d(4, 4, 3, padding=1), *pool, BcosLinear(4, 3))
+    for parameter in student.parameters():
+        parameter.data.abs_()  # so that every class is supported somewhere
+    encoded = AddInverse()(images())
+    subjects = [Subject("student", "B-cos", student.eval(), encoded, ["0", "1"]), subject("base", 3)]
+    found = measure(subjects, Pictures(images(), LABELS, ("a", "b", "c"), masks=masks()))
+    other = e2kd.explain(subjects[1].model, images())
+    own = e2kd.explain(student, encoded, other.classes, e2kd.BcosContributions())
+    assert found.pairs[0].cosine == pytest.approx(e2kd.cosine(own.maps, other.maps).mean().item(), abs=1e-5)
+    places = e2kd.explain(student, encoded, explainer=e2kd.BcosContributions(resolution=None)).maps
+    assert found.answers["student"].epg == pytest.approx(energy_on_mask(places, masks()).mean().item(), abs=1e-5)
 
 
 class Page(HTMLParser):

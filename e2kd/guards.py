@@ -108,9 +108,9 @@ def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
     """Warn when most explained samples have an all-zero map. On an accelerator `.parts["zero_maps"]` tells."""
     if dead.device.type == "cpu" and float(dead.sum()) > 0.5 * float(total.sum()):
         warnings.warn(
-            f"In this batch {float(dead.sum() / total.sum()):.0%} of the maps are zero everywhere (the student's at "
-            f"{place}, or the teacher's), so their explanations teach nothing. Expected in the first steps of an "
-            "untrained student; if it stays, name another layer or use another explainer. `e2kd.check` shows the rate.",
+            f"In this batch more than half of the maps are zero everywhere (the student's at {place}, or the "
+            "teacher's), so their explanations teach nothing. Expected in the first steps of an untrained student; if "
+            '`.parts["zero_maps"]` stays high, name another layer or use another explainer.',
             NoEffectWarning,
             stacklevel=5,
         )

@@ -327,4 +327,5 @@ class E2KDLoss(nn.Module):
         if self.fraction == 1:
             return None
         generator = torch.Generator().manual_seed((self.seed + self.step) % 2**63)
-        return torch.randperm(batch, generator=generator)[: max(1, round(self.fraction * batch))].to(device)
+        chosen = torch.randperm(batch, generator=generator)[: max(1, round(self.fraction * batch))]
+        return chosen.to(device, non_blocking=True)

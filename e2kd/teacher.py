@@ -249,4 +249,5 @@ def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization
     scale, shift = std_in / std, (mean_in - mean) / std
     if torch.allclose(scale, torch.ones_like(scale)) and torch.allclose(shift, torch.zeros_like(shift)):
         return images
-    return images * scale[:, None, None].to(images) + shift[:, None, None].to(images)  # one value is for all channels
+    scale, shift = (v[:, None, None].to(images, non_blocking=True) for v in (scale, shift))  # one is for all channels
+    return images * scale + shift

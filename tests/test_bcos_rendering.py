@@ -143,7 +143,7 @@ def test_arrays_read_back_equal(tmp_path: Path, kind: str, dtype: torch.dtype) -
     ("call", "message"),
     [
         (lambda w, x: render(w, x[:, :3]), r"of one shape.* got \[2, 6, 20, 20\] and \[2, 3, 20, 20\]"),
-        (lambda w, x: render(w[:, :3], x[:, :3]), r"colours and their inverse \[B, 6, H, W\], but got \[2, 3"),
+        (lambda w, x: render(w[:, :3], x[:, :3]), r"colours and their inverse \[B, 6, H, W\], or of grey \[B, 2, H, W\], but got \[2, 3"),
         (lambda w, x: render(w[0], x[0]), r"got \[6, 20, 20\]"),
         (lambda w, x: render(w, x, smooth=4), "odd window"),
         (lambda w, x: render(w, x, percentile=0), r"percentile in \(0, 100\]"),
@@ -154,3 +154,13 @@ def test_arrays_read_back_equal(tmp_path: Path, kind: str, dtype: torch.dtype) -
 def test_bad_input_is_named(call: Callable[[Tensor, Tensor], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(*case())
+
+
+def test_grey_images(tmp_path: Path) -> None:
+    """A pixel that is looked for bright is white, one that is looked for dark black."""
+    w, x = torch.tensor([[[[1.0, -1.0]], [[-1.0, 1.0]]]]), torch.tensor([[[[0.9, 0.2]], [[0.1, 0.8]]]])
+    found = render(w, x, smooth=1)
+    assert found.shape == (1, 4, 1, 2)
+    torch.testing.assert_close(found[0, :3, 0], torch.tensor([[1.0, 0.0]] * 3))
+    save_explanation(tmp_path / "grey.png", w, x)
+    assert Image.open(tmp_path / "grey.png").size == (6, 1)

@@ -19,6 +19,7 @@ from e2kd.bcos import AddInverse, BcosConv2d, BcosLinear
 from e2kd.localization import energy_on_mask
 from e2kd.monitor import TransferMonitor, to_accelerate, to_folder, to_tensorboard, to_trainer, trainer_callback
 from e2kd.monitor.budget import Budget
+from e2kd.pictures import displayable
 from e2kd.transfer import GradCAMRegions, layer_features, scores_of, unicam, untrained
 
 pytestmark = [pytest.mark.filterwarnings("ignore:UniCAM of .* images"), pytest.mark.usefixtures("one_thread")]
@@ -179,6 +180,14 @@ class Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x + 0 * torch.rand_like(x))).relu()
         return self.head(self.drop(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (6, [0, 1, 2])])
+def test_images_are_shown_in_colour(channels: int, shown: list[int]) -> None:
+    """Of images beside their inverse the first half is shown."""
+    x = torch.rand(2, channels, 4, 4)
+    found = displayable(x, ((0.0,) * 3, (1.0,) * 3))
+    assert torch.equal(found, x[:, shown])
 
 
 class TestWhatIsLeftAlone:

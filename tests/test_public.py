@@ -40,7 +40,7 @@ LAYERS = [
     ["views"],
     ["passes"],
     ["capture", "inspection"],
-    ["student", "teacher"],
+    ["student", "teacher", "answers"],
     ["losses", "guidance", "frozen", "transfer", "baselines"],
     ["dryrun", "metrics", "monitor", "report"],
     ["demo", "commands"],

@@ -40,13 +40,13 @@ def render(weights: Tensor, images: Tensor, *, smooth: int = 15, percentile: flo
     speaks against the class, averaged over `smooth` pixels and divided by its percentile.
 
     Args:
-        weights: W(x) [B, 2C, H, W] with C = 3 colours and their inverse.
+        weights: W(x) [B, 2C, H, W] with C = 3 colours and their inverse, or C = 1 of grey images.
         images: x [B, 2C, H, W], encoded by `AddInverse`.
         smooth: side of the square window, odd; 1 leaves the opacity as it is.
         percentile: of each image's opacity, in (0, 100], which and above which it is 1.
 
     Returns:
-        RGBA [B, C + 1, H, W] in [0, 1].
+        RGBA [B, 4, H, W] in [0, 1].
 
     Raises:
         ValueError: for images that are not encoded, even windows, and percentiles out of range.
@@ -59,8 +59,11 @@ def render(weights: Tensor, images: Tensor, *, smooth: int = 15, percentile: flo
     torch.Size([2, 4, 32, 32])
     """
     parts = contributions(weights, images)
-    if weights.shape[1] % 2:
-        raise ValueError(f"Expected weights of colours and their inverse [B, 6, H, W], but got {shape(weights.shape)}.")
+    if weights.shape[1] not in (2, 6):
+        raise ValueError(
+            f"Expected weights of colours and their inverse [B, 6, H, W], or of grey [B, 2, H, W], but got "
+            f"{shape(weights.shape)}."
+        )
     if smooth < 1 or smooth % 2 == 0:
         raise ValueError(f"Expected an odd window >= 1 to smooth over, but got {smooth}.")
     wide = full_precision(weights.detach())
@@ -109,9 +112,9 @@ def relative(values: Tensor, percentile: float) -> Tensor:
 
 
 def _colours(weights: Tensor) -> Tensor:
-    """Each colour's share in the positive weights of itself and its inverse, 0 if neither is positive."""
+    """Each colour's share in the positive weights of itself and its inverse, 0 if neither is positive; grey as RGB."""
     colour, inverse = weights.clamp(min=0).chunk(2, 1)
-    return (colour / (colour + inverse)).where(colour > 0, 0)
+    return (colour / (colour + inverse)).where(colour > 0, 0).expand(-1, 3, -1, -1)
 
 
 def _check(weights: Tensor, images: Tensor) -> None:
@@ -128,8 +131,8 @@ def save_explanation(path: str | Path, weights: Tensor, images: Tensor) -> None:
     Args:
         path: `.png`, needs Pillow: a row for each image, with the image itself, `render` and `render_contributions`.
             `.safetensors` or `.npz`: `images`, `weights`, `contributions` and `rendering`, at full precision.
-        weights: W(x) [B, 6, H, W].
-        images: x [B, 6, H, W], encoded by `AddInverse`.
+        weights: W(x) [B, 6, H, W], or [B, 2, H, W] of grey images.
+        images: x, of the same shape, encoded by `AddInverse`.
 
     Raises:
         ValueError: for other kinds of files.
@@ -164,7 +167,9 @@ def _save_png(path: str | Path, arrays: dict[str, Tensor]) -> None:
 
     rendering = arrays["rendering"].float()
     opaque = torch.ones_like(rendering[:, :1])
-    images = torch.cat([arrays["images"].float()[:, : rendering.shape[1] - 1].clamp(0, 1), opaque], 1)
+    encoded = arrays["images"].float()
+    colours = encoded[:, : encoded.shape[1] // 2].clamp(0, 1).expand(-1, 3, -1, -1)
+    images = torch.cat([colours, opaque], 1)
     maps = torch.cat([render_contributions(arrays["contributions"]).float(), opaque], 1)
     rows = torch.cat([images, rendering, maps], 3).transpose(0, 1).flatten(1, 2)
     Image.fromarray((rows * 255).round().byte().permute(1, 2, 0).contiguous().numpy()).save(path)

@@ -48,7 +48,9 @@ class Averages:
         parts = self.criterion.parts
         missing = torch.full_like(parts["loss"], torch.nan)
         values = torch.stack([parts.get(name, missing).to(missing) for name in PARTS])
-        known = values.isnan().logical_not() | torch.tensor([name in ALWAYS for name in PARTS], device=values.device)
+        known = values.isnan().logical_not()
+        for name in ALWAYS:
+            known[PARTS.index(name)] = True
         new = torch.stack([torch.where(known, values, 0.0), known.to(values)])
         self.sums = new if self.sums is None else self.sums + new
 

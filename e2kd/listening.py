@@ -105,7 +105,7 @@ class Ear:
     """Somebody who wants to know what a teacher holds at places, each time it is asked, whoever asks."""
 
     def __init__(self, places: Iterable[Place]) -> None:
-        self.places = tuple(places)
+        self.places = tuple(dict.fromkeys(places))
         self.heard: Heard | None = None
 
     def take(self, images: Tensor) -> Heard | None:

@@ -55,17 +55,23 @@ def box_masks(boxes: Boxes, size: tuple[int, int]) -> Tensor:
 
 
 def _checked(boxes: Tensor | Sequence[Sequence[float]]) -> Tensor:
-    """Boxes [n, 4] of one image, of a floating-point type."""
+    """Boxes [n, 4] of one image, of a floating-point type.
+
+    >>> _checked([[0, 0, 4, 4], [5, 5, 2, 2]])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: Expected boxes as left, ... NaN: [5.0, 5.0, 2.0, 2.0] is the first of them. ...
+    """
     found = torch.as_tensor(boxes)
     found = found if found.is_floating_point() else found.float()
     if not found.numel():
         return found.view(0, 4)
     if found.ndim != 2 or found.shape[1] != 4:
         raise ValueError(f"Expected the boxes of an image as [n, 4], but got {shape(found.shape)}.")
-    if not bool((found[:, :2] <= found[:, 2:]).all()):
+    bad = ~(found[:, :2] <= found[:, 2:]).all(1)
+    if bool(bad.any()):
         raise ValueError(
             "Expected boxes as left, top, right, bottom in pixels, but some end before they start, or are NaN: "
-            f"{found[0].tolist()} is the first of them. Convert others with torchvision.ops.box_convert."
+            f"{found[bad][0].tolist()} is the first of them. Convert others with torchvision.ops.box_convert."
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 from pathlib import Path
@@ -75,6 +76,45 @@ class Block(nn.Module):
         out = self.conv2(self.relu(self.conv1(x)))
         out += x
         return self.relu(out)
+
+
+class OneReLU(nn.Module):
+    """The same activation module after every convolution, as people write by hand."""
+
+    def __init__(self, width: int, seed: int, inplace: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv1, self.conv2, self.conv3 = (
+            nn.Conv2d(given, width * n, 3, 2, 1) for given, n in ((3, 1), (width, 2), (2 * width, 4))
+        )
+        self.act, self.fc = nn.ReLU(inplace), nn.Linear(4 * width, 4)
+        self.double()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each stage ends with, by functions alone."""
+        found = [images]
+        for conv in (self.conv1, self.conv2, self.conv3):
+            found.append(F.conv2d(found[-1], conv.weight, conv.bias, 2, 1).relu())
+        return found[1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(self.conv1(images))
+        x = self.act(self.conv2(x))
+        return self.fc(self.act(self.conv3(x)).mean((2, 3)))
+
+
+class LateReLU(nn.Module):
+    """The last ReLU is a function, as in torchvision's DenseNet."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.features = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3))
+        self.fc = nn.Linear(width, 4)
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.relu(self.features(images), inplace=True).mean((2, 3)))
 
 
 # The formulas
@@ -190,6 +230,18 @@ def test_cat_is_the_papers(normalize: bool, x: Tensor) -> None:
     check(build("CATKD", student, teacher, x, normalize=normalize), student, x, expected)
 
 
+def test_maps_of_cat_sum_to_the_logits_where_the_last_relu_is_a_function(x: Tensor) -> None:
+    student, teacher = LateReLU(4, seed=0), LateReLU(5, seed=1)
+    criterion = build("CATKD", student, teacher, x, resolution=1)
+    sides: list[Tensor] = []
+    own = criterion._maps
+    criterion._maps = lambda *args: (sides.append(own(*args)), sides[-1])[1]
+    logits = student(x)
+    criterion(logits)
+    for model, found, expected in zip((student, teacher), sides, (logits, teacher(x)), strict=True):
+        torch.testing.assert_close(found[:, :, 0, 0] + model.fc.bias, expected)
+
+
 def test_dkd_is_the_papers(x: Tensor) -> None:
     student, teacher = models()
     logits, taught = student(x), teacher(x).detach()
@@ -278,6 +330,11 @@ def test_indices_travel_with_the_labels_through_a_loader() -> None:
     assert criterion.eval()(student(images), targets) == F.cross_entropy(student(images), targets.labels)
 
 
+def test_dicts_are_not_taken_for_image_and_label() -> None:
+    with pytest.raises(TypeError, match=r"gave a dict with \['image', 'label'\]. Wrap the data set"):
+        IndexedDataset([{"image": "pixels", "label": 3}])[0]
+
+
 # What holds for all of them
 
 
@@ -342,6 +399,45 @@ def test_outside_of_training_it_is_the_wrapped_criterion(name: str, x: Tensor) -
     criterion.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
     assert not criterion.teacher.ears
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_criterion_that_is_gone_leaves_no_hooks(name: str, x: Tensor) -> None:
+    student, teacher = models()
+    for _ in range(2):
+        criterion = build(name, student, teacher, x)
+        criterion(student(x), TARGETS)
+        assert hooks(student)
+        del criterion
+        gc.collect()
+    assert not hooks(student)
+
+
+def test_removing_takes_the_criterion_inside_along(x: Tensor) -> None:
+    student, teacher = models()
+    ce = nn.CrossEntropyLoss()
+    for inner in (build("DKD", student, teacher, x, ce), e2kd.E2KDLoss(student, teacher, ce, example=x)):
+        build("AT", student, teacher, x, inner).remove()
+    assert not hooks(student)
+    build("AT", student, teacher, x, ce).remove()  # one without hooks
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_last_batch_of_one_image_is_taken(name: str, x: Tensor) -> None:
+    student, teacher = models()
+    criterion = build(name, student, teacher, x, nn.CrossEntropyLoss())
+    logits = student(x[:1])
+    loss = criterion(logits, Indexed(*(field[:1] for field in TARGETS)))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in (*student.parameters(), *criterion.parameters()))
+    if name in ("ReviewKD", "AFD"):  # batch norm has nothing to compare it with
+        torch.testing.assert_close(loss, F.cross_entropy(logits, Y[:1]))
+        assert not any(p.grad.any() for p in criterion.parameters())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -431,6 +527,74 @@ def test_stages_of_timm_networks(name: str, side: int, stages: list[str], blocks
     layers = Layers(timm.create_model(name), torch.rand(2, 3, side, side))
     assert [s.place.module for s in layers.stages()] == stages
     assert len(layers.blocks()) == blocks
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["AT", "FitNets", "AFD", "ReviewKD"])
+def test_stages_that_end_in_one_module_for_all_are_told_apart(name: str, inplace: bool, x: Tensor) -> None:
+    student, teacher = OneReLU(3, seed=0, inplace=inplace), OneReLU(4, seed=1, inplace=inplace)
+    criterion = build(name, student, teacher, x)
+    seen = []
+    own = criterion.term
+    criterion.term = lambda batch: (seen.append(batch), own(batch))[1]
+    criterion(student(x)).backward()
+    stages = slice(1, 2) if name == "FitNets" else slice(3)
+    for found, expected in zip(seen[0].student[:3], student.features(x)[stages], strict=True):
+        torch.testing.assert_close(found, expected)
+    theirs = teacher.features(x)[stages]
+    if name == "ReviewKD":  # before the ReLU where that can be told
+        theirs[2] = teacher.conv3(theirs[1])
+    for found, expected in zip(seen[0].teacher[:3], theirs, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_at_of_one_module_for_all_is_the_papers(x: Tensor) -> None:
+    student, teacher = OneReLU(3, seed=0), OneReLU(4, seed=1)
+    criterion = build("AT", student, teacher, x)
+    assert [(s.place.module, s.place.before) for s in criterion.student_stages] == [
+        ("conv2", True), ("conv3", True), ("act", False)
+    ]  # fmt: skip
+    with torch.no_grad():
+        theirs = teacher.features(x)
+    check(criterion, student, x, slow.at(student.features(x), theirs))
+
+
+def test_what_dropout_changes_in_training_is_not_taken_for_its_input(x: Tensor) -> None:
+    """In eval mode, in which layers are found, Dropout hands on the very tensor."""
+
+    class Dropping(OneReLU):
+        def forward(self, images: Tensor) -> Tensor:
+            for conv in (self.conv1, self.conv2, self.conv3):
+                images = self.drop(self.act(conv(images)))
+            return self.fc(images.mean((2, 3)))
+
+    student = Dropping(3, seed=0)
+    student.drop = nn.Dropout(0.5)
+    places = [(s.place.module, s.place.before) for s in build("AT", student, student, x).student_stages]
+    assert places == [("conv2", False), ("act", False)]  # neither act's first calls nor what enters the next layer
+
+
+def test_calls_of_one_module_that_cannot_be_told_apart_are_refused(x: Tensor) -> None:
+    student, teacher = OneReLU(3, seed=0), OneReLU(4, seed=1)
+    with pytest.raises(e2kd.UnsupportedModel, match="'act' was named more than once, and it runs several times"):
+        build("AT", student, teacher, x, layers=["act", "act"])
+    with pytest.raises(e2kd.UnsupportedModel, match="before 'act' are wanted, but it runs several times"):
+        build("Overhaul", student, teacher, x)
+
+
+def test_two_layers_of_the_student_may_learn_from_one(x: Tensor) -> None:
+    student, teacher = models()
+    (_, mine), (_, theirs) = both(student, teacher, x, ["1", "3"], ["3", "3"])
+    criterion = build("AT", student, teacher, x, layers=["1", "3"], teacher_layers=["3", "3"])
+    check(criterion, student, x, slow.at([slow.averaged(mine[0], 4), mine[1]], theirs))
+
+
+def test_a_teacher_that_runs_other_layers_than_before_is_told_of(x: Tensor) -> None:
+    student, teacher = models()
+    criterion = build("AT", student, teacher, x)
+    teacher.forward = lambda images: torch.zeros(len(images), 4, dtype=images.dtype)
+    with pytest.raises(RuntimeError, match=r"not all of its layers \['1', '3'\] did"):
+        criterion(student(x))
 
 
 def test_layers_can_be_named(x: Tensor) -> None:

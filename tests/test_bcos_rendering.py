@@ -143,7 +143,10 @@ def test_arrays_read_back_equal(tmp_path: Path, kind: str, dtype: torch.dtype) -
     ("call", "message"),
     [
         (lambda w, x: render(w, x[:, :3]), r"of one shape.* got \[2, 6, 20, 20\] and \[2, 3, 20, 20\]"),
-        (lambda w, x: render(w[:, :3], x[:, :3]), r"colours and their inverse \[B, 6, H, W\], or of grey \[B, 2, H, W\], but got \[2, 3"),
+        (
+            lambda w, x: render(w[:, :3], x[:, :3]),
+            r"colours and their inverse \[B, 6, H, W\], or of grey \[B, 2, H, W\], but got \[2, 3",
+        ),
         (lambda w, x: render(w[0], x[0]), r"got \[6, 20, 20\]"),
         (lambda w, x: render(w, x, smooth=4), "odd window"),
         (lambda w, x: render(w, x, percentile=0), r"percentile in \(0, 100\]"),

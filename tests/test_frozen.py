@@ -8,7 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -289,6 +291,33 @@ def test_names_come_from_the_hosts_data_sets(shared: Shared) -> None:
     assert all(name.startswith(("cat/", "dog/")) for name in ours)
 
 
+def test_names_are_all_there_or_none_are(tmp_path: Path) -> None:
+    photos = Photos(["cat/0.jpg", "cat/1.jpg"])
+    photos.samples[1] = ("cat/1.jpg", 0)  # relative to the root already
+    assert names_of(photos) == ["cat/0.jpg", "cat/1.jpg"]
+    photos.samples = [(Path("/data/cat/0.jpg"), 0), ("/elsewhere/1.jpg", 1)]
+    assert names_of(photos) == ["cat/0.jpg", "/elsewhere/1.jpg"]
+    photos.samples = [("/data/cat/0.jpg", 0), (None, 1)]
+    assert names_of(photos) is None
+    unnamed = pixels(4)
+    unnamed.reader = SimpleNamespace(filenames=lambda: [None] * 4)  # as timm's of images without a path
+    assert names_of(unnamed) is None
+    assert not frozen(tmp_path, unnamed).named
+
+
+def test_indices_are_those_of_a_list(tmp_path: Path) -> None:
+    dataset = pixels()
+    cache = frozen(tmp_path, dataset)
+    few = e2kd.FrozenDataset(Subset(dataset, [7, 3, 11]), cache)
+    assert torch.equal(few[-1][0], few[2][0])
+    assert torch.equal(few.__getitems__([-3])[0][1].logits, few[0][1].logits)
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"data set of 3, but got the index {index}"):
+            few[index]
+        with pytest.raises(IndexError, match=f"data set of 3, but got the index {index}"):
+            few.__getitems__([0, index])
+
+
 def test_hugging_face_data_sets_are_frozen_too(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     images = [np.random.default_rng(k).integers(0, 256, (24, 24, 3), dtype=np.uint8) for k in range(12)]
@@ -365,6 +394,37 @@ def test_a_random_transform_is_found_before_it_does_harm(tmp_path: Path) -> None
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="random transform"):
         frozen(tmp_path, Jittering(NAMES))
+
+
+def test_a_random_flip_hardly_ever_passes(tmp_path: Path) -> None:
+    class Flipping(Photos):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            return (np.fliplr(image) if torch.rand(()) < 0.5 else image), label
+
+    cache, passed = frozen(tmp_path / "cache", Photos(NAMES)), 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        with suppress(ValueError):
+            e2kd.FrozenDataset(Flipping(NAMES), cache)
+            passed += 1
+        with suppress(ValueError):
+            frozen(tmp_path / str(seed), Flipping(NAMES))
+            passed += 1
+    assert not passed
+
+
+def test_a_random_transform_of_some_samples_is_found(tmp_path: Path) -> None:
+    class Partly(Photos):
+        asked = 0
+
+        def __getitem__(self, index: int) -> Any:
+            self.asked += 1
+            image, label = super().__getitem__(index)
+            return (np.roll(image, self.asked, 1) if index == 19 else image), label
+
+    with pytest.raises(ValueError, match="sample 19, so it has a random transform"):
+        frozen(tmp_path, Partly(NAMES))
 
 
 def test_unreadable_images_are_listed_and_finished_shards_kept(tmp_path: Path) -> None:
@@ -629,6 +689,26 @@ def test_verify_rates_every_augmentation(tmp_path: Path) -> None:
         cache.verify(teacher, dataset, augmentations={"wrong": lambda i, t: (i / 64 - 2, t)})
 
 
+def test_verify_takes_a_single_row_and_leaves_random_numbers_alone(tmp_path: Path) -> None:
+    dataset, teacher = pixels(), net()
+    cache = frozen(tmp_path, dataset, teacher)
+
+    def drawing(images: Tensor, taught: e2kd.Taught) -> tuple[Tensor, e2kd.Taught]:
+        torch.rand(())
+        return images / 255, taught
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    for rows in (1, 4):
+        torch.manual_seed(5)
+        report = cache.verify(teacher, dataset, rows=rows, augmentations={"drawing": drawing})
+        assert torch.equal(torch.rand(3), expected)
+        assert report.ok, str(report)
+        assert bool(report.fidelity) == (rows > 1)  # a map is rated against another image's
+    with pytest.raises(ValueError, match="rows >= 1 to compute again, but got 0"):
+        cache.verify(teacher, dataset, rows=0)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt")
 def test_a_url_is_brought_here_once_and_only_what_belongs_to_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -650,6 +730,64 @@ def test_a_url_is_brought_here_once_and_only_what_belongs_to_a_cache(
     memory.rm("/somewhere/cache/manifest.json")
     with pytest.raises(FileNotFoundError, match="finished cache"):
         e2kd.FrozenTeacher.open("memory://somewhere/cache")
+
+
+def memory_with(folder: Path) -> Any:
+    """fsspec's files in memory with a cache at /there alone."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    if memory.exists("/there"):
+        memory.rm("/there", recursive=True)
+    memory.put(str(folder), "/there", recursive=True)
+    return memory
+
+
+@pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")
+def test_a_cache_of_another_teacher_at_the_same_url_is_brought_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files have the sizes of the first one's; also where the download was cut off in between."""
+    caches = [frozen(tmp_path / str(seed), teacher=net(seed)) for seed in range(3)]
+
+    def brought() -> Tensor:
+        return e2kd.FrozenTeacher.open("memory://there", download_to=tmp_path / "here").rows(range(40)).logits
+
+    for k in (0, 1):
+        memory_with(tmp_path / str(k))
+        assert torch.equal(brought(), caches[k].rows(range(40)).logits)
+    memory = memory_with(tmp_path / "2")
+    get = type(memory).get_file
+
+    def torn(self: Any, source: str, *args: Any, **kwargs: Any) -> Any:
+        if "shard" in source:
+            raise ConnectionError
+        return get(self, source, *args, **kwargs)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(memory), "get_file", torn)
+        with pytest.raises(ConnectionError):
+            brought()
+    assert torch.equal(brought(), caches[2].rows(range(40)).logits)
+    assert {p.name for p in (tmp_path / "here").iterdir()} == {p.name for p in (tmp_path / "2").iterdir()}
+
+
+def test_servers_that_list_no_sizes_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = frozen(tmp_path / "cache")
+    memory = memory_with(tmp_path / "cache")
+    listed, get, got = type(memory).ls, type(memory).get_file, []
+
+    def without_sizes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return [entry | {"size": None} for entry in listed(self, *args, **kwargs)]
+
+    def counted(self: Any, source: str, *args: Any, **kwargs: Any) -> Any:
+        got.append(source)
+        return get(self, source, *args, **kwargs)
+
+    monkeypatch.setattr(type(memory), "ls", without_sizes)
+    monkeypatch.setattr(type(memory), "get_file", counted)
+    for _ in range(2):
+        cache = e2kd.FrozenTeacher.open("memory://there", download_to=tmp_path / "here")
+    assert torch.equal(cache.rows([3]).logits, local.rows([3]).logits)
+    assert len(got) == len(set(got))  # and not a second time
 
 
 # The command line, as a stranger uses it

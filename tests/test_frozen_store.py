@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import e2kd
 from e2kd.frozen import forecast
 from e2kd.frozen.errors import CacheError
-from e2kd.frozen.fingerprints import hash_ids, hash_json, hash_labels, hash_weights, id_hash
+from e2kd.frozen.fingerprints import hash_ids, hash_json, hash_weights, id_hash
 from e2kd.frozen.merging import merge
 from e2kd.frozen.records import Record
 from e2kd.frozen.store import Store, Writer
@@ -588,15 +588,6 @@ def test_ids_of_any_file_name() -> None:
     assert all(0 <= number < 2**64 for number in hashes)
     with pytest.raises(TypeError, match="uint64"):
         hash_ids(np.arange(3))
-
-
-def test_labels_are_hashed_by_value_and_shape() -> None:
-    assert hash_labels(np.array([1, 2], dtype=np.int32)) == hash_labels(torch.tensor([1, 2], dtype=torch.uint8))
-    vectors = [[1.0, 0.0], [0.0, 1.0]]
-    others = [[1, 2], [1, 2, 0], [2, 1], vectors, np.ravel(vectors), np.array(vectors, dtype=np.int64)]
-    assert len({hash_labels(labels) for labels in others}) == len(others)
-    with pytest.raises(TypeError, match="numbers"):
-        hash_labels(["cat"])
 
 
 def test_settings_are_hashed_as_json_reads_them_back() -> None:

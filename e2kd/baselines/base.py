@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -55,6 +56,10 @@ ELSEWHERE = (
 )
 NOT_HEARD = (
     "The student ran, but {layer!r} did not, or returned no tensor with gradients. Name other layers through layers=."
+)
+NOT_TOLD = (
+    "The teacher ran, but not all of its layers {layers} did, as they had for the images they were found with. Name "
+    "others through teacher_layers=, or pass example=images of the kind that you train with."
 )
 
 
@@ -165,6 +170,7 @@ class Baseline(nn.Module, ABC):
             self.ear = self.teacher.listen(stage.place for stage in self.teacher_stages)
             self.teacher = shared(self.teacher, criterion)
         self.tap = Tap(self.student)
+        weakref.finalize(self, self.tap.remove)
         self.tap.listen(stage.place for stage in self.student_stages)
         self._parts: dict[str, Tensor] = {}
 
@@ -183,10 +189,15 @@ class Baseline(nn.Module, ABC):
         return dict(self._parts)
 
     def remove(self) -> None:
-        """Take every hook off the student. The criterion can't teach afterwards."""
+        """Take every hook off the student, those of an e2kd criterion inside too. Neither can teach afterwards.
+
+        It happens by itself when nobody holds the criterion any more.
+        """
         self.tap.remove()
         if isinstance(self.teacher, Teacher):
             self.teacher.ears = [ear for ear in self.teacher.ears if ear is not self.ear]
+        if getattr(self.criterion, "takes_lessons", False):
+            self.criterion.remove()  # type: ignore[union-attr]
 
     def forward(
         self, outputs: Any, targets: Any = None, *, num_items_in_batch: Tensor | int | None = None, **_: Any
@@ -214,6 +225,22 @@ class Baseline(nn.Module, ABC):
         """A trainable part on the student's device, in its precision but no less than float32."""
         dtype = torch.promote_types(dtype_of(self.student), torch.float32)
         return part.to(_device(self.student), dtype)
+
+    def no_term(self, batch: Batch) -> Tensor:
+        """A term [] of 0, for one image, of whose numbers batch norm has no variance.
+
+        It has the graph of the student's features and of every trainable part, whose gradients several processes wait
+        for.
+        """
+        return sum(
+            (value.sum() * 0 for value in (*batch.student, *self._trainable())),
+            batch.student_logits.new_zeros(()),
+        )
+
+    def _trainable(self) -> Iterator[nn.Parameter]:
+        for name, module in self.named_children():
+            if name != "criterion":
+                yield from module.parameters()
 
     def _weight(self) -> Tensor | float:
         if not self.warmup:
@@ -275,13 +302,13 @@ class Baseline(nn.Module, ABC):
             with torch.autocast(record.images.device.type, record.autocast, enabled=record.autocast is not None):
                 self.teacher.logits(record.images)
             found = self.ear.take(record.images)
-        assert found is not None
+        if found is None:
+            raise RuntimeError(NOT_TOLD.format(layers=sorted({place.module for place in self.ear.places})))
         return found
 
     def _dtype(self, device: torch.device) -> torch.dtype | None:
         """The type the trainable parts compute in, None where there are none."""
-        parts = (module for name, module in self.named_children() if name != "criterion")
-        first = next((p for part in parts for p in part.parameters()), None)
+        first = next(self._trainable(), None)
         if first is not None and first.device != device:
             raise RuntimeError(ELSEWHERE.format(device=str(device), name=type(self).__name__, where=first.device))
         return None if first is None else first.dtype

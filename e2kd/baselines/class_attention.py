@@ -91,6 +91,8 @@ class CATKD(Baseline):
 
     def _maps(self, model: nn.Module, plan: Plan, features: Tensor) -> Tensor:
         assert plan.linear is not None
+        if plan.head is not None:  # which may begin with an activation that is no module
+            features = plan.head.prologue(features)
         weight = model.get_submodule(plan.linear).weight
         assert isinstance(weight, Tensor)
         maps = class_activation_maps(features, weight.to(features.dtype))

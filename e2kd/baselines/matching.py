@@ -55,6 +55,7 @@ class AFD(Baseline):
 
     term = sum over the teacher's layers t and the student's s of α_ts mean((F_t - F_s)²), F the channel mean of squared
     features, of unit length on t's grid; the weights α are learned attention of t's pooled features on s's.
+    A batch of one image teaches nothing: batch norm of its pooled features has no variance.
 
     Args:
         student, teacher, criterion: see `Baseline`.
@@ -93,7 +94,9 @@ class AFD(Baseline):
         self.matching = self.beside_student(Matching(mine, theirs, width))
 
     def term(self, batch: Batch) -> Tensor:
-        """Weighted distances of all pairs -> []."""
+        """Weighted distances of all pairs -> []; 0 for a batch of one image."""
+        if len(batch.student_logits) == 1:
+            return self.no_term(batch)
         attention = self.matching(_pooled(batch.student), _pooled(batch.teacher))  # [B, T, S]
         total = batch.student_logits.new_zeros(())
         mine = [_strength(maps) for maps in batch.student]

@@ -12,6 +12,10 @@ from torch.utils.data import Dataset
 
 from e2kd.taught import Indexed
 
+DICT = (
+    "Expected samples (image, label), but the data set gave a dict with {keys}. Wrap the data set so that it gives "
+    "(image, label), and this around it."
+)
 ROWS = ("student", "teacher", "labels")  # buffers with a row for each sample
 
 
@@ -22,6 +26,9 @@ class IndexedDataset(Dataset[Any]):
 
     Args:
         dataset: anything with `len` that gives (image, label).
+
+    Raises:
+        TypeError: with the first sample, when those are dicts.
 
     >>> image, target = IndexedDataset([("a", 3), ("b", 1)])[1]
     >>> image, target.labels, target.indices, target.counts
@@ -35,7 +42,10 @@ class IndexedDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Any, Indexed]:
-        image, label = self.dataset[index]
+        sample = self.dataset[index]
+        if isinstance(sample, dict):  # of two entries, its names would be taken for image and label
+            raise TypeError(DICT.format(keys=sorted(sample)))
+        image, label = sample
         index = index + len(self) if index < 0 else index
         return image, Indexed(label, torch.tensor(index), torch.tensor(len(self)))
 

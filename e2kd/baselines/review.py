@@ -82,7 +82,8 @@ class ReviewKD(Baseline):
 
     term = sum over stages of `hierarchical_context_loss`(fusion of this and all deeper stages, teacher's stage). As in
     the authors' code the vector that enters the classifier is the last stage, and the teacher's features are those
-    before their ReLU, where that is a module.
+    before their ReLU, where that is a module. A batch of one image teaches nothing: batch norm of its vector has no
+    variance.
 
     Args:
         student, teacher, criterion: see `Baseline`.
@@ -129,7 +130,9 @@ class ReviewKD(Baseline):
         )
 
     def term(self, batch: Batch) -> Tensor:
-        """Losses of all stages -> []."""
+        """Losses of all stages -> []; 0 for a batch of one image."""
+        if len(batch.student_logits) == 1:
+            return self.no_term(batch)
         total, deeper = batch.student_logits.new_zeros(()), None
         for fusion, mine, theirs in zip(
             reversed(self.fusions), reversed(batch.student), reversed(batch.teacher), strict=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,14 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 BY_FUNCTION = (
     "The features before the ReLU after {layer!r} are wanted, but it is applied by a function and not by a module, so "
     "they can't be heard. Make it an nn.ReLU, or name layers that end before one."
+)
+BY_ONE_FOR_ALL = (
+    "The features before {layer!r} are wanted, but it runs several times in one forward, and only its last call can be "
+    "told apart. Give each layer an nn.ReLU of its own, or name layers that end before one."
+)
+TWICE = (
+    "Expected different layers, but {layer!r} was named more than once, and it runs several times in one forward, of "
+    "which the last alone is heard. Name the modules before or after it."
 )
 
 
@@ -50,6 +58,9 @@ class Stage:
 class Layers:
     """A model run once on images, whose layers can then be asked for.
 
+    Of a module that runs several times, as one ReLU for all layers, the last call alone can be told apart. What it
+    returned before is heard at another module that is given it, and is no stage where there is none.
+
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 8, 3, 2), nn.ReLU(), nn.Flatten(),
     ...     nn.Linear(8 * 49, 5))
     >>> layers = Layers(net, torch.rand(2, 3, 32, 32))
@@ -63,10 +74,10 @@ class Layers:
         self.model, self.images = model, images
         with as_written(list(model.modules())):
             self.found: Trace = trace(model, images)
-        calls = enumerate(self.found.calls)
-        self._order = {id(c): n / len(self.found.calls) for n, c in calls}
+        self._number = {id(c): n for n, c in enumerate(self.found.calls)}
+        self._last = {c.name: c for c in self.found.calls}
         usable = (c for c in self.found.calls if is_feature(c) and may_be_site(c))
-        self._maps = [c for c in usable if layout_in(c, self.found, model) is not None]
+        self._maps = [c for c in usable if layout_in(c, self.found, model) is not None and self._place(c) is not None]
         self._cuts: dict[int, bool] = {}
 
     def stages(self, count: int = 4) -> list[Stage]:
@@ -96,12 +107,18 @@ class Layers:
         return self._settled([self._stage(call) for call in self._blocks()]) or self.stages()
 
     def named(self, names: Iterable[str]) -> list[Stage]:
-        """The outputs of these modules.
+        """The outputs of these modules, of the last call where one runs several times.
 
         Raises:
-            UnsupportedModel: when a module does not exist, did not run or returns no map.
+            UnsupportedModel: when a module does not exist, did not run or returns no map, and when one that runs
+                several times was named more than once.
         """
-        return self._settled([self._stage_of(self._named(name)) for name in names])
+        names = list(names)
+        calls = Counter(c.name for c in self.found.calls)
+        for name, times in Counter(names).items():
+            if times > 1 and calls[name] > 1:
+                raise UnsupportedModel(TWICE.format(layer=name))
+        return self._settled([self._stage_at(self._named(name), Place(name)) for name in names])
 
     def embedding(self) -> Stage:
         """What enters the classifier, [B, C]; the last stage's map where that is no linear layer."""
@@ -120,21 +137,29 @@ class Layers:
         return self._settled([self._before_activation(stage, strict) for stage in stages])
 
     def _before_activation(self, stage: Stage, strict: bool) -> Stage:
-        output = self.found.output_of(stage.place.module)
+        output = self._tensor_at(stage.place)
         for call in self.found.calls:
             if call.output is output and call.made and isinstance(call.module, ACTIVATIONS):
-                return replace(stage, place=Place(call.name, before=True))
+                if self._is_last(call):
+                    return replace(stage, place=Place(call.name, before=True))
+                if strict:
+                    raise UnsupportedModel(BY_ONE_FOR_ALL.format(layer=call.name))
         made_by = "" if output.grad_fn is None else output.grad_fn.name()
         if strict and not stage.place.copied and made_by.startswith("Relu"):
             raise UnsupportedModel(BY_FUNCTION.format(layer=stage.place.module))
         return stage
 
+    def _tensor_at(self, place: Place) -> Tensor:
+        tensor = self._last[place.module].inputs[0] if place.before else self.found.output_of(place.module)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
     def _by_grid(self) -> dict[tuple[int, int], list[Call]]:
         """The calls past the stem by their grids, in the order in which the grids appear."""
-        past = [c for c in self._maps if self._order[id(c)] >= STEM]
+        past = [c for c in self._maps if self._number[id(c)] / len(self.found.calls) >= STEM]
         found: dict[tuple[int, int], list[Call]] = {}
         for call in past or self._maps:
-            found.setdefault(self._stage_of(call).grid, []).append(call)
+            found.setdefault(self._stage(call).grid, []).append(call)
         return found
 
     def _end(self, calls: Sequence[Call]) -> Call | None:
@@ -178,17 +203,37 @@ class Layers:
             f"layer with spatial output, for instance {others}."
         )
 
-    def _stage_of(self, call: Call) -> Stage:
+    def _stage(self, call: Call) -> Stage:
+        place = self._place(call)
+        assert place is not None
+        return self._stage_at(call, place)
+
+    def _stage_at(self, call: Call, place: Place) -> Stage:
         layout = layout_in(call, self.found, self.model)
         assert layout is not None
         assert call.output is not None
         maps = layout.to_maps(call.output, self.found.image_size)
-        return Stage(Place(call.name), layout, maps.shape[1], (maps.shape[2], maps.shape[3]))
+        return Stage(place, layout, maps.shape[1], (maps.shape[2], maps.shape[3]))
 
-    def _stage(self, call: Call) -> Stage:
-        """The stage of a call, under the outermost name of its tensor."""
-        same = [c for c in self.found.calls if c.output is call.output and c.name and c.made]
-        return self._stage_of(min([call, *same], key=lambda c: c.name.count(".")))
+    def _place(self, call: Call) -> Place | None:
+        """Where a call's tensor is heard: under the outermost name that returns it, else under one that is given it."""
+        later = self.found.calls[self._number[id(call)] :]
+        returned = [c for c in later if c.output is call.output and c.made and c.name and self._is_last(c)]
+        given = [c for c in self._given(call) if self._is_last(c)]
+        outermost = min(returned or given, key=lambda c: c.name.count("."), default=None)
+        return None if outermost is None else Place(outermost.name, before=not returned)
+
+    def _given(self, call: Call) -> Iterator[Call]:
+        """Later calls whose first argument is a call's tensor, up to one that hands it on, as Dropout in eval mode."""
+        for other in self.found.calls[self._number[id(call)] + 1 :]:
+            if other.inputs[:1] and other.inputs[0] is call.output and not call.name.startswith(f"{other.name}."):
+                yield other
+                if not other.made:
+                    return
+
+    def _is_last(self, call: Call) -> bool:
+        """Whether a module is not called again after this, so that its name means this call."""
+        return self._last[call.name] is call
 
     def _settled(self, stages: list[Stage]) -> list[Stage]:
         """The stages, those copied whose tensors are changed in place before the forward ends."""

@@ -12,12 +12,13 @@ from torch.utils.data import Dataset
 from e2kd.frozen.geometry import composed, follow, framed
 from e2kd.frozen.matching import check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
-from e2kd.frozen.samples import first_image, image_and_label, pixel_hash
+from e2kd.frozen.samples import image_and_label, pixel_hash
+from e2kd.frozen.sources import Source, unsteady
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.taught import Taught, all_known
 
 UNSTEADY = (
-    "The data set gives another image each time it is asked for sample 0, so it has a random transform of its own, "
+    "The data set gives another image each time it is asked for sample {row}, so it has a random transform of its own, "
     "which the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."
 )
 NOT_RECORDED = (
@@ -81,14 +82,12 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
 
     def _check_images(self) -> None:
         """Raise a ValueError for a data set with a transform of its own."""
-        first = first_image(self.dataset, self.frozen.view)
-        if first is None:
-            raise ValueError(UNSTEADY)
+        if (row := unsteady(Source(self.dataset, self.frozen.view, self.matched.names))) is not None:
+            raise ValueError(UNSTEADY.format(row=row))
         frozen_first = np.flatnonzero(self.matched.rows == 0)
         if len(frozen_first) and self.matched.names is not None:  # pixels that are the name are compared at every read
             place = int(frozen_first[0])
-            image = first if place == 0 else self.frozen.view(image_and_label(self.dataset[place])[0])
-            check_unchanged(image, place, self.frozen)
+            check_unchanged(self.frozen.view(image_and_label(self.dataset[place])[0]), place, self.frozen)
 
     @property
     def transform(self) -> Any:
@@ -104,13 +103,11 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         return len(self.matched.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"Sample {index} of a data set of {len(self)}.")
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any]]:
         """Several samples with one read of the cache; what `DataLoader` calls."""
-        places = [int(i) % len(self) for i in indices]
+        places = [self._place(int(i)) for i in indices]
         pairs = [image_and_label(self.dataset[i]) for i in places]
         originals, labels = [image for image, _ in pairs], [label for _, label in pairs]
         names = self.matched.names
@@ -123,6 +120,12 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         return [
             (image, self._packed(one, image) if self.pack else one) for image, one in zip(images, taught, strict=True)
         ]
+
+    def _place(self, index: int) -> int:
+        """An index as lists have it, from 0."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Expected a sample of a data set of {len(self)}, but got the index {index}.")
+        return index % len(self)
 
     def _augmented(self, originals: list[Any], views: list[Tensor], maps: Tensor) -> tuple[list[Any], Tensor, Tensor]:
         """The images, their maps and what of them is known."""

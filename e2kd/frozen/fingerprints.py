@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from e2kd.errors import shape
@@ -96,19 +96,3 @@ def hash_ids(ids: Iterable[str] | NDArray[np.uint64]) -> str:
     if ids.dtype != np.uint64 or ids.ndim != 1:
         raise TypeError(f"Expected sample ids as strings or uint64 [N], but got {ids.dtype} {shape(ids.shape)}.")
     return digest(np.ascontiguousarray(ids, dtype="<u8"))
-
-
-def hash_labels(labels: ArrayLike | Tensor) -> str:
-    """Hash of the labels in their order: class indices [N], or vectors [N, K].
-
-    Raises:
-        TypeError: for labels that are no numbers.
-
-    >>> hash_labels([1, 2]) == hash_labels(torch.tensor([1, 2])), hash_labels([1, 2]) == hash_labels([2, 1])
-    (True, False)
-    """
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"Expected labels that are numbers, but got {array.dtype} {shape(array.shape)}.")
-    array = array.astype("<f8" if array.dtype.kind == "f" else "<i8")
-    return hash_json([array.dtype.str, list(array.shape), digest(np.ascontiguousarray(array))])

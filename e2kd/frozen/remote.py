@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from e2kd.frozen.fingerprints import digest
+from e2kd.frozen.manifest import MANIFEST
 from e2kd.frozen.progress import progress_bar
 
 FILE = re.compile(r"plan\.json|manifest\.json|shard-\d{6,}\.safetensors")  # nothing else of a remote folder is touched
-MANIFEST = "manifest.json"
+BEGUN = "manifest.json.begun"  # the manifest of the cache whose files are being brought
 
 
 def brought_here(path: str | Path, to: str | Path | None = None) -> Path:
@@ -41,18 +44,23 @@ def brought_here(path: str | Path, to: str | Path | None = None) -> Path:
     manifest = files.cat_file(f"{root}/{MANIFEST}")
     folder = Path(to) if to is not None else _own_folder(str(path), manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    todo = {name: size for name, size in sizes.items() if name != MANIFEST and _size(folder / name) != size}
-    with progress_bar("downloading", sum(todo.values()), shown=bool(todo), unit="bytes") as advance:
+    if not _is_of(folder, manifest):
+        _remove_cache(folder)
+        _put(folder / BEGUN, partial(_write, manifest))
+    todo = {name: size for name, size in sizes.items() if name != MANIFEST and not _is_there(folder / name, size)}
+    with progress_bar("downloading", sum(s or 0 for s in todo.values()), shown=bool(todo), unit="bytes") as advance:
         for name, size in todo.items():
-            _put(folder / name, files, f"{root}/{name}")
-            advance(size)
-    _put(folder / MANIFEST, files, f"{root}/{MANIFEST}")  # last: a download that was cut off has none
+            _put(folder / name, partial(files.get_file, f"{root}/{name}"))
+            advance(size or 0)
+    _put(folder / MANIFEST, partial(_write, manifest))  # last: a download that was cut off has none
+    (folder / BEGUN).unlink(missing_ok=True)
     return folder
 
 
-def _remote_sizes(files: Any, root: str) -> dict[str, int]:
+def _remote_sizes(files: Any, root: str) -> dict[str, int | None]:
+    """The cache's files with their sizes; None of a size that the server does not list, as over HTTP."""
     listed = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in files.ls(root, detail=True)}
-    return {name: int(size) for name, size in sorted(listed.items()) if FILE.fullmatch(name)}
+    return {n: None if size is None else int(size) for n, size in sorted(listed.items()) if FILE.fullmatch(n)}
 
 
 def _own_folder(url: str, manifest: bytes) -> Path:
@@ -60,14 +68,31 @@ def _own_folder(url: str, manifest: bytes) -> Path:
     return base / "e2kd" / digest(url.encode() + manifest)
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.exists() else None
+def _is_of(folder: Path, manifest: bytes) -> bool:
+    """Whether the files in a folder are those of this very cache: sizes alone don't tell two teachers' apart."""
+    return any((folder / n).exists() and (folder / n).read_bytes() == manifest for n in (MANIFEST, BEGUN))
 
 
-def _put(path: Path, files: Any, source: str) -> None:
+def _remove_cache(folder: Path) -> None:
+    """Remove the files of another cache, the manifest first: without it there is none."""
+    for name in sorted(path.name for path in folder.iterdir() if FILE.fullmatch(path.name)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _is_there(path: Path, size: int | None) -> bool:
+    """Whether a file is here and of the size, where that is known; files have their names when they are whole."""
+    return path.exists() and size in (None, path.stat().st_size)
+
+
+def _write(data: bytes, path: str) -> None:
+    Path(path).write_bytes(data)
+
+
+def _put(path: Path, fill: Callable[[str], None]) -> None:
+    """A file that has its name when it is whole."""
     part = path.with_name(f"{path.name}.download.{secrets.token_hex(4)}")
     try:
-        files.get_file(source, str(part))
+        fill(str(part))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch.utils.data import ConcatDataset, Subset
 
 from e2kd.frozen.fingerprints import id_hash
 
-READINGS = 3
 IMAGE_KEYS = ("image", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "fine_label")
 
@@ -44,7 +44,7 @@ def image_and_label(sample: Any) -> tuple[Any, Any]:
 
 
 def names_of(dataset: Any) -> list[str] | None:
-    """The samples' names, in order, where the data set knows them: paths below its root. None where it does not.
+    """The samples' names, in order, where the data set knows all of them: paths below its root. None where it does not.
 
     Knows torchvision's ImageFolder, timm's data sets, and Subset and ConcatDataset of those.
     """
@@ -56,11 +56,17 @@ def names_of(dataset: Any) -> list[str] | None:
         return [f"{k}/{name}" for k, part in enumerate(parts) for name in part or []] if all(parts) else None
     samples, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
     if isinstance(samples, list) and root is not None and all(isinstance(s, tuple) for s in samples):
-        return [PurePath(path).relative_to(root).as_posix() for path, *_ in samples]
+        return _below(root, [path for path, *_ in samples])
     listing = getattr(getattr(dataset, "reader", None), "filenames", None)
-    if callable(listing):
-        return [PurePath(name).as_posix() for name in listing()]
-    return None
+    return _below("", listing()) if callable(listing) else None
+
+
+def _below(root: str | os.PathLike[str], paths: Sequence[Any]) -> list[str] | None:
+    """Paths as names: what of them lies below the root, the whole of others. None unless all of them are paths."""
+    if not all(isinstance(path, (str, os.PathLike)) for path in paths):
+        return None
+    found = map(PurePath, paths)
+    return [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in found]
 
 
 def class_names_of(dataset: Any) -> list[str] | None:
@@ -90,15 +96,6 @@ def hashes_of(names: Sequence[str]) -> np.ndarray:
         double = names[int(np.flatnonzero(hashes == values[counts > 1][0])[0])]
         raise ValueError(f"Expected every sample to have its own name, but {double!r} comes more than once.")
     return hashes
-
-
-def first_image(dataset: Any, view: Callable[[Any], Tensor]) -> Tensor | None:
-    """The canonical image of sample 0; None if it differs from one reading to the next.
-
-    It is read `READINGS` times: one flip in two passes two readings half of the time.
-    """
-    first, *others = (view(image_and_label(dataset[0])[0]) for _ in range(READINGS))
-    return first if all(torch.equal(first, other) for other in others) else None
 
 
 def thumbnail(image: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from e2kd.errors import shape
 from e2kd.frozen.errors import listed
-from e2kd.frozen.samples import first_image, image_and_label, pixel_hash
+from e2kd.frozen.samples import image_and_label, pixel_hash
 from e2kd.frozen.views import CanonicalView
 
 SHOWN = 10  # unreadable samples that a message lists
+LOOKED_AT, READINGS = 4, 4  # samples and readings of each: one flip in two passes once in 4096
 
 
 class Sample(NamedTuple):
@@ -109,12 +110,27 @@ def check_deterministic(source: Source) -> Sample:
         )
     if not len(source):
         raise ValueError("Expected a data set with at least one sample, but it is empty.")
-    if first_image(source.dataset, source.view) is None:
+    if (row := unsteady(source)) is not None:
         raise ValueError(
-            "The data set gives another image each time it is asked for sample 0, so it has a random transform. Freeze "
-            "it without: random changes belong into JointAugmentation, which moves image and map together."
+            f"The data set gives another image each time it is asked for sample {row}, so it has a random transform. "
+            "Freeze it without: random changes belong into JointAugmentation, which moves image and map together."
         )
     return source.read(0)
+
+
+def unsteady(source: Source) -> int | None:
+    """A sample that differs from one reading to the next; None if none does of a few that are spread over the data set.
+
+    One that can't be read is passed over, and told of when its turn comes.
+    """
+    for row in dict.fromkeys(k * (len(source) - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)):
+        first = source[row]
+        again = (source[row] for _ in range(READINGS - 1))
+        if isinstance(first, Sample) and any(
+            isinstance(other, Sample) and not torch.equal(first.image, other.image) for other in again
+        ):
+            return row
+    return None
 
 
 def unreadable_message(unreadable: list[Unreadable], done: int, total: int) -> str:

@@ -187,7 +187,7 @@ class FrozenTeacher:
         Args:
             teacher: the live teacher, on its device.
             dataset: the data set that was frozen.
-            rows: how many rows are computed again.
+            rows: how many rows are computed again; augmentations are rated where there are two or more.
             seed: of the choice of rows and of the augmentations.
             augmentations: by name, `JointAugmentation`s that return images in the range they were given, so without
                 Normalize; None tries a usual set, an empty mapping none.

@@ -100,6 +100,8 @@ def verification(
     explainer: Explainer | None,
 ) -> Verification:
     """See `FrozenTeacher.verify`."""
+    if rows < 1:
+        raise ValueError(f"Expected rows >= 1 to compute again, but got {rows}.")
     matched = match_rows(dataset, frozen, ids, "position")
     source = Source(dataset, frozen.view, matched.names)
     chosen = np.random.default_rng(seed).permutation(len(source))[:rows]
@@ -114,10 +116,11 @@ def verification(
             f"the teacher has other weights than the one that was frozen ({frozen.plan['teacher']['name']})"
         )
     _compare_rows(report, frozen, asked, images, labels, stored)
-    if frozen.explains:
+    if frozen.explains and len(images) > 1:  # to be rated, a map needs another image's beside it
         for name, augmentation in augmentations.items():
-            torch.manual_seed(seed)
-            report.fidelity[name] = _fidelity(asked, augmentation, images, stored)
+            with torch.random.fork_rng(devices=[]):  # the images are on the CPU, and so is what changes them
+                torch.default_generator.manual_seed(seed)
+                report.fidelity[name] = _fidelity(asked, augmentation, images, stored)
     return report
 
 

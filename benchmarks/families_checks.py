@@ -203,7 +203,7 @@ def _reference_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, maps and features from the model's own forward, by a hook and one gradient."""
     assert plan.site is not None
-    with sdpa_kernel(SDPBackend.MATH), _hooked(model, plan.site.tensor_of, plan.head) as kept:
+    with sdpa_kernel(SDPBackend.MATH), _hooked(model, plan.site.heard_by_name(), plan.head) as kept:
         logits = logits_of(model(images))
         chosen = logits.argmax(1) if classes is None else classes
         scores = logits.gather(1, chosen[:, None]).sum()
@@ -289,7 +289,7 @@ def corner_shares(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Any
     """
     assert plan.site is not None
     inputs = images.clone().requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH), _hooked(model, plan.site.tensor_of, plan.head) as kept:
+    with sdpa_kernel(SDPBackend.MATH), _hooked(model, plan.site.heard_by_name(), plan.head) as kept:
         model(inputs)
     maps = plan.maps(kept[-1], (images.shape[-2], images.shape[-1]))
     directions = torch.randn(3, maps.shape[1], generator=torch.Generator().manual_seed(4)).to(maps)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from e2kd.listening import Place
 from e2kd.modes import rng_state
 from e2kd.outputs import first_tensor, images_in, logits_of
 from e2kd.passes import Pass, PassKeeper
+from e2kd.probe import Turn
 from e2kd.sites import Site
 
 COMPILED = (
@@ -75,6 +76,13 @@ class _Hook:
         return _make_inert, ()
 
 
+class Meeting(Protocol):
+    """Somebody who wants to see the first images of a training before the student does."""
+
+    def meet(self, images: Tensor) -> None:
+        """Images [B, C, H, W]."""
+
+
 class Tap:
     """Hooks on a student that record its training forwards, and nothing in eval mode or under no_grad."""
 
@@ -91,8 +99,9 @@ class Tap:
         self.at_images = False
         self.keeper: PassKeeper | None = None
         self.explaining = True  # whether the next forward's loss is expected to explain it
-        self.first: weakref.WeakMethod[Callable[[Tensor], None]] | None = None  # called with the first images
+        self.first: weakref.ref[Meeting] | None = None  # is shown the first images
         self.heard: dict[str, Tensor] = {}
+        self.calls: dict[str, int] = {}  # how often modules ran that run several times, by their hooks
         _taps.setdefault(student, weakref.WeakSet()).add(self)
         self._add(self.handles, student, self._enter, pre=True, kwargs=True)
         self._add(self.handles, student, self._leave)
@@ -105,11 +114,20 @@ class Tap:
         if site is None:
             return
         # Consumers come last and outside of checkpointed trunks; the last capture of a forward counts.
-        for name in reversed(site.producers):
-            self._add(self.site_handles, self.student.get_submodule(name), self._produced)
-        for name, position in site.consumers:
-            action = _Consumed(self, position)
-            self._add(self.site_handles, self.student.get_submodule(name), action, pre=True)
+        turns = [*site.producers, *(turn for turn, _ in site.consumers)]
+        sure = [turn for turn in turns if turn.count == 1] or turns
+        for turn in reversed(site.producers):
+            if turn in sure:
+                self._capture(turn, self._produced)
+        for turn, position in site.consumers:
+            if turn in sure:
+                self._capture(turn, _Consumed(self, position), pre=True)
+
+    def _capture(self, turn: Turn, action: Any, *, pre: bool = False) -> None:
+        """Hook one call of a module."""
+        if turn.count > 1:
+            action = _InTurn(self, f"{turn.name} {len(self.site_handles)}", turn.index, action)
+        self._add(self.site_handles, self.student.get_submodule(turn.name), action, pre=pre)
 
     def listen(self, places: Iterable[Place]) -> None:
         """Hear these places in every recorded forward, besides the site."""
@@ -201,7 +219,7 @@ class Tap:
 
     def _clear(self) -> None:
         self.images = self.features = self.rng = None
-        self.heard = {}
+        self.heard, self.calls = {}, {}
         self.open = self.compiled = False
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,7 +227,8 @@ class Tap:
         if self.paused or not self.student.training or not torch.is_grad_enabled():
             return None
         if torch.compiler.is_compiling():
-            self.images, self.features, self.compiled, self.heard = images_in(args, kwargs), None, True, {}
+            self.images, self.features, self.compiled = images_in(args, kwargs), None, True
+            self.heard, self.calls = {}, {}
             self.autocast = None if self.images is None else _autocast_type(self.images.device)
             return None
         if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
@@ -217,8 +236,8 @@ class Tap:
         self.records = [r for r in self.records if r.logits is not None and r.logits() is not None]
         self._clear()
         images = images_in(args, kwargs)
-        if images is not None and self.first is not None and (prepare := self.first()) is not None:
-            prepare(images)
+        if images is not None and self.first is not None and (meeting := self.first()) is not None:
+            meeting.meet(images)
         self.images, self.open = images, True
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         self.static_graph = bool(ddp is not None and ddp.static_graph)
@@ -243,6 +262,13 @@ class Tap:
         if self.open:
             self.features, self.rng = features, rng_state(features.device)
             self.autocast = _autocast_type(features.device)  # hosts may put it inside of the student's forward
+
+    @property
+    def recording(self) -> bool:
+        """Whether what runs now belongs to a recorded forward."""
+        if self.paused:
+            return False
+        return self.open or (torch.compiler.is_compiling() and self.student.training and torch.is_grad_enabled())
 
     def hear(self, key: str, tensor: Tensor | None) -> None:
         """Remember a tensor at a place, if it belongs to a recorded forward."""
@@ -301,6 +327,21 @@ def _differ(before: list[Tensor], after: list[Tensor]) -> bool:
 
 def _autocast_type(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class _InTurn:
+    """A hook's action: another's, in one of the calls that a module has within a recorded forward."""
+
+    def __init__(self, tap: Tap, key: str, index: int, action: Any) -> None:
+        self.tap, self.key, self.index, self.action = tap, key, index, action
+
+    def __call__(self, *args: Any) -> None:
+        if not self.tap.recording:
+            return
+        before = self.tap.calls.get(self.key, 0)
+        self.tap.calls[self.key] = before + 1
+        if before == self.index:
+            self.action(*args)
 
 
 class _Consumed:

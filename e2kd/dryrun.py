@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import NoEffectWarning, UnsupportedModel
+from e2kd.errors import NoEffectWarning
 from e2kd.explainers import Explainer
 from e2kd.inspection import explain
 from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_statistics, rng_state, set_rng_state, unwrap
-from e2kd.plans import plan_for
+from e2kd.plans import Plan, plan_for
+from e2kd.probing import REFUSALS
 from e2kd.similarity import is_zero
 from e2kd.teacher import Teacher
 
@@ -125,16 +126,16 @@ def check(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         try:
-            criterion = E2KDLoss(
-                student, teacher, explainer=explainer, teacher_explainer=teacher_explainer, example=images
-            )
-        except (UnsupportedModel, RuntimeError, ValueError, TypeError) as error:
+            criterion = E2KDLoss(student, teacher, explainer=explainer, teacher_explainer=teacher_explainer)
+        except REFUSALS as error:
             report.problems.append(f"student: {error}")
             return report
+        noise = criterion.student.plan
         try:
             _look(report, criterion, images)
             _step(report, criterion, images)
-        except (UnsupportedModel, RuntimeError, ValueError, TypeError) as error:
+            _compare(report, noise, criterion.student.plan)
+        except REFUSALS as error:
             report.problems.append(str(error))
         finally:
             criterion.remove()
@@ -208,6 +209,15 @@ def _step(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
     report.cost = full / plain if plain else float("nan")
     report.explanation = float(criterion.parts["explanation"])
     report.way = criterion.student.way
+
+
+def _compare(report: Report, noise: Plan | None, plan: Plan | None) -> None:
+    """A note where noise leads to another layer: a compiled or sharded student can't go on to that of the images."""
+    if noise is not None and plan is not None and noise.place != plan.place:
+        report.notes.append(
+            f"on noise, which stands for images before the first come, the student's place is {noise.place}: give "
+            "E2KDLoss some of them, example=images, if the student is compiled or sharded"
+        )
 
 
 def _flops(criterion: E2KDLoss, images: Tensor, weight: float) -> int:

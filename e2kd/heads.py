@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from e2kd.modes import evaluating
+from e2kd.modes import as_written, evaluating
 from e2kd.outputs import first_tensor, logits_of
-from e2kd.probe import Trace
+from e2kd.probe import Trace, Turn
 from e2kd.sites import Site
 
 ACTIVATIONS: tuple[Any, ...] = (
@@ -55,18 +55,17 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, layer: str, answer: bool) -> None:
+    def __init__(self, site: Turn, answer: bool) -> None:
         super().__init__()
-        parts = ["model", *layer.split(".")]
+        parts = ["model", *site.name.split(".")]
         self.inside = {".".join(parts[:n]) for n in range(1, len(parts))}
-        self.site, self.answer = ".".join(parts), answer
+        self.site, self.answer = site, answer
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.inside
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        sites = [node for node in self.graph.nodes if node.op == "call_module" and node.target == self.site]
-        if sites:
+        if len(_calls(self.graph, self.site)) > self.site.index:
             raise NotTraceable("the head branches on its values")
         return self.answer
 
@@ -120,7 +119,8 @@ class TracedHead(_OfModel):
     def _graphs(self) -> tuple[fx.Graph, fx.Graph | None]:
         training = self.model.training
         if training not in self.graphs:
-            self.graphs[training] = _split(_Logits(self.model), self.site)
+            with as_written(list(self.model.modules())):
+                self.graphs[training] = _split(_Logits(self.model), self.site)
         return self.graphs[training]
 
     def follows(self) -> bool:
@@ -152,8 +152,8 @@ def _run(model: nn.Module, graph: fx.Graph, features: Tensor) -> Any:
 
 def _split(root: _Logits, site: Site) -> tuple[fx.Graph, fx.Graph | None]:
     """The graph from the explained features to the logits, and the one from the captured tensor to them."""
-    graph = _traced(root, site.tensor_of)
-    captured = _node_of(graph, "model." + site.tensor_of)
+    graph = _traced(root, site.made_by)
+    captured = _node_of(graph, site.made_by)
     explained = captured
     while (follower := _only_user(explained)) is not None and follower.target in ACTIVATIONS:
         explained = follower
@@ -186,13 +186,13 @@ def _symbolic_len(root: _Logits, layer: str) -> Iterator[None]:
             del space["len"]
 
 
-def _traced(root: _Logits, layer: str) -> fx.Graph:
+def _traced(root: _Logits, site: Turn) -> fx.Graph:
     root.training = root.model.training
     reasons = []
     for answer in (False, True):
         try:
-            with _own_forward(root.model), _symbolic_len(root, layer):
-                return _Tracer(layer, answer).trace(root)
+            with _own_forward(root.model), _symbolic_len(root, site.name):
+                return _Tracer(site, answer).trace(root)
         except Exception as error:  # code may refuse symbolic values in any way; find_head then returns no head
             reasons.append(f"{type(error).__name__}: {error}")
     raise NotTraceable(reasons[0])
@@ -203,12 +203,17 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(node.users) == 1 and users else None
 
 
-def _node_of(graph: fx.Graph, target: str) -> fx.Node:
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == target]
-    if len(calls) != 1:
-        raise NotTraceable(f"{target} is called {len(calls)} times")
-    items: list[fx.Node] = [user for user in calls[0].users if user.target is operator.getitem and user.args[1] == 0]
-    call: fx.Node = calls[0]
+def _calls(graph: fx.Graph, site: Turn) -> list[fx.Node]:
+    """The steps that call the site's module."""
+    return [node for node in graph.nodes if node.op == "call_module" and node.target == f"model.{site.name}"]
+
+
+def _node_of(graph: fx.Graph, site: Turn) -> fx.Node:
+    calls = _calls(graph, site)
+    if len(calls) != site.count:  # some are inside of opaque modules, or in the other mode
+        raise NotTraceable(f"{site.name} is called {len(calls)} times, and was {site.count} times when it was found")
+    call = calls[site.index]
+    items: list[fx.Node] = [user for user in call.users if user.target is operator.getitem and user.args[1] == 0]
     return items[0] if items and len(call.users) == len(items) else call
 
 
@@ -277,7 +282,7 @@ def find_head(model: nn.Module, site: Site, found: Trace) -> Head | None:
 
     Tried in turn and kept only if it gives the traced logits: timm's `forward_head`, and the traced rest of forward.
     """
-    captured = found.output_of(site.producers[0])
+    captured = found.output_at(site.producers[0])
     if captured is found.head_input and _reproduces(head := ForwardHead(model), captured, found):
         return head
     if not site.is_cut:
@@ -308,7 +313,7 @@ def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
 
     Found by its numbers: what enters the linear layer that made the logits must be the mean of the maps.
     """
-    captured = found.output_of(site.producers[0]).detach()
+    captured = found.output_at(site.producers[0]).detach()
     maps = site.layout.to_maps(head.prologue(captured) if head else captured, found.image_size)
     for call in reversed(found.calls):
         linear = call.module

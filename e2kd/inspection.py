@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from e2kd.modes import as_written, dtype_of, evaluating, replaying, untrained, u
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
+from e2kd.probe import Turn
 from e2kd.views import View, autograd_view, captured_from, closed_view, whole_view
 
 
@@ -91,9 +93,9 @@ def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
         with torch.enable_grad(), untrained(model), replaying(list(model.modules()), images.device, None):
             return whole_view(model, plan, images, create_graph=False)
     size = (images.shape[-2], images.shape[-1])
-    with torch.no_grad(), captured_from(model, plan.site.producers[0]) as kept:
+    with torch.no_grad(), captured_from(model, plan.site.producers[0].name) as kept:
         logits = logits_of(model(images))
-    captured = plan.head.prologue(_single(kept, plan.site.layer))
+    captured = plan.head.prologue(_kept_in(plan.site.producers[0], kept))
     if plan.linear is not None:
         return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
     captured = captured.to(dtype_of(model)).requires_grad_()
@@ -113,22 +115,26 @@ def _inspect_in_place(model: nn.Module, images: Tensor, plan: Plan) -> View:
     """The graph begins at the site: what runs before it is run without gradients."""
     assert plan.site is not None
     kept: list[Tensor] = []
+    turn, calls = plan.site.made_by, count()
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        if next(calls) != turn.index:
+            return output
         torch.set_grad_enabled(True)
         features = first_tensor(output)
         assert features is not None
         kept.append(features.detach().requires_grad_())
         return _with_first(output, features, kept[-1])
 
-    handle = model.get_submodule(plan.site.tensor_of).register_forward_hook(cut)
+    handle = model.get_submodule(turn.name).register_forward_hook(cut)
     try:
         with torch.no_grad():  # ends with the grad mode it began with, whatever the hook set inside
             logits = logits_of(model(images))
     finally:
         handle.remove()
+    _check_calls(turn, next(calls))
     size = (images.shape[-2], images.shape[-1])
-    return autograd_view(_single(kept, plan.site.layer), logits, plan, size, create_graph=False)
+    return autograd_view(kept[0], logits, plan, size, create_graph=False)
 
 
 def _with_first(output: Any, old: Tensor, new: Tensor) -> Any:
@@ -137,7 +143,15 @@ def _with_first(output: Any, old: Tensor, new: Tensor) -> Any:
     return type(output)(new if item is old else item for item in output)
 
 
-def _single(kept: list[Tensor], layer: str) -> Tensor:
-    if not kept:
-        raise UnsupportedModel(f"Layer {layer!r} did not run in this forward pass. Name another through layer=.")
-    return kept[-1]
+def _kept_in(turn: Turn, kept: list[Tensor]) -> Tensor:
+    """What was kept in one of a module's calls."""
+    _check_calls(turn, len(kept))
+    return kept[turn.index]
+
+
+def _check_calls(turn: Turn, calls: int) -> None:
+    if calls != turn.count:
+        raise UnsupportedModel(
+            f"Layer {turn.name!r} ran {calls} times in this forward pass, and {turn.count} times when it was chosen. "
+            "Name one that always runs once through layer=."
+        )

@@ -115,7 +115,8 @@ class E2KDLoss(nn.Module):
         teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own, a B-cos teacher expects
             images in [0, 1], to which their inverse is added where it takes that from outside.
         teacher_size: side or (H, W) the teacher expects; timm teachers of fixed size know theirs.
-        example: images [B, C, H, W] to find the student's layer with; None makes noise of a usual size.
+        example: images [B, C, H, W] to find the student's layer with; None makes noise of a usual size, and looks again
+            at the first images where they may be too small for the layer found.
 
     Raises:
         UnsupportedModel: when a model can't be explained; the message says what to do.

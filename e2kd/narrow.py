@@ -129,7 +129,7 @@ def find_narrow(head: Head | None, site: Site, found: Trace, after: tuple[str, .
     if any(is_sharded(value) for _, value in parameters):
         return None
     narrow = NarrowHead(head, site.layout.prefix)
-    features = head.prologue(found.output_of(site.producers[0]).detach())
+    features = head.prologue(found.output_at(site.producers[0]).detach())
     try:
         mine = _probed(_Running(head.model, narrow), features, parameters)
     except NotNarrow:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from e2kd.bcos.images import encoder_of, is_bcos
+from e2kd.bcos.images import changed_in_place, encoder_of, is_bcos
 from e2kd.errors import UnsupportedModel
 from e2kd.explainers import Explainer, fixes_weights, reads_images
 from e2kd.heads import Head, WholeModel, find_head, find_linear
@@ -52,11 +52,14 @@ class Plan:
         return f"layer {self.site.layer!r}" if self.site else "the images"
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str | None, int], Plan]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str | None, int, int], Plan]] = weakref.WeakKeyDictionary()
 
 
 def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
-    """The plan for a model, found by running it on two of the images, once as long as its modules are the same.
+    """The plan for a model, found by running it on two of the images.
+
+    Once as long as its modules are the same, and once for the sizes between two powers of two: networks halve their
+    maps, so there the same layers hold more than one cell.
 
     Raises:
         UnsupportedModel: when the model can't be explained there.
@@ -68,7 +71,7 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
         encoder = encoder_of(model) if dynamic else None
         return Plan(None, WholeModel(model), None, after, dynamic=dynamic, encoder=encoder)
     known = _plans.setdefault(model, {})
-    key = (explainer.layer, hash(tuple(map(id, model.modules()))))
+    key = (explainer.layer, hash(tuple(map(id, model.modules()))), (max(images.shape[-2:]) - 1).bit_length())
     if key not in known:
         for outdated in [k for k in known if k[1] != key[1]]:
             del known[outdated]
@@ -88,6 +91,12 @@ def _check_bcos(model: nn.Module, explainer: Explainer) -> None:
             f"{how} needs float32: in {dtype_of(model)} the dynamic weights of {name} vanish or lose their digits. "
             "Keep parameters in float32 and run the forward under torch.autocast; it is explained in float32 then."
         )
+    behind = changed_in_place(model)
+    if behind is not None:
+        raise UnsupportedModel(
+            f"{how} needs what the B-cos layer {behind[0]!r} returns, but {behind[1]!r} changes it in place. Make it "
+            "with inplace=False."
+        )
 
 
 def _make_plan(model: nn.Module, layer: str | None, images: Tensor) -> Plan:
@@ -98,6 +107,5 @@ def _make_plan(model: nn.Module, layer: str | None, images: Tensor) -> Plan:
 
 
 def _after(site: Site, found: Trace) -> tuple[str, ...]:
-    last = max(n for n, call in enumerate(found.calls) if call.name == site.tensor_of)
-    names = dict.fromkeys(call.name for call in found.calls[last + 1 :])
-    return tuple(name for name in names if name and not site.tensor_of.startswith(name + "."))
+    names = dict.fromkeys(call.name for call in found.after(site.made_by))
+    return tuple(name for name in names if name and not site.made_by.name.startswith(name + "."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,21 @@ from e2kd.modes import evaluating
 from e2kd.outputs import first_tensor, logits_of
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One of the calls of a module within a forward; an activation may be shared by many layers.
+
+    Attributes:
+        name: of the module.
+        index: which of its calls, from 0.
+        count: how many there are.
+    """
+
+    name: str
+    index: int = 0
+    count: int = 1
+
+
 @dataclass
 class Call:
     """One call of one module: the tensors it was given and the first tensor it returned."""
@@ -26,6 +42,7 @@ class Call:
     bare: bool = False  # returned alone or first in a tuple, not inside a dict or ModelOutput
     gradient: Tensor | None = None  # of the top logits with respect to `output`
     made: bool = True  # new or changed in place, not an argument handed on (Identity, Dropout in eval mode)
+    index: int = 0  # which of the module's calls
 
 
 @dataclass
@@ -45,12 +62,29 @@ class Trace:
         """What the named module returned in its last call."""
         return next(c.output for c in reversed(self.calls) if c.name == name and c.output is not None)
 
-    def producers(self, tensor: Tensor) -> list[str]:
-        """Names of the modules that made this very tensor, outermost first; not those that pass it through."""
-        return [call.name for call in reversed(self.calls) if call.output is tensor and call.name and call.made]
+    def output_at(self, turn: Turn) -> Tensor:
+        """What a module returned in one of its calls."""
+        output = self.calls[self._number(turn)].output
+        assert output is not None
+        return output
 
-    def consumers(self, tensor: Tensor) -> list[tuple[str, int]]:
-        """Modules that were given this very tensor, with its position among the arguments.
+    def after(self, turn: Turn) -> list[Call]:
+        """The calls that ended after one."""
+        return self.calls[self._number(turn) + 1 :]
+
+    def _number(self, turn: Turn) -> int:
+        return next(n for n, call in enumerate(self.calls) if (call.name, call.index) == (turn.name, turn.index))
+
+    def turn(self, call: Call) -> Turn:
+        """Which call of its module a call is."""
+        return Turn(call.name, call.index, sum(other.name == call.name for other in self.calls))
+
+    def producers(self, tensor: Tensor) -> list[Turn]:
+        """The calls that made this very tensor, outermost first; not those that pass it through."""
+        return [self.turn(call) for call in reversed(self.calls) if call.output is tensor and call.name and call.made]
+
+    def consumers(self, tensor: Tensor) -> list[tuple[Turn, int]]:
+        """The calls that were given this very tensor, with its position among the arguments.
 
         Not those inside another such module, unless that is a plain sequence: with images of another size,
         a module may pool its argument before it hands it on.
@@ -62,7 +96,7 @@ class Trace:
             if value is tensor and call.name
         ]
         outer = [call.name + "." for call, _ in given if not isinstance(call.module, nn.Sequential)]
-        return [(call.name, position) for call, position in given if not call.name.startswith(tuple(outer))]
+        return [(self.turn(call), position) for call, position in given if not call.name.startswith(tuple(outer))]
 
     def is_cut(self, tensor: Tensor) -> bool:
         """Whether the logits depend on the images through this tensor alone."""
@@ -105,10 +139,12 @@ def _version(value: Any) -> int | None:
 def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     open_calls: list[Call] = []
     versions: list[list[int | None]] = []
+    begun: Counter[str] = Counter()
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            open_calls.append(Call(name, module, args))
+            open_calls.append(Call(name, module, args, index=begun[name]))
+            begun[name] += 1
             versions.append([_version(value) for value in args])
 
         return hook

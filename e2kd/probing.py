@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from e2kd.bcos.images import channels_of
 from e2kd.modes import as_written, evaluating
 
+REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)  # how models refuse images
 SIZES = (224, 256, 299, 384, 192, 160, 128, 96, 64, 32, 28)  # large first: small images hide late layers
 
 
 def example_images(model: nn.Module) -> Tensor | None:
     """Two images [2, C, H, W] of noise that the model accepts, or None if no usual size fits.
 
-    The size is the one in the model's timm or Hugging Face configuration, else the first usual one that runs.
+    None too for lazy layers that have yet to see images, since noise would settle their sizes for good. The size is the
+    one in the model's timm or Hugging Face configuration, else the first usual one that runs.
 
     >>> example_images(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))).shape
     torch.Size([2, 3, 32, 32])
     """
     where = next(model.parameters(), None)
-    if where is None or where.is_meta:
+    if where is None or where.is_meta or any(map(is_lazy, chain(model.parameters(), model.buffers()))):
         return None
     channels = channels_of(model)
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +41,7 @@ def _runs(model: nn.Module, images: Tensor) -> bool:
     try:
         with torch.no_grad(), evaluating(model), as_written(list(model.modules())):
             model(images)
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):  # how models refuse a size
+    except REFUSALS:
         return False
     return True
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from e2kd.errors import UnsupportedModel, shape, unknown_layer
 from e2kd.layout import Layout, layout_of
-from e2kd.probe import Call, Trace, trace
+from e2kd.probe import Call, Trace, Turn, trace
 
 ALIVE = 0.5  # share of a map's cells that must have a gradient
 EARLY = 0.25  # share of a network's calls that is too little for its features to explain it
@@ -19,25 +19,47 @@ POOL = re.compile(r"Pool(ing)?(2d)?$")
 
 @dataclass(frozen=True)
 class Site:
-    """A tensor inside a model, named by the modules that pass it on.
+    """A tensor inside a model, known by the calls that pass it on.
 
     Attributes:
-        layer: the module people would name, whose output the tensor is.
-        producers: every module that makes this very tensor, outermost first.
-        consumers: modules that are given this very tensor, and as which argument.
-        tensor_of: the outermost of them that returns it bare, or first in a tuple.
+        layer: the module people would name, whose output the tensor is; one that runs once, if there is one.
+        producers: every call that makes this very tensor, outermost first.
+        consumers: calls that are given this very tensor, and as which argument.
+        made_by: the outermost producer that returns it bare, or first in a tuple.
         layout: how to read maps from it.
         is_cut: whether the logits depend on the images through it alone, so that a replay from it is exact.
+        image_size: (H, W) of the images it was found on.
+        grid: (h, w) of its maps there.
         beside: where it is not, the last module with a map through which they also depend on the images.
     """
 
     layer: str
-    producers: tuple[str, ...]
-    consumers: tuple[tuple[str, int], ...]
-    tensor_of: str
+    producers: tuple[Turn, ...]
+    consumers: tuple[tuple[Turn, int], ...]
+    made_by: Turn
     layout: Layout
     is_cut: bool
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
     beside: str | None = None
+
+    def heard_by_name(self) -> str:
+        """The layer, where a hook on it hears this very tensor.
+
+        Raises:
+            UnsupportedModel: for a module that runs several times in one forward.
+        """
+        if Turn(self.layer) not in self.producers:
+            raise UnsupportedModel(
+                f"Expected a module that runs once in a forward, but {self.layer!r}, which makes the last map, runs "
+                "several times. Give each place a module of its own, or name another layer."
+            )
+        return self.layer
+
+    def may_be_one_cell(self, image_size: tuple[int, int]) -> bool:
+        """Whether images of a size (H, W) may be too small for it; paddings are not known."""
+        sizes = zip(image_size, self.image_size, self.grid, strict=True)
+        return all(new * cells < 2 * old for new, old, cells in sizes)
 
 
 def find_site(model: nn.Module, images: Tensor, layer: str | None = None) -> tuple[Site, Trace]:
@@ -133,7 +155,7 @@ def _named(model: nn.Module, found: Trace, layer: str) -> Call:
     calls = [call for call in found.calls if call.name == layer]
     if not calls:
         raise UnsupportedModel(f"Layer {layer!r} did not run in the forward pass. {suggest(model, found)}")
-    call = calls[-1]
+    call = next((c for c in reversed(calls) if layout_in(c, found, model)), calls[-1])
     if call.output is None or layout_in(call, found, model) is None:
         came = "no tensor" if call.output is None else f"a tensor {shape(call.output.shape)}"
         raise UnsupportedModel(
@@ -159,15 +181,18 @@ def _site(model: nn.Module, found: Trace, call: Call) -> Site:
     layout = layout_in(call, found, model)
     assert call.output is not None
     assert layout is not None
+    maps = layout.to_maps(call.output, found.image_size)
     same = [c for c in reversed(found.calls) if c.output is call.output and c.bare and c.name]
-    bare = [c for c in same if c.made] or [call]
+    bare = [found.turn(c) for c in same if c.made] or [found.turn(call)]
     return Site(
-        layer=bare[0].name,
-        producers=tuple(found.producers(call.output)) or (call.name,),
+        layer=next((turn for turn in bare if turn.count == 1), bare[0]).name,
+        producers=tuple(found.producers(call.output)) or (found.turn(call),),
         consumers=tuple(found.consumers(call.output)),
-        tensor_of=bare[0].name,
+        made_by=bare[0],
         layout=layout,
         is_cut=found.is_cut(call.output),
+        image_size=found.image_size,
+        grid=(maps.shape[-2], maps.shape[-1]),
         beside=_beside(model, found, call.output),
     )
 
@@ -177,4 +202,4 @@ def _beside(model: nn.Module, found: Trace, tensor: Tensor) -> str | None:
     if found.is_cut(tensor):
         return None
     maps = [c for c in found.around(tensor) if is_feature(c) and may_be_site(c) and layout_in(c, found, model)]
-    return next((name for c in maps[-1:] if c.output is not None for name in found.producers(c.output)), None)
+    return next((turn.name for c in maps[-1:] if c.output is not None for turn in found.producers(c.output)), None)

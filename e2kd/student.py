@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from e2kd.bcos.images import check_range
 from e2kd.bcos.statistics import Kept, NotKept
 from e2kd.capture import COMPILED, NO_RECORD, Record, Tap
-from e2kd.errors import UnsupportedModel
+from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.heads import Head
 from e2kd.kernels import fused_attention_between
@@ -50,6 +53,15 @@ SHARDED = (
     "criterion is called; torch crashes when it differentiates twice through such a head. Leave what comes after "
     "{place} to the root's fully_shard (which keeps its parameters until backward), or use DistributedDataParallel."
 )
+NO_PICKLE = (
+    "An E2KDLoss listens to its student in this process, so it can't be pickled. Save the student and "
+    "`criterion.step`, and build the criterion anew where they are loaded."
+)
+ONE_CELL = (
+    "The student's maps have one cell (at {place}), which says nothing about where it looks. That layer was found on "
+    "noise of {noise}. Pass some of your images, E2KDLoss(..., example=images), to have an earlier one found, or name "
+    "one: explainer=GradCAM(layer=...)."
+)
 GRAPH_REFUSED = (
     "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "
     "compiled region, two forwards before one loss, or code that can't be followed. And differentiating through "
@@ -70,7 +82,8 @@ class StudentExplainer:
     Args:
         student: being trained.
         explainer: of it.
-        images: to find its layer with; None makes some.
+        images: to find its layer with; None makes noise, and looks again at the first images that are too small for the
+            layer found.
         fraction: of each batch that will be explained.
     """
 
@@ -81,22 +94,52 @@ class StudentExplainer:
         self.failed: dict[bool, set[str]] = {True: set(), False: set()}  # in train and in eval mode
         self.last: str | None = None
         self.checks = 0
-        images = example_images(student) if images is None else images
+        example = example_images(student) if images is None else images
+        self.noise = None if example is None or images is not None else shape(example.shape)  # that stood for images
         weakref.finalize(self, self.tap.remove)
-        if images is None:
-            self.tap.first = weakref.WeakMethod(self.prepare)
-            return
         try:
-            self.prepare(images)
+            if example is not None:
+                self.prepare(example)
         except Exception:
             self.tap.remove()
             raise
+        if images is None:
+            self.tap.first = weakref.ref(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StudentExplainer:
+        made: StudentExplainer = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def __reduce__(self) -> Any:
+        raise TypeError(NO_PICKLE)
+
+    def meet(self, images: Tensor) -> None:
+        """See the first images of the training before the student does: those that noise stood for."""
+        self.tap.first = None
+        few = images[:2].to(dtype_of(self.student))
+        if self.plan is None:
+            self.prepare(few)
+        elif self._outgrows_images((images.shape[-2], images.shape[-1])) and not self._is_sharded():
+            with suppress(UnsupportedModel):  # what can't be explained may still be distilled; `view` will say so
+                self.prepare(few)
+                self.noise = None
+
+    def _outgrows_images(self, image_size: tuple[int, int]) -> bool:
+        """Whether the layer was found on noise and may have one cell for images of a size (H, W)."""
+        site = self._plan().site
+        found = self.noise is not None and self.explainer.layer is None
+        return found and site is not None and site.may_be_one_cell(image_size)
+
+    def _is_sharded(self) -> bool:
+        """By fully_shard, whose modules can't run within their own run."""
+        return any(hasattr(module, "reshard") for module in self.student.modules())
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""
-        with self.tap.silent(), as_written(list(self.student.modules())):
+        with _outside_of_hosts(images.device), self.tap.silent(), as_written(list(self.student.modules())):
             self.plan = plan_for(self.student, self.explainer, images)
-        self.tap.first = None
         self.tap.read(self.plan.site)
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
             self.tap.under_math(self.plan.after)
@@ -127,6 +170,7 @@ class StudentExplainer:
             raise RuntimeError(NO_FEATURES.format(layer=plan.site.layer))
         if plan.dynamic and self._looks(record):
             check_range(record.images, "student")
+        self._check_grid(record, plan)
         failed, error = self.failed[self.student.training], 0.0
         tried: set[str] = set()
         with self.tap.silent():
@@ -148,6 +192,14 @@ class StudentExplainer:
         failed |= tried
         self.last = "graph"
         return view
+
+    def _check_grid(self, record: Record, plan: Plan) -> None:
+        """Raise for maps of one cell where real images may lead to another layer than noise did."""
+        if record.features is None or not self._outgrows_images(_size(record)):
+            return
+        maps = plan.maps(record.features.detach(), _size(record))
+        if maps.shape[2] * maps.shape[3] == 1:
+            raise UnsupportedModel(ONE_CELL.format(place=plan.place, noise=self.noise))
 
     @property
     def way(self) -> str:
@@ -252,6 +304,14 @@ class StudentExplainer:
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
         return autograd_view(record.features, logits, plan, _size(record), create_graph=True)
+
+
+@contextmanager
+def _outside_of_hosts(device: torch.device) -> Iterator[None]:
+    """Without the autocast and the checkpoint that a host may have put around the student's forward."""
+    kept = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)  # checkpoint counts them
+    with torch.autocast(device.type, enabled=False), kept:
+        yield
 
 
 def _size(record: Record) -> tuple[int, int]:

@@ -38,6 +38,18 @@ class MLPHead(nn.Module):
         return self.out(nn.functional.softplus(self.hidden(features.mean((2, 3)))))
 
 
+class SharedActivation(MLPHead):
+    """One activation module after every layer, in the trunk and in the head."""
+
+    def __init__(self, width: int = 6, classes: int = 4, *, seed: int = 0) -> None:
+        super().__init__(width, classes, seed=seed)
+        self.act = nn.Softplus()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.act(self.conv2(self.act(self.conv(images))))
+        return self.out(self.act(self.hidden(features.mean((2, 3)))))
+
+
 class Branching(MLPHead):
     """A head that branches on its values, so that only the trainer's own graph can be differentiated."""
 
@@ -83,7 +95,7 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-NETS = {"closed": cnn, "traced": MLPHead, "graph": Branching, "class_token": TinyViT}
+NETS = {"closed": cnn, "traced": MLPHead, "shared": SharedActivation, "graph": Branching, "class_token": TinyViT}
 
 
 def bcos_cnn(width: int = 6, classes: int = 4, *, seed: int = 0) -> nn.Sequential:
@@ -96,7 +108,9 @@ def bcos_cnn(width: int = 6, classes: int = 4, *, seed: int = 0) -> nn.Sequentia
 BUILD = NETS | {"bcos": bcos_cnn}
 
 # Seeds of student and teacher whose maps for the teacher's top class are alive: these nets are tiny.
-SEEDS = {"closed": (0, 2), "traced": (2, 1), "graph": (2, 1), "class_token": (2, 1), "bcos": (0, 2)}
+SEEDS = {
+    "closed": (0, 2), "traced": (2, 1), "shared": (2, 1), "graph": (2, 1), "class_token": (2, 1), "bcos": (0, 2),
+}  # fmt: skip
 
 
 def pair(net: str) -> tuple[nn.Module, nn.Module]:

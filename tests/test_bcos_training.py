@@ -677,3 +677,14 @@ def test_bad_input_is_refused_with_a_sentence(build: Callable[[], Any], message:
     with pytest.raises(ValueError, match=message):
         build()
     assert current_mode() is None
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_activation_in_place_behind_a_bcos_layer_is_refused(inside: bool) -> None:
+    block = nn.Sequential(BcosConv2d(6, 4, 3), nn.ReLU(inplace=True))
+    layers = [nn.Sequential(block), *block] if inside else [*block]
+    model = nn.Sequential(*layers[: 1 if inside else 2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), bcos.BcosLinear(4, 5))
+    name = "0.0.1" if inside else "1"
+    for refused in (lambda: e2kd.explain(model, encoded().float()), lambda: e2kd.E2KDLoss(model, copy.deepcopy(model))):
+        with pytest.raises(e2kd.UnsupportedModel, match=f"'{name}' changes it in place. Make it with inplace=False"):
+            refused()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
+from nets import pair
 from reference import CLASSES, cnn
 from test_kernels import SIDE, crossvit
 from torch import Tensor, nn
@@ -50,6 +52,47 @@ def test_way_past_the_layer_is_named_and_exists(name: str) -> None:
     assert f"past this layer, for instance through {beside!r}" in note
     assert report.student.layer.endswith(" *")
     assert depends_on(student.eval(), beside, images, held=report.student.layer.removesuffix(" *"))
+
+
+def test_networks_whose_layers_share_an_activation_pass() -> None:
+    report = e2kd.check(*pair("shared"), torch.rand(3, 3, 16, 16).double())
+    assert report.ok, report.problems
+    assert (report.way, report.student.layer, report.student.grid) == ("replay", "act", (4, 4))
+
+
+def test_layer_is_the_one_of_small_images_in_a_training_without_example() -> None:
+    torch.manual_seed(0)
+    student, teacher = (torchvision.models.resnet18(num_classes=CLASSES) for _ in range(2))
+    images = torch.randn(4, 3, 32, 32)
+    report = e2kd.check(student, teacher, images)
+    assert report.ok, report.problems
+    assert (report.student.layer, report.student.grid) == ("layer3", (2, 2))
+    (note,) = (note for note in report.notes if "noise" in note)
+    assert "is layer 'layer4'" in note
+    assert "example=images" in note
+    criterion = e2kd.E2KDLoss(student, teacher)
+    criterion(student(images)).backward()
+    assert criterion.student.place == "layer 'layer3'"
+
+
+class Narrow(nn.Module):
+    """Indexes a dimension that its features may not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        return self.head(features.mean((2, 3)) + features[:, :, 11].mean(2))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_images_that_a_model_indexes_out_of_are_a_problem_and_no_error(role: str) -> None:
+    models = {"student": cnn(), "teacher": cnn()} | {role: Narrow()}
+    report = e2kd.check(models["student"], models["teacher"], torch.randn(4, 3, 64, 64))
+    assert not report.ok
+    assert "out of" in str(report)
 
 
 def test_layer_that_is_the_only_way_has_no_such_note() -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import BUILD, NETS, MLPHead, cnn, pair
+import torchvision
+from nets import BUILD, NETS, MLPHead, SharedActivation, cnn, pair
 from properties import assert_matches_finite_difference
 from torch import Tensor, nn
 
 import e2kd
+from e2kd.sites import find_site
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,12 @@ def slow_gradcam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     assert site is not None
     kept: list[Tensor] = []
     maps = []
-    handle = model.get_submodule(site.tensor_of).register_forward_hook(lambda m, a, out: kept.append(out))
+    handle = model.get_submodule(site.layer).register_forward_hook(lambda m, a, out: kept.append(out))
     for image, label in zip(x, classes, strict=True):
         logit = model(image[None])[0, label]
-        features = kept.pop()
-        if type(model) is MLPHead:  # the activation after the last module is a function, explained after it
-            features = F.softplus(features)
+        features = kept[-1]
+        if type(model) in (MLPHead, SharedActivation):  # the activation is a function or ran again: written out
+            features = F.softplus(model.conv2(F.softplus(model.conv(image[None]))))
             logit = model.out(F.softplus(model.hidden(features.mean((2, 3)))))[0, label]
         (gradient,) = torch.autograd.grad(logit, features)
         if features.ndim == 3:
@@ -121,6 +123,45 @@ def slow_gradcam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
         maps.append(total.clamp_min(0).detach()[None])
     handle.remove()
     return torch.stack(maps)
+
+
+@pytest.mark.parametrize("layer", ["act", "conv2"])
+def test_shared_module_is_explained_where_it_returns_a_map(layer: str) -> None:
+    model, x = SharedActivation(), images()
+    found = e2kd.explain(model, x, explainer=e2kd.GradCAM(layer))
+    convolved = model.conv2(F.softplus(model.conv(x)))
+    active = F.softplus(convolved)
+    logits = model.out(F.softplus(model.hidden(active.mean((2, 3)))))
+    features = {"act": active, "conv2": convolved}[layer]
+    (gradient,) = torch.autograd.grad(logits.gather(1, found.classes[:, None]).sum(), features)
+    torch.testing.assert_close(found.maps, e2kd.GradCAM()(features, gradient).detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_layer_before_an_activation_that_its_block_runs_again(inplace: bool) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = inplace
+    x, kept = images(2, 64), []
+    found = e2kd.explain(model, x, explainer=e2kd.GradCAM("layer4.1.bn1"))
+    handle = model.layer4[1].bn1.register_forward_hook(lambda m, a, out: kept.append(out))
+    logits = model(x)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits.gather(1, found.classes[:, None]).sum(), kept[0])
+    torch.testing.assert_close(found.maps, e2kd.GradCAM()(kept[0], gradient).detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_layer_is_that_of_the_size_whatever_was_explained_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr("e2kd.plans.find_site", lambda *args: found.append(args) or find_site(*args))
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5).double()
+    sizes = [32, 96, 32, 33, 64, 50, 65, 128]
+    grids = [e2kd.explain(model, images(2, size)).maps.shape[-1] for size in sizes]
+    assert grids == [2, 3, 2, 2, 2, 2, 3, 4]  # of layer3 at 32, where layer4 has one cell
+    assert len(found) == 3  # to 32, to 64, to 128
 
 
 def test_gradcam_equals_captum() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import TinyViT, cnn
+from nets import SharedActivation, TinyViT, cnn
 from torch import Tensor, nn
 
 import e2kd
@@ -166,3 +166,12 @@ class TestUntrained:
         """Both see the same images: an FSS far above 0 that no training made."""
         found = layer_features(net(0), untrained(net(0)), images(), None, ["1"])["1"]
         assert scores_of(found.sums)["fss"].value > 3 * scores_of(found.sums)["fss"].chance
+
+
+def test_a_layer_that_runs_several_times_is_named_or_refused() -> None:
+    """Nobody hears the wrong call of an activation that serves every layer."""
+    student, base = (SharedActivation(seed=seed).float() for seed in (0, 1))
+    with pytest.raises(UnsupportedModel, match="'act', which makes the last map, runs several times"):
+        unicam(student, base, images(), LABELS)
+    found = unicam(student, base, images(), LABELS, ["conv2"])
+    assert found.layers.keys() == {"conv2"}

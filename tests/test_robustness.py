@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torchvision
 from reference import (
     CLASSES,
     Branching,
@@ -195,6 +198,136 @@ def test_reentrant_checkpoint_around_target_and_pooling_is_refused() -> None:
     criterion = teach(student, made, explainer=e2kd.GradCAM("top.1"), teacher_explainer=e2kd.GradCAM())
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         criterion(student(made.images), made.targets)
+
+
+class Shared(nn.Module):
+    """An activation that is one module for all layers, or a module of each."""
+
+    def __init__(self, *, shared: bool, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 5, 4), nn.Conv2d(8, 8, 3, 2)
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        acts = [nn.ReLU(inplace) for _ in range(3)]
+        self.acts = nn.ModuleList(acts[:1] * 3 if shared else acts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.acts[1](self.conv2(self.acts[0](self.conv1(images))))
+        return self.fc2(self.acts[2](self.fc1(x.mean((2, 3)))))
+
+
+SHARED_HOSTS: dict[str, Callable[[nn.Module], Any]] = {
+    "eager": lambda student: student,
+    "checkpointed_model": _checkpointed_model,
+    "compiled": lambda student: torch.compile(student, backend="aot_eager", fullgraph=True),
+    "compiled_parts": lambda student: [m.compile(backend="aot_eager") for m in student.children()] and student,
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("host", SHARED_HOSTS)
+def test_activation_that_layers_share_is_captured_at_its_own_call(host: str, inplace: bool) -> None:
+    made = Case(**{**case("cnn").__dict__, "student": Shared(shared=False, inplace=inplace), "layer": "acts.1"})
+    wanted = reference_step(made.copy(), made)
+    student = Shared(shared=True, inplace=inplace)
+    criterion = teach(student, made)
+    model = SHARED_HOSTS[host](student)
+    for _ in range(2):
+        student.zero_grad()
+        loss = criterion(model(made.images), made.targets)
+        loss.backward()
+        assert_exact(student, loss, wanted, tolerance=1e-6)
+        with torch.no_grad():
+            model(made.images)
+    assert criterion.student.way == "replay"
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layer_before_an_activation_that_its_block_runs_again_is_exact(inplace: bool) -> None:
+    torch.manual_seed(1)
+    network = torchvision.models.resnet18(num_classes=CLASSES)
+    for module in network.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = inplace
+    made = Case(**{**case("cnn").__dict__, "student": network, "layer": "layer4.1.bn1"}).to(torch.float64)
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    loss = teach(student, made, explainer=e2kd.GradCAM(made.layer), teacher_explainer=e2kd.GradCAM())(
+        student(made.images), made.targets
+    )
+    loss.backward()
+    assert_exact(student, loss, wanted, tolerance=1e-6)
+
+
+def test_compiled_student_that_was_explained_before_is_exact() -> None:
+    made = Case(**{**case("cnn").__dict__, "student": Shared(shared=False, inplace=False), "layer": "acts.1"})
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    student.compile(backend="aot_eager")
+    e2kd.explain(student, made.images)
+    loss = teach(student, made, example=made.images)(student(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
+
+
+def _thumbnails() -> Case:
+    """Images on which the last stage, found on noise of 224 pixels, has one cell."""
+    torch.manual_seed(1)
+    made = Case(**{**case("cnn").__dict__, "student": torchvision.models.resnet18(num_classes=CLASSES)})
+    return replace(made, layer="layer3", teacher_layer="layer3", images=made.images[..., :32, :32].contiguous()).to(
+        torch.float64
+    )
+
+
+@pytest.mark.parametrize("host", ["eager", "checkpointed_model", "data_parallel"])
+def test_layer_found_on_noise_is_found_again_on_images_too_small_for_it(host: str) -> None:
+    made = _thumbnails()
+    wanted = reference_step(made.copy(), made)
+    student = made.copy()
+    criterion = teach(student, made)
+    model = HOSTS[host](student)
+    loss = criterion(model(made.images), made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted, tolerance=1e-6)
+
+
+def test_layer_found_on_noise_is_refused_by_a_compiled_student_on_images_too_small_for_it() -> None:
+    made = _thumbnails()
+    student = made.copy()
+    criterion = teach(student, made)
+    with pytest.raises(e2kd.UnsupportedModel, match=r"found on noise of \[2, 3, 224, 224\].*example=images"):
+        criterion(torch.compile(student, backend="aot_eager")(made.images), made.targets)
+    student = made.copy()
+    criterion = teach(student, made, example=made.images)
+    loss = criterion(torch.compile(student, backend="aot_eager")(made.images), made.targets)
+    assert float(loss.detach()) == pytest.approx(float(reference_step(made.copy(), made)[0]), rel=1e-6)
+
+
+def test_student_without_a_map_on_its_images_is_distilled_unless_it_is_to_be_explained() -> None:
+    made = case("cnn")
+    student = nn.Sequential(
+        nn.Conv2d(3, 8, 16, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)
+    )
+    images = made.images[..., :16, :16]
+    for weight in (0.0, 1.0):
+        criterion = teach(student, made, weight=weight)
+        outputs = student(images)
+        if weight == 0:
+            assert criterion(outputs, made.targets) > 0
+        else:
+            with pytest.raises(e2kd.UnsupportedModel):
+                criterion(outputs, made.targets)
+
+
+def test_lazy_layers_take_their_sizes_from_images() -> None:
+    made = case("cnn")
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.Conv2d(8, 8, 3, 4), nn.ReLU(), nn.Flatten())
+    student = nn.Sequential(*trunk, nn.LazyLinear(CLASSES))
+    criterion = teach(student, made)
+    assert isinstance(student[-1], nn.LazyLinear)
+    criterion(student(made.images), made.targets).backward()
+    assert student[-1].in_features == trunk(made.images).shape[1]
+    assert criterion.parts["explanation"] > 0
 
 
 def _branching_case() -> Case:
@@ -596,6 +729,20 @@ def test_copy_of_a_hooked_student_gets_its_own_criterion(name: str) -> None:
     loss = other(second(made.images), made.targets)
     loss.backward()
     assert_exact(second, loss, wanted)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_criterion_can_be_copied_but_not_pickled(steps: int) -> None:
+    made = case("cnn")
+    student = made.copy()
+    criterion = teach(student, made)
+    for _ in range(steps):
+        criterion(student(made.images), made.targets)
+    copied = copy.deepcopy(criterion)
+    with torch.no_grad():
+        assert copied(student(made.images), made.targets) > 0
+    with pytest.raises(TypeError, match="build the criterion anew"):
+        pickle.dumps(criterion)
 
 
 @both

@@ -324,6 +324,25 @@ def test_launcher_refuses_what_would_not_be_what_was_asked(mine: list[str], scri
         script_arguments(parser().parse_args(["train.py", *mine]), script)
 
 
+def test_launcher_reads_the_scripts_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "conf.yaml").write_text("kd_model_name: resnet18\n")
+    words = ["-c", str(tmp_path / "conf.yaml")]
+    assert script_arguments(parser().parse_args(["train.py"]), words) == words
+    frozen = parser().parse_args(["train.py", "--frozen-cache", "x"])
+    with pytest.raises(SystemExit, match="leave --kd-model-name"):
+        script_arguments(frozen, words)
+    (tmp_path / "conf.yaml").write_text("mixup: 0.8\ncutmix_minmax: [0.2, 0.8]\nreprob: 0.0\nno_prefetcher: true\n")
+    with pytest.raises(SystemExit, match="leave --mixup, --cutmix-minmax out"):
+        script_arguments(frozen, words)
+    found = script_arguments(
+        frozen, [*words, "--mixup", "0", "--cutmix-minmax", "0"]
+    )  # the command line has the last word
+    assert found[-2:] == ["--kd-model-name", "frozen"]
+    (tmp_path / "conf.yaml").write_text("")
+    with pytest.raises(SystemExit, match="Expected a teacher"):
+        script_arguments(parser().parse_args(["train.py"]), words)
+
+
 def test_launcher_says_when_a_script_distilled_nothing(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("import timm\n")
     with pytest.raises(SystemExit, match="nothing was distilled"):
@@ -451,6 +470,29 @@ def test_lessons_of_a_cache_are_accumulated_to_the_gradient_of_all(tmp_path: Pat
         gradients += keep.found
     assert len(gradients) == 2
     assert error(gradients[1], gradients[0]) < 1e-4
+
+
+def images_alone(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {"pixel_values": torch.stack([image for image, _ in samples])}
+
+
+@pytest.mark.parametrize(("size", "parts"), [(2, 4), (4, 3)])
+def test_batches_without_labels_are_accumulated_to_the_gradient_of_all(size: int, parts: int, tmp_path: Path) -> None:
+    """An epoch's last step may have fewer batches than the others."""
+    made, gradients, losses = case("cnn", batch=8), [], []
+    for each, accumulated in ((8, 1), (size, parts)):
+        settings = {"per_device_train_batch_size": each, "gradient_accumulation_steps": accumulated}
+        criterion = e2kd.E2KDLoss(hf_convnext(), made.teacher)
+        trainer = hf_trainer(made, tmp_path, criterion, max_steps=1, learning_rate=0.0, **settings)
+        trainer.data_collator = images_alone
+        trainer.add_callback(E2KDCallback(trainer))
+        trainer.add_callback(keep := KeepGradients())
+        trainer.train()
+        gradients += keep.found
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(gradients) == len(losses) == 2
+    assert error(gradients[1], gradients[0]) < 1e-4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1, 2, 3]), torch.eye(4, CLASSES)], ids=["indices", "multi_hot"])

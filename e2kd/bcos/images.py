@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,21 @@ def is_bcos(model: nn.Module) -> bool:
     (True, False)
     """
     return any(isinstance(module, (BcosConv2d, BcosLinear)) for module in model.modules())
+
+
+def changed_in_place(model: nn.Module) -> tuple[str, str] | None:
+    """Names of a B-cos layer and of the module behind it in an `nn.Sequential` that changes what it returned in place.
+
+    >>> changed_in_place(nn.Sequential(BcosConv2d(6, 8, 3), nn.ReLU(inplace=True)))
+    ('0', '1')
+    """
+    for parent, sequence in model.named_modules():
+        names = [f"{parent}.{name}".lstrip(".") for name, _ in sequence.named_children()]
+        if isinstance(sequence, nn.Sequential):
+            for (first, second), behind in zip(pairwise(sequence), pairwise(names), strict=True):
+                if isinstance(first, (BcosConv2d, BcosLinear)) and getattr(second, "inplace", False):
+                    return behind
+    return None
 
 
 def encoder_of(model: nn.Module) -> str | None:

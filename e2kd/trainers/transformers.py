@@ -21,6 +21,9 @@ class E2KDCallback(TrainerCallback):
     They are means over the steps since the last log and over all processes, and reach the log history and every
     integration (TensorBoard, W&B ...) through `Trainer.log`.
 
+    Where batches have no labels, the trainer says nothing of the others that are accumulated for a step, nor divides by
+    their number: then the loss is divided here, so that its gradient is that of the mean.
+
     Args:
         trainer: with an `E2KDLoss` as its `compute_loss_func`.
 
@@ -33,6 +36,15 @@ class E2KDCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.averages = Averages(trainer.compute_loss_func)
+        self.averages.criterion.register_forward_hook(self._share, with_kwargs=True)
+
+    def _share(self, criterion: Any, args: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor:
+        """The loss as this batch's share of a step's."""
+        divided = getattr(self.trainer, "loss_is_scaled_for_ga", None) is False
+        if kwargs.get("num_items_in_batch") is not None or divided or not loss.requires_grad:
+            return loss
+        batches = self.trainer.args.gradient_accumulation_steps
+        return loss / getattr(self.trainer, "current_gradient_accumulation_steps", batches)
 
     def on_train_begin(
         self,

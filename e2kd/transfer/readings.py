@@ -119,7 +119,7 @@ def _default(model: nn.Module, images: Tensor) -> str:
     with torch.enable_grad(), evaluating(model), as_written(list(model.modules())):
         site = plan_for(model, GradCAM(), images).site
     assert site is not None
-    return site.tensor_of
+    return site.heard_by_name()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ import timm.data
 import timm.task
 import timm.utils
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from e2kd.explainers import NAMED, explainer_named
 from e2kd.trainers.timm.logs import Logs
@@ -114,6 +115,7 @@ def script_arguments(args: argparse.Namespace, rest: list[str]) -> list[str]:
     told.add_argument("--no-prefetcher", action="store_true")
     for name in AFTER_READING:
         told.add_argument(name, nargs="+", type=float, default=[0.0])
+    told.set_defaults(**configured(rest))
     found, _ = told.parse_known_args(rest)
     if found.kd_distill_type != "logit":
         raise SystemExit(OTHER_TASK.format(kind=found.kd_distill_type))
@@ -123,12 +125,21 @@ def script_arguments(args: argparse.Namespace, rest: list[str]) -> list[str]:
         return rest
     if found.kd_model_name or args.teacher_checkpoint:
         raise SystemExit(TWO_TEACHERS)
-    mixing = [name for name in AFTER_READING if any(getattr(found, name[2:].replace("-", "_")))]
+    values = {name: getattr(found, name[2:].replace("-", "_")) for name in AFTER_READING}
+    mixing = [name for name, value in values.items() if (any(value) if isinstance(value, list) else value)]
     if mixing:
         raise SystemExit(MIXED.format(names=", ".join(mixing)))
     if not (found.no_prefetcher or prefetches_lessons()):
         raise SystemExit(NO_PREFETCHER.format(version=timm.__version__))
     return [*rest, "--kd-model-name", "frozen"]
+
+
+def configured(rest: list[str]) -> dict[str, Any]:
+    """What a script of timm's takes for its defaults: the values of the YAML file that `--config` names."""
+    told = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    told.add_argument("-c", "--config", default="")
+    file = told.parse_known_args(rest)[0].config
+    return (yaml.safe_load(Path(file).read_text()) or {}) if file else {}
 
 
 def prefetches_lessons() -> bool:

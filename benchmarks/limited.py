@@ -36,6 +36,7 @@ from benchmarks.limited_training import (
     ARMS,
     EXPLAINED,
     RIVALS,
+    UNTAUGHT,
     Data,
     Settings,
     measures,
@@ -79,7 +80,7 @@ def load(family: Family, settings: Settings, work: Path, unrelated: bool) -> Dat
 
 def choices(arm: str, temperatures: Sequence[float], weights: Sequence[float]) -> list[Case]:
     """Every setting that an arm may have; what it does not have is None."""
-    taus = (None,) if arm == "cross_entropy" else temperatures
+    taus = (None,) if arm in UNTAUGHT else temperatures
     lambdas = weights if arm in EXPLAINED else MULTIPLES if arm in RIVALS else (None,)
     return [Case("test", arm, 0, *pair) for pair in itertools.product(taus, lambdas)]
 

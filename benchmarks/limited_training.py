@@ -38,6 +38,7 @@ ARMS = (
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
+UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd", *SPARING, *STRETCHES)
 

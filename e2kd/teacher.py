@@ -137,7 +137,7 @@ class Teacher:
         images, given = images.detach().to(dtype_of(self.model)), self.given
         if images.shape[1] == 2 * self.channels:  # a student that is a B-cos network was given them encoded
             images, given = decoded(images), ((0.0,) * self.channels, (1.0,) * self.channels)
-        _check_normalization(given, self.wanted, self.settings[0])
+        self._check_normalization(given)
         images = _rescaled(images, given, self.wanted)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
@@ -145,6 +145,22 @@ class Teacher:
             self._check(images)
             images = encoded(images, self.channels)
         return images
+
+    def _check_normalization(self, given: Normalization | None) -> None:
+        """Raise a ValueError where one normalisation was said and the other is not known: nothing would be done."""
+        wanted, said, _ = self.settings
+        if said is not None and self.wanted is None:
+            raise ValueError(
+                "Expected to know what normalisation the teacher expects, since input_normalization= was given, but it "
+                "has no timm configuration. Pass teacher_normalization=(mean, std) too, or leave both out if the "
+                "teacher expects the images as they are."
+            )
+        if wanted is not None and given is None:
+            raise ValueError(
+                "Expected input_normalization=(mean, std) of your images beside teacher_normalization=, but got none. "
+                "Pass ((0.0,), (1.0,)) for images in [0, 1], or leave both out if the teacher expects the images as "
+                "they are."
+            )
 
     def _check(self, images: Tensor) -> None:
         """Images in [0, 1]; after the first batches on the CPU alone, where looking does not wait."""
@@ -218,21 +234,6 @@ def expected_normalization(model: nn.Module, given: Normalization | None) -> Nor
     if mean is None or std is None or len(mean) != channels_of(model):  # timm changes in_chans, not the configuration
         return None
     return mean, std
-
-
-def _check_normalization(given: Normalization | None, wanted: Normalization | None, said: Normalization | None) -> None:
-    """Raise a ValueError where one normalisation is said and the other is not known, so that nothing would be done."""
-    if given is not None and wanted is None:
-        raise ValueError(
-            "Expected to know what normalisation the teacher expects, since input_normalization= was given, but it has "
-            "no timm configuration. Pass teacher_normalization=(mean, std) too, or leave both out if the teacher "
-            "expects the images as they are."
-        )
-    if said is not None and given is None:
-        raise ValueError(
-            "Expected input_normalization=(mean, std) of your images beside teacher_normalization=, but got none. Pass "
-            "((0.0,), (1.0,)) for images in [0, 1], or leave both out if the teacher expects the images as they are."
-        )
 
 
 def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization | None) -> Tensor:

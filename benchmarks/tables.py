@@ -9,7 +9,19 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks import bcos, families, frozen, hosts, limited, peers, shift_curves, sparing, step, transfer_studies
+from benchmarks import (
+    bcos,
+    families,
+    frozen,
+    hosts,
+    limited,
+    peers,
+    right_reasons,
+    shift_curves,
+    sparing,
+    step,
+    transfer_studies,
+)
 from benchmarks.common import RESULTS, ROOT, markdown_table
 from e2kd.demo import report
 
@@ -93,6 +105,11 @@ def sizes() -> str:
     return frozen.bytes_table(frozen.measure_bytes())
 
 
+def misleading() -> str:
+    """Students of misleading photos."""
+    return right_reasons.section(right_reasons.all_results())
+
+
 def limited_data() -> str:
     """CIFAR-10 with few images: accuracy and agreement of every family and number of images that was run."""
     return "\n\n".join(_limited(found) for found in limited.all_results())
@@ -173,8 +190,9 @@ TABLES = {
     "demo": demo, "cost": cost, "coverage": coverage, "sizes": sizes, "hosts": trainers, "bcos": bcos_cost,
     "transfer": transfer_cost, "frozen": frozen_cost, "limited": limited_data, "peers": peers.table,
     "studies": studies, "sparing": explained_in_part, "shifts": shifts,
+    "misleading": misleading,
 }  # fmt: skip
-EVIDENCE = ("limited", "sparing", "shifts", "studies", "peers")
+EVIDENCE = ("limited", "misleading", "sparing", "shifts", "studies", "peers")
 PAGES = {README: [name for name in TABLES if name not in EVIDENCE], ROOT / "benchmarks" / "README.md": EVIDENCE}
 
 

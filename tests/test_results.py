@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hosts, limited, shift_curves, sparing, tables, transfer_studies
-from benchmarks.paired import differences
+from benchmarks import hosts, limited, right_reasons, shift_curves, sparing, tables, transfer_studies
+from benchmarks.paired import differences, values
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results"
 RESULTS = sorted(path for path in FOLDER.glob("*.json") if path.stem != "demo_tuning")  # a record, not a result
@@ -157,3 +157,17 @@ def test_a_vit_taught_by_a_cnn_moves_its_explanations_with_the_image(name: str) 
         off = {arm: abs(value - mean["teacher"]) for arm, value in mean.items()}
         assert mean["KD"] < min(mean["e²KD"], mean["frozen e²KD"])
         assert max(off["e²KD"], off["frozen e²KD"]) < off["KD"]
+
+
+def test_students_of_misleading_photos_look_right_and_some_are_right() -> None:
+    """All have the teacher's EPG within 5 points; which of them gain by it is what the page says."""
+    found = {result["student"]: result for result in right_reasons.all_results()}
+    for result in found.values():
+        assert abs(statistics.mean(values(result["rows"], "e2kd", "epg").values()) - result["teacher"]["epg"]) < 0.05
+    gains = {
+        name: differences(result["rows"], "e2kd", "kd", ["ood_accuracy"])["ood_accuracy"]
+        for name, result in found.items()
+    }
+    assert {name for name, gain in gains.items() if gain["interval"][0] > 0} == {"resnet", "efficientnet"}
+    assert all(gains[name]["mean"] > 0.1 for name in ("resnet", "efficientnet"))
+    assert gains["vit"]["interval"][1] < 0

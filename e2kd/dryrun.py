@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import NoEffectWarning
+from e2kd.errors import REFUSALS, NoEffectWarning
 from e2kd.explainers import Explainer
 from e2kd.inspection import explain
 from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_statistics, rng_state, set_rng_state, unwrap
 from e2kd.plans import Plan, plan_for
-from e2kd.probing import REFUSALS
 from e2kd.similarity import is_zero
 from e2kd.teacher import Teacher
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)  # how models refuse images
+
 
 class NoEffectWarning(UserWarning):
     """A part of the loss has no effect on training, although nothing crashed."""
@@ -56,7 +58,7 @@ def taking_images(who: str, model: object, images: Iterable[int], advice: str) -
         yield
     except (UnsupportedModel, torch.OutOfMemoryError):  # trainers look for the latter to make batches smaller
         raise
-    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+    except REFUSALS as error:
         raise ValueError(
             f"The {who} {type(model).__name__} can't take images {shape(images)}: {error}. {advice}"
         ) from error

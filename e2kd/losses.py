@@ -29,7 +29,7 @@ from e2kd.modes import unwrap
 from e2kd.outputs import logits_of
 from e2kd.similarity import cosine, pooled
 from e2kd.student import StudentExplainer
-from e2kd.tasks import items, reported, task_loss
+from e2kd.tasks import items, remove_hooks, reported, task_loss
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher, shared
 
@@ -205,8 +205,7 @@ class E2KDLoss(nn.Module):
     def remove(self) -> None:
         """Take every hook off the student, those of an e2kd criterion inside too. Neither can teach afterwards."""
         self.student.tap.remove()
-        if getattr(self.criterion, "takes_lessons", False):
-            self.criterion.remove()  # type: ignore[union-attr]
+        remove_hooks(self.criterion)
 
     def forward(
         self,

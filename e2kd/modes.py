@@ -39,6 +39,15 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements")
 
 
+def is_group(module: nn.Module) -> bool:
+    """Whether fully_shard shards a module's parameters in a group of their own.
+
+    >>> is_group(nn.Linear(2, 2))
+    False
+    """
+    return hasattr(module, "reshard")
+
+
 def device_of(module: nn.Module, other: torch.device) -> torch.device:
     """Where a module's parameters are; `other` if it has none."""
     return next((p.device for p in module.parameters()), other)

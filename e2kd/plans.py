@@ -52,31 +52,43 @@ class Plan:
         return f"layer {self.site.layer!r}" if self.site else "the images"
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str | None, int, int], Plan]] = weakref.WeakKeyDictionary()
+Key = tuple[object, int, object]
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[Key, Plan]] = weakref.WeakKeyDictionary()
 
 
 def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
-    """The plan for a model, found by running it on two of the images.
-
-    Once as long as its modules are the same, and once for the sizes between two powers of two: networks halve their
-    maps, so there the same layers hold more than one cell.
+    """The plan for a model, found by running it on two of the images, once for each key.
 
     Raises:
         UnsupportedModel: when the model can't be explained there.
     """
-    if reads_images(explainer):
-        dynamic, after = fixes_weights(explainer), tuple(name for name, _ in model.named_modules())
-        if dynamic:
-            _check_bcos(model, explainer)
-        encoder = encoder_of(model) if dynamic else None
-        return Plan(None, WholeModel(model), None, after, dynamic=dynamic, encoder=encoder)
-    known = _plans.setdefault(model, {})
-    key = (explainer.layer, hash(tuple(map(id, model.modules()))), (max(images.shape[-2:]) - 1).bit_length())
+    known, key = _plans.setdefault(model, {}), _key(model, explainer, images)
     if key not in known:
         for outdated in [k for k in known if k[1] != key[1]]:
             del known[outdated]
-        known[key] = _make_plan(model, explainer.layer, images)
+        made = _of_images(model, explainer) if reads_images(explainer) else _make_plan(model, explainer.layer, images)
+        known[key] = made
     return known[key]
+
+
+def _key(model: nn.Module, explainer: Explainer, images: Tensor) -> Key:
+    """What a plan depends on: the layer, the model's modules, and the powers of two between which the images' size is.
+
+    Networks halve their maps, so between two powers the same layers hold more than one cell. Explainers of the images
+    read no layer, whatever the size; there it is the kind of gradient and the type that it is computed in.
+    """
+    modules = hash(tuple(map(id, model.modules())))
+    if reads_images(explainer):
+        return fixes_weights(explainer), modules, dtype_of(model)
+    return explainer.layer, modules, (max(images.shape[-2:]) - 1).bit_length()
+
+
+def _of_images(model: nn.Module, explainer: Explainer) -> Plan:
+    dynamic, after = fixes_weights(explainer), tuple(name for name, _ in model.named_modules())
+    if dynamic:
+        _check_bcos(model, explainer)
+    encoder = encoder_of(model) if dynamic else None
+    return Plan(None, WholeModel(model), None, after, dynamic=dynamic, encoder=encoder)
 
 
 def _check_bcos(model: nn.Module, explainer: Explainer) -> None:

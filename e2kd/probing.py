@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from e2kd.bcos.images import channels_of
+from e2kd.errors import REFUSALS
 from e2kd.modes import as_written, evaluating
 
-REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)  # how models refuse images
 SIZES = (224, 256, 299, 384, 192, 160, 128, 96, 64, 32, 28)  # large first: small images hide late layers
 
 

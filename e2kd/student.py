@@ -20,7 +20,7 @@ from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.heads import Head
 from e2kd.kernels import fused_attention_between
-from e2kd.modes import as_written, dtype_of, is_sharded, replaying
+from e2kd.modes import as_written, dtype_of, is_group, is_sharded, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.passes import PassKeeper, alone_in_batch
 from e2kd.plans import Plan, plan_for
@@ -134,7 +134,7 @@ class StudentExplainer:
 
     def _is_sharded(self) -> bool:
         """By fully_shard, whose modules can't run within their own run."""
-        return any(hasattr(module, "reshard") for module in self.student.modules())
+        return any(map(is_group, self.student.modules()))
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""
@@ -280,7 +280,7 @@ class StudentExplainer:
             return any(map(is_sharded, self.student.get_submodule(plan.linear).parameters()))
         head = [self.student.get_submodule(name) for name in plan.after]
         after = (p for module in head for p in module.parameters(recurse=False))
-        groups = any(hasattr(module, "reshard") for module in head if module is not self.student)
+        groups = any(is_group(module) for module in head if module is not self.student)
         if groups or any(map(is_sharded, after)):
             raise UnsupportedModel(SHARDED.format(place=plan.place))
         return False

@@ -23,12 +23,23 @@ IGNORED = -100  # a label that counts for nothing, as in torch's and Hugging Fac
 def task_loss(criterion: Callable[..., Tensor] | None, outputs: Any, targets: Any, labels: Any) -> Tensor:
     """The wrapped criterion's loss, or what stands in for it.
 
-    A criterion of e2kd inside of another (its `takes_lessons`) is given the targets as they came, any other the labels.
+    A criterion of e2kd inside of another is given the targets as they came, any other the labels.
     """
     logits = logits_of(outputs)
     if criterion is None:
         return default_task(logits, labels)
-    return criterion(task_input(outputs, logits), targets if getattr(criterion, "takes_lessons", False) else labels)
+    return criterion(task_input(outputs, logits), targets if takes_lessons(criterion) else labels)
+
+
+def takes_lessons(criterion: object) -> bool:
+    """Whether a criterion is one of e2kd, by the attribute of this name."""
+    return bool(getattr(criterion, "takes_lessons", False))
+
+
+def remove_hooks(criterion: Any) -> None:
+    """Take the hooks of a criterion inside of another off the student; only those of e2kd have any."""
+    if takes_lessons(criterion):
+        criterion.remove()
 
 
 def items(logits: Tensor, labels: Any) -> Tensor | int:
@@ -46,7 +57,7 @@ def reported(criterion: object, parts: dict[str, Tensor], loss: Tensor) -> dict[
 
     The loss is copied, since trainers divide it in place when they accumulate.
     """
-    inner = getattr(criterion, "parts", {}) if getattr(criterion, "takes_lessons", False) else {}
+    inner = getattr(criterion, "parts", {}) if takes_lessons(criterion) else {}
     return {**inner, **{name: value.detach() for name, value in parts.items()}, "loss": loss.detach().clone()}
 
 

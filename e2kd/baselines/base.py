@@ -21,7 +21,7 @@ from e2kd.modes import device_of, dtype_of, unwrap
 from e2kd.outputs import logits_of
 from e2kd.probing import example_images
 from e2kd.similarity import at_least_float32
-from e2kd.tasks import items, reported, task_loss
+from e2kd.tasks import items, remove_hooks, reported, task_loss
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher, shared
 
@@ -196,8 +196,7 @@ class Baseline(nn.Module, ABC):
         self.tap.remove()
         if isinstance(self.teacher, Teacher):
             self.teacher.ears = [ear for ear in self.teacher.ears if ear is not self.ear]
-        if getattr(self.criterion, "takes_lessons", False):
-            self.criterion.remove()  # type: ignore[union-attr]
+        remove_hooks(self.criterion)
 
     def forward(
         self, outputs: Any, targets: Any = None, *, num_items_in_batch: Tensor | int | None = None, **_: Any

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from e2kd.frozen.files import publish
 from e2kd.frozen.fingerprints import digest
 from e2kd.frozen.manifest import MANIFEST
 from e2kd.frozen.progress import progress_bar
@@ -46,13 +45,13 @@ def brought_here(path: str | Path, to: str | Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_of(folder, manifest):
         _remove_cache(folder)
-        _put(folder / BEGUN, partial(_write, manifest))
+        publish(folder / BEGUN, manifest)
     todo = {name: size for name, size in sizes.items() if name != MANIFEST and not _is_there(folder / name, size)}
     with progress_bar("downloading", sum(s or 0 for s in todo.values()), shown=bool(todo), unit="bytes") as advance:
         for name, size in todo.items():
-            _put(folder / name, partial(files.get_file, f"{root}/{name}"))
+            _put(folder / name, files, f"{root}/{name}")
             advance(size or 0)
-    _put(folder / MANIFEST, partial(_write, manifest))  # last: a download that was cut off has none
+    publish(folder / MANIFEST, manifest)  # last: a download that was cut off has none
     (folder / BEGUN).unlink(missing_ok=True)
     return folder
 
@@ -84,15 +83,11 @@ def _is_there(path: Path, size: int | None) -> bool:
     return path.exists() and size in (None, path.stat().st_size)
 
 
-def _write(data: bytes, path: str) -> None:
-    Path(path).write_bytes(data)
-
-
-def _put(path: Path, fill: Callable[[str], None]) -> None:
+def _put(path: Path, files: Any, source: str) -> None:
     """A file that has its name when it is whole."""
     part = path.with_name(f"{path.name}.download.{secrets.token_hex(4)}")
     try:
-        fill(str(part))
+        files.get_file(source, str(part))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

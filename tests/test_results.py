@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import hosts, limited, right_reasons, shift_curves, sparing, tables, transfer_studies
+from benchmarks import beside, hosts, limited, peers, right_reasons, shift_curves, sparing, tables, transfer_studies
 from benchmarks.paired import differences, values
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -79,6 +80,25 @@ def test_seeing_the_transfer_costs_little() -> None:
     assert memory <= 0.25
     assert road >= 5
     assert share <= 0.02
+
+
+def test_the_speed_page_compares_with_every_peer() -> None:
+    """A KD step is timm's, and explanations and correlations no slower than elsewhere, and equal."""
+    found = {(row.what, row.to): row.ratio for row in peers.ratios()}
+    peer = {to: ratio for (_, to), ratio in found.items()}
+    assert {"timm.task's KD step", "grad-cam's", "Captum's", "dcor's", "the papers' code"} <= peer.keys()
+    assert found["e²KD step, ResNet-34 -> ResNet-18", "timm.task's KD step"] <= 1.1
+    assert max(peer["grad-cam's"], peer["Captum's"], peer["dcor's"], peer["the papers' code"]) < 1
+    compared = [row for row in tables.results("beside_cpu")["rows"] if row["apart"] is not None]
+    assert len(compared) == 5
+    assert all(row["apart"] <= beside.SAME for row in compared)
+
+
+def test_work_with_another_result_is_not_compared() -> None:
+    pair = beside.Pair("a sum", "another", lambda: torch.ones(()), lambda: torch.full((), 2.0))
+    with pytest.raises(ValueError, match=r"a sum: expected the same result, but they are 5\.0e-01 apart"):
+        beside.compared(pair, rounds=2, warmup=0)
+    assert beside.compared(pair._replace(same=False), rounds=2, warmup=0)["apart"] is None
 
 
 @pytest.mark.parametrize("data", ["cifar10", "catsdogs"])

@@ -118,22 +118,21 @@ class Tap:
         sure = [turn for turn in turns if turn.count == 1] or turns
         for turn in reversed(site.producers):
             if turn in sure:
-                self._capture(turn, self._produced)
+                self._capture(self.site_handles, turn, self._produced)
         for turn, position in site.consumers:
             if turn in sure:
-                self._capture(turn, _Consumed(self, position), pre=True)
-
-    def _capture(self, turn: Turn, action: Any, *, pre: bool = False) -> None:
-        """Hook one call of a module."""
-        if turn.count > 1:
-            action = _InTurn(self, f"{turn.name} {len(self.site_handles)}", turn.index, action)
-        self._add(self.site_handles, self.student.get_submodule(turn.name), action, pre=pre)
+                self._capture(self.site_handles, turn, _Consumed(self, position), pre=True)
 
     def listen(self, places: Iterable[Place]) -> None:
         """Hear these places in every recorded forward, besides the site."""
         for place in places:
-            module = self.student.get_submodule(place.module)
-            self._add(self.handles, module, _Passed(self, place), pre=place.before)
+            self._capture(self.handles, place.turn, _Passed(self, place), pre=place.before)
+
+    def _capture(self, handles: list[Any], turn: Turn, action: Any, *, pre: bool = False) -> None:
+        """Hook one call of a module."""
+        if turn.count > 1:
+            action = _InTurn(self, turn, action)
+        self._add(handles, self.student.get_submodule(turn.name), action, pre=pre)
 
     def under_math(self, names: tuple[str, ...]) -> None:
         """Run these modules under the math kernel of attention, so that they can be differentiated twice."""
@@ -332,15 +331,16 @@ def _autocast_type(device: torch.device) -> torch.dtype | None:
 class _InTurn:
     """A hook's action: another's, in one of the calls that a module has within a recorded forward."""
 
-    def __init__(self, tap: Tap, key: str, index: int, action: Any) -> None:
-        self.tap, self.key, self.index, self.action = tap, key, index, action
+    def __init__(self, tap: Tap, turn: Turn, action: Any) -> None:
+        self.tap, self.turn, self.action = tap, turn, action
+        self.key = f"{turn.name} {id(self)}"
 
     def __call__(self, *args: Any) -> None:
         if not self.tap.recording:
             return
-        before = self.tap.calls.get(self.key, 0)
-        self.tap.calls[self.key] = before + 1
-        if before == self.index:
+        number = self.tap.calls.get(self.key, 0)
+        self.tap.calls[self.key] = number + 1
+        if self.turn.is_call(number):
             self.action(*args)
 
 

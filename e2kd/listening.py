@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,26 +11,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from e2kd.outputs import first_tensor
+from e2kd.probe import Turn
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor inside a model: what a module returns, or what it is given.
+    """A tensor inside a model: what a module returns in one of its calls, or what it is given.
 
     Attributes:
-        module: the module's name.
-        before: whether it is the module's first argument, and not its output.
+        turn: the call.
+        before: whether it is the call's first argument, and not its output.
         copied: whether it has to be copied when it passes, since what comes after works in place.
     """
 
-    module: str
+    turn: Turn
     before: bool = False
     copied: bool = False
 
     @property
+    def module(self) -> str:
+        """The module's name."""
+        return self.turn.name
+
+    @property
     def key(self) -> str:
         """A name for the place, for dictionaries."""
-        return f"{'before ' * self.before}{self.module}"
+        return f"{'before ' * self.before}{self.module}{f' {self.turn.index}' if self.turn.count > 1 else ''}"
 
     def tensor(self, value: Any) -> Tensor | None:
         """The tensor in what the module was given or returned, copied if need be; None if there is none."""
@@ -41,22 +48,23 @@ class Place:
 def hearing(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[str, Tensor]]:
     """Collects what passes at places in every forward of a whole model, by their keys and without a graph.
 
-    Parts of the model that are run on their own are not listened to. A module that runs several times counts with
-    its last.
+    Parts of the model that are run on their own are not listened to.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(inplace=True))
-    >>> with hearing(model, [Place("1", copied=True), Place("1", before=True)]) as heard:
+    >>> with hearing(model, [Place(Turn("1"), copied=True), Place(Turn("1"), before=True)]) as heard:
     ...     _ = model(torch.ones(2, 1, 2, 2))
     >>> {key: tuple(value.shape) for key, value in heard.items()}
     {'before 1': (2, 4), '1': (2, 3)}
     """
     heard: dict[str, Tensor] = {}
+    calls: Counter[Place] = Counter()
     running = False
 
     def begin(module: nn.Module, args: Any) -> None:
         nonlocal running
         running = True
+        calls.clear()
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal running
@@ -64,8 +72,11 @@ def hearing(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[str, Ten
 
     def listener(place: Place) -> Any:
         def hook(module: nn.Module, args: Any, output: Any = None) -> None:
-            tensor = place.tensor(args if place.before else output) if running else None
-            if tensor is not None:
+            if not running:
+                return
+            calls[place] += 1
+            tensor = place.tensor(args if place.before else output)
+            if tensor is not None and place.turn.is_call(calls[place] - 1):
                 heard[place.key] = tensor.detach()
 
         return hook

@@ -30,6 +30,10 @@ class Turn:
     index: int = 0
     count: int = 1
 
+    def is_call(self, number: int) -> bool:
+        """Whether a module's call of this number, from 0, is the one."""
+        return self.count == 1 or number == self.index
+
 
 @dataclass
 class Call:
@@ -43,6 +47,17 @@ class Call:
     gradient: Tensor | None = None  # of the top logits with respect to `output`
     made: bool = True  # new or changed in place, not an argument handed on (Identity, Dropout in eval mode)
     index: int = 0  # which of the module's calls
+    versions: tuple[list[int | None], int | None] = ([], None)  # of inputs and output, as they passed
+
+    @property
+    def output_changes(self) -> bool:
+        """Whether what comes after the call changes its output in place."""
+        return _version(self.output) != self.versions[1]
+
+    @property
+    def input_changes(self) -> bool:
+        """Whether the call, or what comes after it, changes its first argument in place."""
+        return bool(self.inputs) and _version(self.inputs[0]) != self.versions[0][0]
 
 
 @dataclass
@@ -62,9 +77,13 @@ class Trace:
         """What the named module returned in its last call."""
         return next(c.output for c in reversed(self.calls) if c.name == name and c.output is not None)
 
+    def call_at(self, turn: Turn) -> Call:
+        """One of a module's calls."""
+        return self.calls[self._number(turn)]
+
     def output_at(self, turn: Turn) -> Tensor:
         """What a module returned in one of its calls."""
-        output = self.calls[self._number(turn)].output
+        output = self.call_at(turn).output
         assert output is not None
         return output
 
@@ -138,14 +157,13 @@ def _version(value: Any) -> int | None:
 @contextmanager
 def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     open_calls: list[Call] = []
-    versions: list[list[int | None]] = []
     begun: Counter[str] = Counter()
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            open_calls.append(Call(name, module, args, index=begun[name]))
+            given = [_version(value) for value in args]
+            open_calls.append(Call(name, module, args, index=begun[name], versions=(given, None)))
             begun[name] += 1
-            versions.append([_version(value) for value in args])
 
         return hook
 
@@ -153,9 +171,9 @@ def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         call = open_calls.pop()
         call.output = first_tensor(output)
         call.bare = output is call.output or (isinstance(output, (tuple, list)) and output[0] is call.output)
-        call.made = all(
-            v is not call.output or _version(v) != n for v, n in zip(call.inputs, versions.pop(), strict=True)
-        )
+        given, _ = call.versions
+        call.made = all(v is not call.output or _version(v) != n for v, n in zip(call.inputs, given, strict=True))
+        call.versions = given, _version(call.output)
         calls.append(call)
 
     handles: list[Any] = []

@@ -90,12 +90,16 @@ class OneReLU(nn.Module):
         self.act, self.fc = nn.ReLU(inplace), nn.Linear(4 * width, 4)
         self.double()
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """What each stage ends with, by functions alone."""
+    def before_relu(self, images: Tensor) -> list[Tensor]:
+        """What the ReLU is given at the end of each stage, by functions alone."""
         found = [images]
         for conv in (self.conv1, self.conv2, self.conv3):
-            found.append(F.conv2d(found[-1], conv.weight, conv.bias, 2, 1).relu())
+            found.append(F.conv2d(found[-1].relu(), conv.weight, conv.bias, 2, 1))
         return found[1:]
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each stage ends with."""
+        return [given.relu() for given in self.before_relu(images)]
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.act(self.conv1(images))
@@ -542,8 +546,8 @@ def test_stages_that_end_in_one_module_for_all_are_told_apart(name: str, inplace
     for found, expected in zip(seen[0].student[:3], student.features(x)[stages], strict=True):
         torch.testing.assert_close(found, expected)
     theirs = teacher.features(x)[stages]
-    if name == "ReviewKD":  # before the ReLU where that can be told
-        theirs[2] = teacher.conv3(theirs[1])
+    if name == "ReviewKD":  # before the ReLU
+        theirs = teacher.before_relu(x)
     for found, expected in zip(seen[0].teacher[:3], theirs, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -551,12 +555,30 @@ def test_stages_that_end_in_one_module_for_all_are_told_apart(name: str, inplace
 def test_at_of_one_module_for_all_is_the_papers(x: Tensor) -> None:
     student, teacher = OneReLU(3, seed=0), OneReLU(4, seed=1)
     criterion = build("AT", student, teacher, x)
-    assert [(s.place.module, s.place.before) for s in criterion.student_stages] == [
-        ("conv2", True), ("conv3", True), ("act", False)
-    ]  # fmt: skip
+    assert [s.place.key for s in criterion.student_stages] == ["act 0", "act 1", "act 2"]
     with torch.no_grad():
         theirs = teacher.features(x)
     check(criterion, student, x, slow.at(student.features(x), theirs))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_overhaul_of_one_module_for_all_is_the_papers(inplace: bool, x: Tensor) -> None:
+    student, teacher = OneReLU(3, seed=0, inplace=inplace), OneReLU(4, seed=1, inplace=inplace)
+    criterion = build("Overhaul", student, teacher, x)
+    with torch.no_grad():
+        theirs = teacher.before_relu(x)
+    check(criterion, student, x, slow.overhaul(criterion.connectors, student.before_relu(x), theirs))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_catkd_of_one_module_for_all_is_the_papers(compiled: bool, x: Tensor) -> None:
+    student, teacher = OneReLU(3, seed=0), OneReLU(4, seed=1)
+    criterion = build("CATKD", student, teacher, x)
+    with torch.no_grad():
+        theirs = teacher.features(x)[-1]
+    expected = slow.cat(student.features(x)[-1], theirs, (student.fc.weight, teacher.fc.weight.detach()), 2, False)
+    run = torch.compile(student, backend="eager") if compiled else student
+    torch.testing.assert_close(criterion(run(x), TARGETS) / criterion.weight, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_what_dropout_changes_in_training_is_not_taken_for_its_input(x: Tensor) -> None:
@@ -570,16 +592,20 @@ def test_what_dropout_changes_in_training_is_not_taken_for_its_input(x: Tensor) 
 
     student = Dropping(3, seed=0)
     student.drop = nn.Dropout(0.5)
-    places = [(s.place.module, s.place.before) for s in build("AT", student, student, x).student_stages]
-    assert places == [("conv2", False), ("act", False)]  # neither act's first calls nor what enters the next layer
+    assert [s.place.key for s in build("AT", student, student, x).student_stages] == ["act 1", "act 2"]
 
 
-def test_calls_of_one_module_that_cannot_be_told_apart_are_refused(x: Tensor) -> None:
+def test_a_module_for_all_layers_is_named_once_for_each(x: Tensor) -> None:
+    """Its last calls are meant."""
     student, teacher = OneReLU(3, seed=0), OneReLU(4, seed=1)
-    with pytest.raises(e2kd.UnsupportedModel, match="'act' was named more than once, and it runs several times"):
-        build("AT", student, teacher, x, layers=["act", "act"])
-    with pytest.raises(e2kd.UnsupportedModel, match="before 'act' are wanted, but it runs several times"):
-        build("Overhaul", student, teacher, x)
+    criterion = build("AT", student, teacher, x, layers=["act", "act"])
+    assert [s.place.key for s in criterion.student_stages] == ["act 1", "act 2"]
+    assert [s.place.key for s in build("AT", student, teacher, x, layers=["act"]).student_stages] == ["act 2"]
+    with torch.no_grad():
+        theirs = teacher.features(x)[1:]
+    check(criterion, student, x, slow.at(student.features(x)[1:], theirs))
+    with pytest.raises(e2kd.UnsupportedModel, match=r"'act' at most 3 times, .* but it was named 4 times"):
+        build("AT", student, teacher, x, layers=["act"] * 4)
 
 
 def test_two_layers_of_the_student_may_learn_from_one(x: Tensor) -> None:

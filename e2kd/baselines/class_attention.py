@@ -110,4 +110,4 @@ def _pooled_plan(layers: Layers) -> Plan:
 
 def _stage(layers: Layers, plan: Plan) -> Stage:
     assert plan.site is not None
-    return layers.named([plan.site.heard_by_name()])[0]
+    return layers.at(plan.site.made_by)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from e2kd.errors import UnsupportedModel, shape, unknown_layer
 from e2kd.layout import Layout
 from e2kd.listening import Place
-from e2kd.modes import as_written, evaluating
-from e2kd.probe import Call, Trace, trace
+from e2kd.modes import as_written
+from e2kd.probe import Call, Trace, Turn, trace
 from e2kd.sites import is_feature, layout_in, may_be_site
 
 STEM = 0.1  # share of a network's calls that is its stem
@@ -24,13 +22,8 @@ BY_FUNCTION = (
     "The features before the ReLU after {layer!r} are wanted, but it is applied by a function and not by a module, so "
     "they can't be heard. Make it an nn.ReLU, or name layers that end before one."
 )
-BY_ONE_FOR_ALL = (
-    "The features before {layer!r} are wanted, but it runs several times in one forward, and only its last call can be "
-    "told apart. Give each layer an nn.ReLU of its own, or name layers that end before one."
-)
-TWICE = (
-    "Expected different layers, but {layer!r} was named more than once, and it runs several times in one forward, of "
-    "which the last alone is heard. Name the modules before or after it."
+TOO_OFTEN = (
+    "Expected {layer!r} at most {calls} times, as often as it runs in a forward, but it was named {times} times."
 )
 
 
@@ -58,16 +51,14 @@ class Stage:
 class Layers:
     """A model run once on images, whose layers can then be asked for.
 
-    Of a module that runs several times, as one ReLU for all layers, the last call alone can be told apart. What it
-    returned before is heard at another module that is given it, and is no stage where there is none.
-
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 8, 3, 2), nn.ReLU(), nn.Flatten(),
     ...     nn.Linear(8 * 49, 5))
     >>> layers = Layers(net, torch.rand(2, 3, 32, 32))
     >>> [(s.place.module, s.channels, s.grid) for s in layers.stages()]
     [('1', 4, (15, 15)), ('3', 8, (7, 7))]
-    >>> layers.embedding()
-    Stage(place=Place(module='5', before=True, copied=False), layout=None, channels=392, grid=(1, 1))
+    >>> layers.embedding().place.key, layers.embedding().channels
+    ('before 5', 392)
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
@@ -75,9 +66,8 @@ class Layers:
         with as_written(list(model.modules())):
             self.found: Trace = trace(model, images)
         self._number = {id(c): n for n, c in enumerate(self.found.calls)}
-        self._last = {c.name: c for c in self.found.calls}
         usable = (c for c in self.found.calls if is_feature(c) and may_be_site(c))
-        self._maps = [c for c in usable if layout_in(c, self.found, model) is not None and self._place(c) is not None]
+        self._maps = [c for c in usable if layout_in(c, self.found, model) is not None]
         self._cuts: dict[int, bool] = {}
 
     def stages(self, count: int = 4) -> list[Stage]:
@@ -99,33 +89,42 @@ class Layers:
                 f"No stages were found in {type(self.model).__name__}: no module returns a map through which alone the "
                 "images reach the logits. Name layers through layers= for the student, teacher_layers= for the teacher."
             )
-        return self._settled([self._stage(call) for call in ends[-count:]])
+        return [self._stage(call) for call in ends[-count:]]
 
     def blocks(self) -> list[Stage]:
         """The outputs of the network's repeated blocks, the residual ones of a ResNet or the layers of a ViT; of its
         stages where nothing repeats."""
-        return self._settled([self._stage(call) for call in self._blocks()]) or self.stages()
+        return [self._stage(call) for call in self._blocks()] or self.stages()
 
     def named(self, names: Iterable[str]) -> list[Stage]:
-        """The outputs of these modules, of the last call where one runs several times.
+        """The outputs of these modules.
+
+        One that runs several times, as a ReLU for all layers, means its last call; named several times, its last ones
+        in their order.
 
         Raises:
             UnsupportedModel: when a module does not exist, did not run or returns no map, and when one that runs
-                several times was named more than once.
+                several times was named more often than it runs.
         """
         names = list(names)
-        calls = Counter(c.name for c in self.found.calls)
-        for name, times in Counter(names).items():
-            if times > 1 and calls[name] > 1:
-                raise UnsupportedModel(TWICE.format(layer=name))
-        return self._settled([self._stage_at(self._named(name), Place(name)) for name in names])
+        left = Counter(names)
+        found = []
+        for name in names:
+            found.append(self._named(name, left[name]))
+            left[name] -= 1
+        return [self._stage_at(call, self._at(call)) for call in found]
+
+    def at(self, turn: Turn) -> Stage:
+        """The output of one call, which is a map."""
+        call = self.found.call_at(turn)
+        return self._stage_at(call, self._at(call))
 
     def embedding(self) -> Stage:
         """What enters the classifier, [B, C]; the last stage's map where that is no linear layer."""
         for call in reversed(self.found.calls):
             given = call.inputs[0] if call.inputs else None
             if call.output is self.found.logits and isinstance(call.module, nn.Linear) and isinstance(given, Tensor):
-                return self._settled([Stage(Place(call.name, before=True), None, given.shape[1], (1, 1))])[0]
+                return Stage(self._before(call), None, given.shape[1], (1, 1))
         return self.stages(1)[0]
 
     def before_activation(self, stages: list[Stage], *, strict: bool = True) -> list[Stage]:
@@ -134,25 +133,17 @@ class Layers:
         Raises:
             UnsupportedModel: when a ReLU is no module, unless not `strict`: then the features are those after it.
         """
-        return self._settled([self._before_activation(stage, strict) for stage in stages])
+        return [self._before_activation(stage, strict) for stage in stages]
 
     def _before_activation(self, stage: Stage, strict: bool) -> Stage:
-        output = self._tensor_at(stage.place)
+        output = self.found.output_at(stage.place.turn)
         for call in self.found.calls:
             if call.output is output and call.made and isinstance(call.module, ACTIVATIONS):
-                if self._is_last(call):
-                    return replace(stage, place=Place(call.name, before=True))
-                if strict:
-                    raise UnsupportedModel(BY_ONE_FOR_ALL.format(layer=call.name))
+                return replace(stage, place=self._before(call))
         made_by = "" if output.grad_fn is None else output.grad_fn.name()
         if strict and not stage.place.copied and made_by.startswith("Relu"):
             raise UnsupportedModel(BY_FUNCTION.format(layer=stage.place.module))
         return stage
-
-    def _tensor_at(self, place: Place) -> Tensor:
-        tensor = self._last[place.module].inputs[0] if place.before else self.found.output_of(place.module)
-        assert isinstance(tensor, Tensor)
-        return tensor
 
     def _by_grid(self) -> dict[tuple[int, int], list[Call]]:
         """The calls past the stem by their grids, in the order in which the grids appear."""
@@ -187,15 +178,19 @@ class Layers:
             self._cuts[key] = self.found.is_cut(call.output)
         return self._cuts[key]
 
-    def _named(self, name: str) -> Call:
+    def _named(self, name: str, last: int) -> Call:
+        """The call of a module that comes last, second to last, ...; its only one, if it has one."""
         modules = dict(self.model.named_modules())
         if name not in modules:
             raise unknown_layer(name, modules)
         calls = [c for c in self.found.calls if c.name == name]
-        if calls and layout_in(calls[-1], self.found, self.model) is not None:
-            return calls[-1]
-        came = "did not run" if not calls else "returned no tensor"
-        if calls and (output := calls[-1].output) is not None:
+        if 1 < len(calls) < last:
+            raise UnsupportedModel(TOO_OFTEN.format(layer=name, calls=len(calls), times=last))
+        call = calls[-min(last, len(calls))] if calls else None
+        if call is not None and layout_in(call, self.found, self.model) is not None:
+            return call
+        came = "did not run" if call is None else "returned no tensor"
+        if call is not None and (output := call.output) is not None:
             came = f"returned a tensor {shape(output.shape)}, which holds no map of more than one cell"
         others = ", ".join(repr(c.name) for c in self._maps[-3:])
         raise UnsupportedModel(
@@ -204,9 +199,10 @@ class Layers:
         )
 
     def _stage(self, call: Call) -> Stage:
-        place = self._place(call)
-        assert place is not None
-        return self._stage_at(call, place)
+        """A call's tensor, heard under the outermost name that returns it."""
+        later = self.found.calls[self._number[id(call)] :]
+        same = [c for c in later if c.output is call.output and c.made and c.name]
+        return self._stage_at(call, self._at(min(same, key=lambda c: c.name.count("."))))
 
     def _stage_at(self, call: Call, place: Place) -> Stage:
         layout = layout_in(call, self.found, self.model)
@@ -215,51 +211,11 @@ class Layers:
         maps = layout.to_maps(call.output, self.found.image_size)
         return Stage(place, layout, maps.shape[1], (maps.shape[2], maps.shape[3]))
 
-    def _place(self, call: Call) -> Place | None:
-        """Where a call's tensor is heard: under the outermost name that returns it, else under one that is given it."""
-        later = self.found.calls[self._number[id(call)] :]
-        returned = [c for c in later if c.output is call.output and c.made and c.name and self._is_last(c)]
-        given = [c for c in self._given(call) if self._is_last(c)]
-        outermost = min(returned or given, key=lambda c: c.name.count("."), default=None)
-        return None if outermost is None else Place(outermost.name, before=not returned)
+    def _at(self, call: Call) -> Place:
+        return Place(self.found.turn(call), copied=call.output_changes)
 
-    def _given(self, call: Call) -> Iterator[Call]:
-        """Later calls whose first argument is a call's tensor, up to one that hands it on, as Dropout in eval mode."""
-        for other in self.found.calls[self._number[id(call)] + 1 :]:
-            if other.inputs[:1] and other.inputs[0] is call.output and not call.name.startswith(f"{other.name}."):
-                yield other
-                if not other.made:
-                    return
-
-    def _is_last(self, call: Call) -> bool:
-        """Whether a module is not called again after this, so that its name means this call."""
-        return self._last[call.name] is call
-
-    def _settled(self, stages: list[Stage]) -> list[Stage]:
-        """The stages, those copied whose tensors are changed in place before the forward ends."""
-        passed: dict[int, list[tuple[Tensor, int]]] = {n: [] for n in range(len(stages))}
-
-        def listener(n: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any = None) -> None:
-                tensor = stages[n].place.tensor(args if stages[n].place.before else output)
-                if tensor is not None:
-                    passed[n].append((tensor, tensor._version))
-
-            return hook
-
-        handles: list[Any] = []
-        try:
-            for n, stage in enumerate(stages):
-                module = self.model.get_submodule(stage.place.module)
-                register = module.register_forward_pre_hook if stage.place.before else module.register_forward_hook
-                handles.append(register(listener(n)))
-            with torch.no_grad(), evaluating(self.model), as_written(list(self.model.modules())):
-                self.model(self.images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        changed = [any(tensor._version != version for tensor, version in passed[n]) for n in range(len(stages))]
-        return [replace(s, place=replace(s.place, copied=c)) for s, c in zip(stages, changed, strict=True)]
+    def _before(self, call: Call) -> Place:
+        return Place(self.found.turn(call), before=True, copied=call.input_changes)
 
 
 def _is_composite(module: nn.Module) -> bool:

@@ -251,6 +251,21 @@ def test_a_transform_that_was_added_later_is_noticed(tmp_path: Path) -> None:
     e2kd.FrozenDataset(noisy, cache)
 
 
+def test_labels_that_the_maps_explain_must_not_change(tmp_path: Path) -> None:
+    """Maps of the teacher's own class don't depend on them."""
+    dataset = pixels()
+    other = TensorDataset(dataset.tensors[0], (dataset.tensors[1] + (torch.arange(40) == 3)) % CLASSES)
+    caches = {classes: frozen(tmp_path / classes, dataset, classes=classes) for classes in ("labels", "teacher")}
+    e2kd.FrozenDataset(dataset, caches["labels"])[3]
+    e2kd.FrozenDataset(other, caches["teacher"])[3]
+    changed = e2kd.FrozenDataset(other, caches["labels"])
+    changed[2]
+    with pytest.raises(ValueError, match=r"Sample 3 has the label 0, but its map explains 3"):
+        changed.__getitems__([2, 3])
+    alone = frozen(tmp_path / "alone", dataset, classes="labels", explainer=None)
+    e2kd.FrozenDataset(other, alone)[3]  # no map, nothing to explain
+
+
 def test_samples_without_names_are_known_by_their_pixels(tmp_path: Path) -> None:
     dataset = pixels()
     cache = frozen(tmp_path, dataset)

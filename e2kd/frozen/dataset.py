@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from e2kd.frozen.geometry import composed, follow, framed
-from e2kd.frozen.matching import check_unchanged, match_rows
+from e2kd.frozen.matching import check_labels, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
 from e2kd.frozen.samples import image_and_label, pixel_hash
 from e2kd.frozen.sources import Source, unsteady
@@ -115,6 +115,8 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         lessons = self.frozen.rows(self.matched.rows[places])
         found = np.array([pixel_hash(i) for i in views], np.uint64) if names is None else names[places]
         self.matched.check(found, lessons.ids, places)
+        if self.frozen.choice == "labels" and self.frozen.explains:
+            check_labels(labels, lessons.classes, places)
         images, maps, valid = self._augmented(originals, views, lessons.maps)
         taught = map(Taught, labels, lessons.logits, maps, valid, lessons.classes)
         return [

@@ -37,6 +37,19 @@ class Matched:
             )
 
 
+def check_labels(labels: Sequence[Any], explained: Tensor, places: Sequence[int]) -> None:
+    """Raise a ValueError unless the classes that the maps explain, [B], are still the samples' labels."""
+    now = torch.tensor([int(label) for label in labels])
+    wrong = (now != explained).nonzero().flatten()
+    if len(wrong):
+        k = int(wrong[0])
+        raise ValueError(
+            f"Sample {places[k]} has the label {int(now[k])}, but its map explains {int(explained[k])}, which was its "
+            'label when it was frozen with classes="labels". Restore the labels, freeze it again as it is now, or '
+            'freeze it with classes="teacher", whose maps do not depend on them.'
+        )
+
+
 def check_unchanged(image: Tensor, place: int, frozen: FrozenTeacher) -> None:
     """Raise a ValueError unless the canonical image [C, H, W] of a data set's `place` is that of the cache's row 0."""
     now, then = thumbnail(image), torch.tensor(frozen.plan["first_image"])

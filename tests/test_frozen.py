@@ -262,7 +262,7 @@ def test_labels_that_the_maps_explain_must_not_change(tmp_path: Path) -> None:
     changed[2]
     with pytest.raises(ValueError, match=r"Sample 3 has the label 0, but its map explains 3"):
         changed.__getitems__([2, 3])
-    alone = frozen(tmp_path / "alone", dataset, classes="labels", explainer=None)
+    alone = frozen(tmp_path / "alone", dataset, classes="labels", maps=False)
     e2kd.FrozenDataset(other, alone)[3]  # no map, nothing to explain
 
 

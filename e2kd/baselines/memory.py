@@ -147,6 +147,14 @@ class ContrastMemory(nn.Module):
             mixed = memory[indices] * self.momentum + new.to(memory.dtype) * (1 - self.momentum)
             memory[indices] = F.normalize(mixed)
 
+    def get_extra_state(self) -> Tensor:
+        """How often it was drawn from, so that a resumed training draws what an uninterrupted one does."""
+        return torch.tensor(self.draws)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Goes on drawing; the seed stays each process's own."""
+        self.draws = int(state)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Makes room first for what the checkpoint holds."""
         for name in ROWS:

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks import paired
 from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part, photos
 from benchmarks.cifar_families import FAMILIES, Family, predictions, trained_teacher
 from benchmarks.common import markdown_table, write_results
@@ -43,18 +44,7 @@ from benchmarks.limited_training import (
     shift_curve,
     train,
 )
-from benchmarks.paired import (
-    Case,
-    Row,
-    Study,
-    differences,
-    earlier,
-    in_points,
-    parser_of,
-    percent,
-    result_path,
-    values,
-)
+from benchmarks.paired import Case, Row, Study
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
 TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 10.0, 25.0, 50.0)
@@ -103,7 +93,7 @@ def result_name(family: str, per_class: int, unrelated: bool) -> str:
 def all_results() -> list[Row]:
     """What was run: every family and number of images."""
     every = itertools.product(FAMILIES, (False, True), PER_CLASS)
-    paths = [result_path(result_name(family, images, unrelated)) for family, unrelated, images in every]
+    paths = [paired.result_path(result_name(family, images, unrelated)) for family, unrelated, images in every]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
@@ -114,7 +104,7 @@ def table(found: Row) -> str:
     for arm, name in ARMS.items():
         mine = [row for row in rows if row["split"] == "test" and row["arm"] == arm]
         if mine:
-            cells = [percent(list(values(rows, arm, field).values())) for field in MEASURES]
+            cells = [paired.percent(list(paired.values(rows, arm, field).values())) for field in MEASURES]
             body.append([name, *cells, _plain(mine[0]["temperature"]), _plain(mine[0]["weight"])])
     images = found["settings"]["per_class"]
     seen = f"{10 * images} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
@@ -125,7 +115,7 @@ def difference_lines(rows: list[Row]) -> list[str]:
     """The paired differences of the arms that were run, in words."""
     arms = {row["arm"] for row in rows if row["split"] == "test"}
     return [
-        f"{ARMS[arm]} - {ARMS[base]}, same seed: {in_points(differences(rows, arm, base, MEASURES))}."
+        f"{ARMS[arm]} - {ARMS[base]}, same seed: {paired.in_points(paired.differences(rows, arm, base, MEASURES))}."
         for arm, base in PAIRS
         if {arm, base} <= arms
     ]
@@ -137,7 +127,7 @@ def _plain(value: float | None) -> str | None:
 
 def main() -> None:
     """Command line."""
-    parser = parser_of(__doc__, WEIGHTS, WORK)
+    parser = paired.parser_of(__doc__, WEIGHTS, WORK)
     parser.add_argument("--family", choices=list(FAMILIES), default="standard")
     parser.add_argument("--per-class", type=int, choices=PER_CLASS, default=50, help="images of each class")
     parser.add_argument("--unrelated", action="store_true", help="students see photographs of other data sets instead")
@@ -170,7 +160,7 @@ def main() -> None:
         study = Study(measured, [], lambda rows: None, args.jobs)
         run(study, args, SEEDS[:1], TUNING_SEEDS[:1])
     else:
-        rows = [] if args.fresh else earlier(result_path(name), asdict(settings))
+        rows = [] if args.fresh else paired.earlier(paired.result_path(name), asdict(settings))
         study = Study(measured, rows, lambda rows: write_results(name, rows, **found), args.jobs)
         run(study, args, SEEDS, TUNING_SEEDS)
     print(table(found | {"rows": study.rows}))

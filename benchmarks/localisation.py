@@ -29,22 +29,12 @@ import torch
 from torch import Tensor, nn
 
 import e2kd
+from benchmarks import paired
 from benchmarks.common import markdown_table, write_results
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC
 from benchmarks.objects import TASKS, Objects, Task
-from benchmarks.paired import (
-    Case,
-    Row,
-    Study,
-    differences,
-    earlier,
-    in_points,
-    parser_of,
-    percent,
-    result_path,
-    values,
-)
+from benchmarks.paired import Case, Row, Study
 from benchmarks.small_networks import from_cifar, trained_once
 from e2kd.demo.train import batches, train
 from e2kd.guidance import GuidanceLoss, energy_loss, l1_loss
@@ -117,7 +107,7 @@ def plan(objects: Objects, epochs: int, seed: int) -> list[Tensor]:
 
 def all_results() -> list[Row]:
     """What was run: every task and guidance."""
-    paths = [result_path(f"localisation_{task}_{guidance}") for task in TASKS for guidance in GUIDANCE]
+    paths = [paired.result_path(f"localisation_{task}_{guidance}") for task in TASKS for guidance in GUIDANCE]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
@@ -136,7 +126,9 @@ def table(results: list[Row]) -> str:
             mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
             if mine:
                 chosen = [None if mine[0][k] is None else f"{mine[0][k]:g}" for k in ("temperature", "weight")]
-                body.append(["", name, *(percent(list(values(mine, arm, f).values())) for f in fields), *chosen])
+                body.append(
+                    ["", name, *(paired.percent(list(paired.values(mine, arm, f).values())) for f in fields), *chosen]
+                )
     return markdown_table(["", "", "accuracy / F1", "EPG", "IoU", "τ", "λ"], body)
 
 
@@ -145,7 +137,7 @@ def difference_lines(results: list[Row]) -> list[str]:
     said = []
     for found in results:
         if {"e2kd", "kd"} <= {row["arm"] for row in found["rows"] if row["split"] == "test"}:
-            gains = in_points(differences(found["rows"], "e2kd", "kd", measures(found)))
+            gains = paired.in_points(paired.differences(found["rows"], "e2kd", "kd", measures(found)))
             said.append(f"{TASKS[found['task']].title}, {TITLES[found['guidance']]}, e²KD - KD, same seed: {gains}.")
     return said
 
@@ -179,7 +171,7 @@ def result_of(name: str, guidance: str, args: Namespace) -> Row:
         "teacher": task.scores(teacher, parts["test"]),
     }  # fmt: skip
     path = f"localisation_{name}_{guidance}"
-    rows = [] if args.fresh or args.quick else earlier(result_path(path), asdict(settings))
+    rows = [] if args.fresh or args.quick else paired.earlier(paired.result_path(path), asdict(settings))
     write = (lambda rows: None) if args.quick else partial(write_results, path, **found)
     study = Study(measured, rows, write, args.jobs, by=task.measure)
     chosen = Namespace(arms=args.arms, temperatures=task.temperatures, weights=args.weights)
@@ -189,7 +181,7 @@ def result_of(name: str, guidance: str, args: Namespace) -> Row:
 
 def main() -> None:
     """Command line."""
-    parser = parser_of(__doc__, WEIGHTS, WORK)
+    parser = paired.parser_of(__doc__, WEIGHTS, WORK)
     parser.add_argument("--tasks", choices=list(TASKS), nargs="+", default=list(TASKS), metavar="TASK")
     parser.add_argument("--guidance", choices=list(GUIDANCE), nargs="+", default=list(GUIDANCE), metavar="GUIDANCE")
     parser.add_argument("--arms", choices=("kd", "e2kd"), nargs="+", default=("kd", "e2kd"), metavar="ARM")

@@ -27,22 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import e2kd
+from benchmarks import paired
 from benchmarks.common import markdown_table, write_results
 from benchmarks.composites import composites
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC, FROZEN
-from benchmarks.paired import (
-    Case,
-    Row,
-    Study,
-    differences,
-    earlier,
-    in_points,
-    parser_of,
-    percent,
-    result_path,
-    values,
-)
+from benchmarks.paired import Case, Row, Study
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
 from e2kd.demo.lessons import frozen_lessons
@@ -147,7 +137,7 @@ def measured(case: Case, student: Student, teacher: nn.Module, parts: dict[str, 
 
 def all_results() -> list[Row]:
     """What was run: every student."""
-    paths = [result_path(f"right_reasons_{name}") for name in STUDENTS]
+    paths = [paired.result_path(f"right_reasons_{name}") for name in STUDENTS]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
@@ -158,7 +148,7 @@ def table(results: list[Row]) -> str:
         for arm, name in ARMS.items():
             mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
             if mine:
-                cells = [percent(list(values(mine, arm, field).values())) for field in TITLES]
+                cells = [paired.percent(list(paired.values(mine, arm, field).values())) for field in TITLES]
                 chosen = [None if mine[0][k] is None else f"{mine[0][k]:g}" for k in ("temperature", "weight")]
                 body.append([STUDENTS[found["student"]].title, name, *cells, *chosen])
     return markdown_table(["", "", *TITLES.values(), "τ", "λ"], body)
@@ -171,8 +161,8 @@ def difference_lines(results: list[Row]) -> list[str]:
         arms = {row["arm"] for row in found["rows"] if row["split"] == "test"}
         for arm, base in PAIRS:
             if {arm, base} <= arms:
-                gains = differences(found["rows"], arm, base, COMPARED)
-                words = in_points({TITLES[field]: gain for field, gain in gains.items()})
+                gains = paired.differences(found["rows"], arm, base, COMPARED)
+                words = paired.in_points({TITLES[field]: gain for field, gain in gains.items()})
                 said.append(f"{STUDENTS[found['student']].title}, {BASIC[arm]} - {BASIC[base]}, same seed: {words}.")
     return said
 
@@ -190,7 +180,7 @@ def section(results: list[Row]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = parser_of(__doc__, WEIGHTS, WORK)
+    parser = paired.parser_of(__doc__, WEIGHTS, WORK)
     parser.add_argument("--students", choices=list(STUDENTS), nargs="+", default=list(STUDENTS), metavar="STUDENT")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=LIVE, metavar="ARM", help="frozen ones too")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
@@ -209,7 +199,7 @@ def main() -> None:
         found = {"command": command, "student": name, **head}
         work = partial(measured, student=STUDENTS[name], teacher=teacher, parts=parts, settings=settings)
         path = f"right_reasons_{name}"
-        rows = [] if args.fresh or args.quick else earlier(result_path(path), asdict(settings))
+        rows = [] if args.fresh or args.quick else paired.earlier(paired.result_path(path), asdict(settings))
         write = (lambda rows: None) if args.quick else partial(write_results, path, **found)
         study = Study(work, rows, write, args.jobs)
         run(study, args, SEEDS[:1] if args.quick else SEEDS, TUNING_SEEDS)

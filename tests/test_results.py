@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import beside, hosts, limited, peers, right_reasons, shift_curves, sparing, tables, transfer_studies
+from benchmarks import (
+    beside,
+    cells,
+    hosts,
+    limited,
+    peers,
+    right_reasons,
+    shift_curves,
+    sparing,
+    tables,
+    transfer_studies,
+)
 from benchmarks.paired import differences, values
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -191,3 +202,18 @@ def test_students_of_misleading_photos_look_right_and_some_are_right() -> None:
     assert {name for name, gain in gains.items() if gain["interval"][0] > 0} == {"resnet", "efficientnet"}
     assert all(gains[name]["mean"] > 0.1 for name in ("resnet", "efficientnet"))
     assert gains["vit"]["interval"][1] < 0
+
+
+@measured("cells")
+def test_students_that_gain_nothing_read_the_background_through_cells_on_the_animal() -> None:
+    """They are the students of the other table; cells on the animal decide for the animal where e²KD helps alone."""
+    rows = tables.results("cells")["rows"]
+    known = {found["student"]: found["rows"] for found in right_reasons.all_results()}
+    for student in ("resnet", "efficientnet", "convnext", "vit"):
+        mine = {row["seed"]: row for row in rows if row["student"] == student}
+        accuracies = values(known[student], "e2kd", "ood_accuracy")
+        assert sorted(mine) == list(cells.SEEDS)
+        assert all(row["ood_accuracy"] == accuracies[seed] for seed, row in mine.items())
+        helped = student in ("resnet", "efficientnet")
+        assert all((row["on_animal"] > 0.5) == helped for row in mine.values())
+        assert all((row["pixels"] > 0.25) == helped for row in mine.values())

@@ -308,6 +308,13 @@ def test_without_class_indices_negatives_are_the_other_samples() -> None:
     assert [sorted(row.unique().tolist()) for row in drawn] == [[1, 2, 3, 4], [0, 1, 2, 4]]
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_crd_takes_labels_of_any_integer_type(kind: torch.dtype, x: Tensor) -> None:
+    student, teacher = models()
+    found = [build("CRD", student, teacher, x)(student(x), TARGETS._replace(labels=y)) for y in (Y, Y.to(kind))]
+    assert torch.equal(*found)
+
+
 def test_crd_without_indices_is_refused(x: Tensor) -> None:
     student, teacher = models()
     criterion = build("CRD", student, teacher, x, nn.CrossEntropyLoss())

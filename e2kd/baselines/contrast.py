@@ -131,7 +131,7 @@ class CRD(Baseline):
 
 def _class_indices(labels: Any, indices: Tensor) -> Tensor | None:
     good = isinstance(labels, Tensor) and labels.shape == indices.shape and not labels.is_floating_point()
-    return labels if good else None
+    return labels.long() if good else None
 
 
 def _say(targets: Any) -> str:

@@ -18,6 +18,11 @@ from e2kd.narrow import NarrowHead, find_narrow
 from e2kd.probe import Trace
 from e2kd.sites import Site, find_site
 
+CHANGED = (
+    "Expected the output of layer {layer!r} of {name} to stay as it is, but a function changes it in place. Make that "
+    "operation inplace=False (x = x + y in place of x += y), or name a layer that ends after it."
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -114,6 +119,8 @@ def _check_bcos(model: nn.Module, explainer: Explainer) -> None:
 def _make_plan(model: nn.Module, layer: str | None, images: Tensor) -> Plan:
     site, found = find_site(model, images[:2], layer)
     head, after = find_head(model, site, found), _after(site, found)
+    if site.changes and head is None:
+        raise UnsupportedModel(CHANGED.format(layer=site.layer, name=type(model).__name__))
     linear = find_linear(site, head, found)
     return Plan(site, head, linear, after, None if linear else find_narrow(head, site, found, after))
 

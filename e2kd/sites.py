@@ -31,6 +31,7 @@ class Site:
         image_size: (H, W) of the images it was found on.
         grid: (h, w) of its maps there.
         beside: where it is not, the last module with a map through which they also depend on the images.
+        changes: whether a function changes it in place after that.
     """
 
     layer: str
@@ -42,6 +43,7 @@ class Site:
     image_size: tuple[int, int]
     grid: tuple[int, int]
     beside: str | None = None
+    changes: bool = False
 
     def heard_by_name(self) -> str:
         """The layer, where a hook on it hears this very tensor.
@@ -194,6 +196,7 @@ def _site(model: nn.Module, found: Trace, call: Call) -> Site:
         image_size=found.image_size,
         grid=(maps.shape[-2], maps.shape[-1]),
         beside=_beside(model, found, call.output),
+        changes=found.call_at(bare[0]).output_changes,
     )
 
 

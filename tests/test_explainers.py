@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -151,6 +152,52 @@ def test_layer_before_an_activation_that_its_block_runs_again(inplace: bool) -> 
     handle.remove()
     (gradient,) = torch.autograd.grad(logits.gather(1, found.classes[:, None]).sum(), kept[0])
     torch.testing.assert_close(found.maps, e2kd.GradCAM()(kept[0], gradient).detach(), rtol=1e-6, atol=1e-9)
+
+
+class Overwriting(nn.Module):
+    """A function changes what a norm returned, at the end of the trunk or in a branch."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], *, branch: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.change, self.branch = change, branch
+        self.conv, self.norm, self.after = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, 1, 1)
+        self.head = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        changed = self.change(self.norm(features))
+        features = features + self.after(changed) if self.branch else changed
+        return self.head(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "branch", "layer"),
+    [
+        (lambda x: F.silu(x, inplace=True), False, None),
+        (lambda x: x.add_(1), False, None),
+        (lambda x: F.relu(x, inplace=True), True, "norm"),
+        (lambda x: x.mul_(2), True, "norm"),
+    ],
+)
+def test_what_a_function_overwrites_is_refused(
+    change: Callable[[Tensor], Tensor], branch: bool, layer: str | None
+) -> None:
+    """What was heard there would be another tensor by the time it is explained."""
+    model, other, explainer = Overwriting(change, branch=branch), cnn(), e2kd.GradCAM(layer)
+    said = "layer 'norm' of Overwriting to stay as it is, but a function changes it in place"
+    with pytest.raises(e2kd.UnsupportedModel, match=said):
+        e2kd.explain(model, images(), explainer=explainer)
+    with pytest.raises(e2kd.UnsupportedModel, match=said):
+        e2kd.E2KDLoss(model, other, explainer=explainer, teacher_explainer=e2kd.GradCAM(), example=images())
+    kept = Overwriting(lambda x: change(x.clone()), branch=branch)
+    found = e2kd.explain(kept, images(), explainer=explainer)
+    loss = e2kd.E2KDLoss(kept.train(), other, kd_weight=0, explainer=explainer, teacher_explainer=e2kd.GradCAM())
+    loss(kept(images())).backward()
+    assert found.maps.shape == (3, 1, 8, 8)
+    if branch:  # elsewhere it is not the last map
+        e2kd.explain(model, images())
 
 
 def test_layer_is_that_of_the_size_whatever_was_explained_before(monkeypatch: pytest.MonkeyPatch) -> None:

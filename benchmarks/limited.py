@@ -114,11 +114,16 @@ def table(found: Row) -> str:
 def difference_lines(rows: list[Row]) -> list[str]:
     """The paired differences of the arms that were run, in words."""
     arms = {row["arm"] for row in rows if row["split"] == "test"}
-    return [
+    said = [
         f"{ARMS[arm]} - {ARMS[base]}, same seed: {paired.in_points(paired.differences(rows, arm, base, MEASURES))}."
         for arm, base in PAIRS
         if {arm, base} <= arms
     ]
+    rivals = [(rival, paired.differences(rows, "e2kd", rival, MEASURES)) for rival in RIVALS if {"e2kd", rival} <= arms]
+    if rivals:
+        each = "; ".join(f"{ARMS[rival]} {paired.in_short(found)}" for rival, found in rivals)
+        said.append(f"e²KD less its rivals, 95 % confidence: {each}. A rival's λ is a multiple of its default weight.")
+    return said
 
 
 def _plain(value: float | None) -> str | None:

@@ -155,6 +155,19 @@ def in_points(found: Row) -> str:
     return "; ".join(said)
 
 
+def in_short(found: Row) -> str:
+    """Paired differences in points, without the single seeds.
+
+    >>> in_short({"accuracy": {"mean": 0.02, "sd": 0.01, "interval": [0.01, 0.03], "each": [0.01, 0.03]}})
+    'accuracy +2.0 (+1.0 to +3.0)'
+    """
+    return ", ".join(
+        f"{field} {100 * one['mean']:+.1f}"
+        + (" ({:+.1f} to {:+.1f})".format(*(100 * bound for bound in one["interval"])) if one["interval"] else "")
+        for field, one in found.items()
+    )
+
+
 def percent(shares: Sequence[float]) -> str:
     """Mean ± sd in percent.
 

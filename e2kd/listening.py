@@ -74,9 +74,9 @@ def hearing(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[str, Ten
         def hook(module: nn.Module, args: Any, output: Any = None) -> None:
             if not running:
                 return
-            calls[place] += 1
-            tensor = place.tensor(args if place.before else output)
-            if tensor is not None and place.turn.is_call(calls[place] - 1):
+            number, calls[place] = calls[place], calls[place] + 1
+            tensor = place.tensor(args if place.before else output) if place.turn.is_call(number) else None
+            if tensor is not None:
                 heard[place.key] = tensor.detach()
 
         return hook

@@ -21,7 +21,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 import e2kd
 from e2kd.cli import main
-from e2kd.frozen.samples import names_of
+from e2kd.frozen.errors import CacheError
+from e2kd.frozen.samples import names_of, transformed
 from e2kd.taught import labels_of
 
 Shared = Callable[[str], Path]
@@ -249,6 +250,38 @@ def test_a_transform_that_was_added_later_is_noticed(tmp_path: Path) -> None:
     noisy = Photos(NAMES)
     noisy.change = lambda image: image.clip(1, 254) + 1  # as other decoders differ
     e2kd.FrozenDataset(noisy, cache)
+
+
+@pytest.mark.parametrize("added", ["transform", "transforms"])
+def test_a_transform_that_was_added_later_is_noticed_whatever_the_samples(tmp_path: Path, added: str) -> None:
+    """Where the data set says whether it has one, as those of torchvision and timm do."""
+
+    def photos(**given: Any) -> Photos:
+        found = Photos(NAMES)
+        vars(found).update({"transform": None, "transforms": None} | given)
+        return found
+
+    def flipped(*sample: Any) -> Any:
+        return sample
+
+    cache, late = frozen(tmp_path / "plain", photos()), frozen(tmp_path / "late", photos(transform=flipped))
+    labels = type("StandardTransform", (), {"transform": None, "target_transform": flipped})()
+    for same in (photos(), photos(transforms=labels), Photos(NAMES)):
+        e2kd.FrozenDataset(Subset(same, [3]), cache)
+    with pytest.raises(ValueError, match="The data set has a transform, but it had none when it was frozen"):
+        e2kd.FrozenDataset(Subset(photos(**{added: flipped}), [3]), cache)
+    with pytest.raises(ValueError, match="The data set has no transform, but it had one when it was frozen"):
+        e2kd.FrozenDataset(photos(), late)
+    e2kd.FrozenDataset(photos(transform=flipped), late)
+    with pytest.raises(CacheError, match="transformed is False there but True here"):
+        frozen(tmp_path / "plain", photos(transform=flipped))
+
+
+def test_whether_parts_of_a_data_set_are_transformed() -> None:
+    plain, changed, unknown = Photos(NAMES), Photos(NAMES), Photos(NAMES)
+    plain.transform, changed.transform = None, np.fliplr
+    for parts, known in (((plain, changed), True), ((plain, unknown), None), ((plain, plain), False)):
+        assert transformed(ConcatDataset(parts)) is known
 
 
 def test_labels_that_the_maps_explain_must_not_change(tmp_path: Path) -> None:

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from e2kd.frozen.samples import class_names_of, hashes_of, names_of, thumbnail
+from e2kd.frozen.samples import class_names_of, hashes_of, names_of, thumbnail, transformed
 from e2kd.frozen.teacher import FrozenTeacher
 
 MATCHES = ("position", "id")
+ANOTHER_TRANSFORM = (
+    "The data set {now}, but it {then} when it was frozen, so the maps would not fit the images. Give FrozenDataset "
+    "the data set as it was, and what is to augment it as transform=; or freeze it again as it is now."
+)
 ALLOWED = 0.01  # mean difference of thumbnails: decoders of JPEG files differ by less, transforms by more
 
 
@@ -68,6 +72,7 @@ def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, m
     if match not in MATCHES:
         raise ValueError(f"Expected match to be one of {MATCHES}, but got {match!r}.")
     _check_classes(class_names_of(dataset), frozen.class_names)
+    _check_transform(transformed(dataset), frozen.plan["dataset"].get("transformed"))
     names = list(ids) if ids is not None else names_of(dataset) if frozen.named else None
     if names is None:
         return _by_pixels(dataset, frozen, match)
@@ -130,6 +135,12 @@ def _difference(names: list[str], hashes: np.ndarray, stored: np.ndarray) -> str
         f"{'; '.join(said)}. Freeze it again"
         + ("." if len(new) else ', or pass match="id" to use the rows of those that are left.')
     )
+
+
+def _check_transform(now: bool | None, then: bool | None) -> None:
+    if None not in (now, then) and now != then:
+        said = {True: "has a transform", False: "has no transform"}, {True: "had one", False: "had none"}
+        raise ValueError(ANOTHER_TRANSFORM.format(now=said[0][bool(now)], then=said[1][bool(then)]))
 
 
 def _check_classes(now: list[str] | None, then: list[str] | None) -> None:

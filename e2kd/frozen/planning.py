@@ -11,7 +11,7 @@ from e2kd.explainers import BcosContributions, BcosWeights, Explainer
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.records import Record
-from e2kd.frozen.samples import class_names_of, thumbnail
+from e2kd.frozen.samples import class_names_of, thumbnail, transformed
 from e2kd.frozen.sources import Source
 from e2kd.modes import dtype_of
 from e2kd.plans import plan_for
@@ -31,6 +31,7 @@ def plan_of(
             "ids": "pixels" if source.hashes is None else "given" if given else "names",
             "ids_hash": None if source.hashes is None else hash_ids(source.hashes),
             "class_names": class_names_of(source.dataset),
+            "transformed": transformed(source.dataset),
         },
         "record": record.to_json(),
         "shard_rows": shard_rows,

@@ -84,6 +84,19 @@ def class_names_of(dataset: Any) -> list[str] | None:
     return None if names is None else list(names)
 
 
+def transformed(dataset: Any) -> bool | None:
+    """Whether images go through a transform of the data set's own, as torchvision and timm name it; None if unknown."""
+    if isinstance(dataset, Subset):
+        return transformed(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        parts = [transformed(part) for part in dataset.datasets]
+        return True if True in parts else None if None in parts else False
+    if not hasattr(dataset, "transform"):
+        return None
+    joint = getattr(dataset, "transforms", None)  # of image and label; torchvision puts the two of them together there
+    return dataset.transform is not None or getattr(joint, "transform", joint) is not None
+
+
 def hashes_of(names: Sequence[str]) -> np.ndarray:
     """64-bit hashes of names, [N] uint64.
 

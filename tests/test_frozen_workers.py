@@ -429,7 +429,7 @@ def test_samples_without_names_are_still_known_by_their_pixels(tmp_path: Path, d
 
 
 def test_a_random_transform_of_the_data_set_itself_is_refused(photos: Path, frozen: e2kd.FrozenTeacher) -> None:
-    with pytest.raises(ValueError, match=r"another image each time.*give it to FrozenDataset: transform="):
+    with pytest.raises(ValueError, match=r"has a transform, but it had none when it was frozen.* as transform="):
         e2kd.FrozenDataset(ImageFolder(str(photos), v2.RandomResizedCrop(56)), frozen)
 
 

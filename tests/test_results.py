@@ -167,6 +167,13 @@ def test_a_frozen_explanation_teaches(name: str) -> None:
         assert gain["interval"][0] > 0
 
 
+@pytest.mark.parametrize("name", ["limited_standard_50", "limited_bcos_50", "limited_bcos_200"])
+def test_few_images_teach_more_with_explanations(name: str) -> None:
+    for gain in differences(tables.results(name)["rows"], "e2kd", "kd", limited.MEASURES).values():
+        assert len(gain["each"]) == 5
+        assert gain["interval"][0] > 0
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

@@ -30,17 +30,18 @@ SPARING = {
     **{f"fraction_{n}": {"fraction": 1 / n} for n in (2, 4, 8)},
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
+EVERY_CLASS = "e2kd_all"  # explains all classes by signed maps
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
     BASIC
     | {arm: method.__name__ for arm, method in RIVALS.items()}
-    | {"crd_e2kd": "CRD + e²KD"}
+    | {"crd_e2kd": "CRD + e²KD", EVERY_CLASS: "e²KD of all classes, CAM"}
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
 UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
-FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd", *SPARING, *STRETCHES)
+FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd", EVERY_CLASS, *SPARING, *STRETCHES)
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,18 @@ def criterion_of(
     assert case.temperature is not None
     return e2kd.E2KDLoss(
         student, teacher, rival,
-        temperature=case.temperature, weight=weight, kd_weight=float(case.arm != "dkd"), **sparing(case.arm, steps),
+        temperature=case.temperature, weight=weight, kd_weight=float(case.arm != "dkd"), **settings_of(case.arm, steps),
     )  # fmt: skip
 
 
-def sparing(arm: str, steps: int) -> dict[str, Any]:
-    """The settings of an arm that explains a part, for a training of so many steps.
+def settings_of(arm: str, steps: int) -> dict[str, Any]:
+    """What an arm explains, if that is not the teacher's class in every step of so many.
 
-    >>> sparing("stretch_20_50", 500), sparing("every_4", 500), sparing("kd", 500)
+    >>> settings_of("stretch_20_50", 500), settings_of("every_4", 500), settings_of("kd", 500)
     ({'during': (100, 250)}, {'every': 4}, {})
     """
+    if arm == EVERY_CLASS:
+        return {"classes": "all", "explainer": e2kd.CAM()}
     if arm in STRETCHES:
         start, stop = STRETCHES[arm]
         return {"during": (round(start * steps), round(stop * steps))}

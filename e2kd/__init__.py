@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from e2kd.dryrun import check
 from e2kd.errors import NoEffectWarning, UnsupportedModel
-from e2kd.explainers import BcosContributions, BcosWeights, Explainer, GradCAM, HiResCAM, InputGradient, LayerCAM
+from e2kd.explainers import CAM, BcosContributions, BcosWeights, Explainer, GradCAM, HiResCAM, InputGradient, LayerCAM
 from e2kd.inspection import Explanation, explain
 from e2kd.logits import KDLoss, MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.losses import E2KDLoss, ExplanationLoss
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from e2kd.transfer import UniCAMResult, unicam
 
 __all__ = [
+    "CAM",
     "BcosContributions",
     "BcosWeights",
     "CanonicalView",

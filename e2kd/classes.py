@@ -12,15 +12,16 @@ from torch import Tensor
 from e2kd.errors import shape
 
 Chosen = tuple[Tensor, Tensor]  # classes [B, k] and weights [B, k], which sum to 1 (or 0 where nothing is explained)
-Choice = Literal["teacher", "labels", "positives"] | int | Callable[[Tensor, Tensor | None], Chosen]
+Choice = Literal["teacher", "labels", "positives", "all"] | int | Callable[[Tensor, Tensor | None], Chosen]
 
 
 def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Chosen:
     """The classes to explain, [B, k], and their weights, [B, k].
 
     "teacher": the teacher's top class, as in the paper. "labels": the target's class. "positives": every positive
-    of multi-hot targets, with equal weights. An integer k: the teacher's top k, weighted by its probabilities.
-    A function of (teacher_logits, targets) returns its own.
+    of multi-hot targets, with equal weights. "all": every class, with equal weights, which is a map for each, so it is
+    for few classes. An integer k: the teacher's top k, weighted by its probabilities. A function of (teacher_logits,
+    targets) returns its own.
 
     Raises:
         ValueError: when the choice needs targets of another kind than came.
@@ -29,6 +30,8 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
     (tensor([[1]]), tensor([[1.]]))
     >>> choose("positives", torch.zeros(1, 3), torch.tensor([[1., 0., 1.]]))
     (tensor([[0, 2]]), tensor([[0.5000, 0.5000]]))
+    >>> choose("all", torch.zeros(1, 2), None)
+    (tensor([[0, 1]]), tensor([[0.5000, 0.5000]]))
     """
     if callable(choice):
         return choice(teacher_logits, targets)
@@ -38,16 +41,20 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
         return _ones(_labels(teacher_logits, targets), teacher_logits)
     if choice == "positives":
         return _positives(teacher_logits, targets)
+    if choice == "all":
+        count = teacher_logits.shape[1]
+        every = torch.arange(count, device=teacher_logits.device).expand(len(teacher_logits), count)
+        return every, torch.full_like(teacher_logits, 1 / max(count, 1))
     top = teacher_logits.topk(min(choice, teacher_logits.shape[1]), dim=1)
     return top.indices, F.softmax(top.values, dim=1)
 
 
 def check_choice(choice: object) -> None:
     """Raise a ValueError for what `choose` does not know."""
-    known = choice in ("teacher", "labels", "positives") or callable(choice)
+    known = choice in ("teacher", "labels", "positives", "all") or callable(choice)
     if not known and not (isinstance(choice, int) and choice >= 1):
         raise ValueError(
-            'Expected classes to be "teacher", "labels", "positives", an integer k >= 1 or a function, '
+            'Expected classes to be "teacher", "labels", "positives", "all", an integer k >= 1 or a function, '
             f"but got {choice!r}."
         )
 

@@ -60,6 +60,25 @@ class GradCAM:
 
 
 @dataclass(frozen=True)
+class CAM:
+    """Class activation map (Zhou et al. 2016): GradCAM without its ReLU, signed.
+
+    sum_k a_k A_k with a_k the mean over space of dz_y/dA_k, which is the class's weight over h*w where the head pools
+    and applies one linear layer. Where a class is not, values are below 0, so that maps of classes that are not seen
+    say something as well: with `classes="all"`.
+
+    >>> CAM()(torch.ones(1, 2, 1, 1), torch.tensor([[[[1.]], [[-3.]]]]))
+    tensor([[[[-2.]]]])
+    """
+
+    layer: str | None = None
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """[B, C, h, w] twice -> [B, 1, h, w]."""
+        return torch.einsum("bchw,bc->bhw", features, gradient.mean((2, 3))).unsqueeze(1)
+
+
+@dataclass(frozen=True)
 class HiResCAM:
     """HiResCAM (Draelos and Carin 2020): ReLU(sum_k dz_y/dA_k * A_k), without averaging the gradient.
 
@@ -174,7 +193,7 @@ class BcosContributions(DynamicWeights):
         return F.relu(averaged((features * gradient).sum(1, keepdim=True), self.resolution))
 
 
-KINDS = (GradCAM, HiResCAM, LayerCAM, InputGradient, BcosWeights, BcosContributions)
+KINDS = (GradCAM, CAM, HiResCAM, LayerCAM, InputGradient, BcosWeights, BcosContributions)
 KNOWN: dict[str, type[Any]] = {kind.__name__: kind for kind in KINDS}  # as caches name them
 NAMED = {name.lower(): kind for name, kind in KNOWN.items()}  # as command lines do
 

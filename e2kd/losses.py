@@ -99,7 +99,7 @@ class E2KDLoss(nn.Module):
         kd_weight: of the logit term.
         task_weight: of the criterion; None is 1 with a criterion.
         temperature: τ. The paper tries 1 and 5.
-        classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets),
+        classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets), "all",
             an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`).
         fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
             with explainers that need a pass of the whole network, such as `BcosWeights`.

@@ -27,7 +27,7 @@ class FeatureGradient:
         return features * gradient
 
 
-EXPLAINERS = [e2kd.GradCAM(), e2kd.HiResCAM(), e2kd.LayerCAM(), e2kd.InputGradient(), FeatureGradient()]
+EXPLAINERS = [e2kd.GradCAM(), e2kd.CAM(), e2kd.HiResCAM(), e2kd.LayerCAM(), e2kd.InputGradient(), FeatureGradient()]
 BCOS = [e2kd.BcosWeights(), e2kd.BcosWeights(8, "separate"), e2kd.BcosContributions(8), e2kd.GradCAM()]
 EVERY = [(net, e) for net in NETS for e in EXPLAINERS] + [("bcos", e) for e in BCOS]
 
@@ -124,6 +124,16 @@ def slow_gradcam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
         maps.append(total.clamp_min(0).detach()[None])
     handle.remove()
     return torch.stack(maps)
+
+
+def test_cam_is_gradcam_without_its_relu() -> None:
+    """And below 0 where a class is not, summing with the bias to the logit of a head that pools and is linear."""
+    model, x = cnn(), images()
+    for label in range(4):
+        classes = torch.full((3,), label)
+        cam, gradcam = (e2kd.explain(model, x, classes, explainer) for explainer in (e2kd.CAM(), e2kd.GradCAM()))
+        torch.testing.assert_close(cam.maps.relu(), gradcam.maps)
+        torch.testing.assert_close(cam.maps.sum((1, 2, 3)) + model[-1].bias[label], cam.logits[:, label])
 
 
 @pytest.mark.parametrize("layer", ["act", "conv2"])

@@ -63,7 +63,7 @@ def batch(dataset: Any, cache: e2kd.FrozenTeacher, size: int = 16, **settings: A
 
 
 @pytest.mark.parametrize(
-    "explainer", [e2kd.GradCAM(), e2kd.LayerCAM(), e2kd.HiResCAM(), e2kd.InputGradient()], ids=repr
+    "explainer", [e2kd.GradCAM(), e2kd.CAM(), e2kd.LayerCAM(), e2kd.HiResCAM(), e2kd.InputGradient()], ids=repr
 )
 @pytest.mark.parametrize("classes", ["teacher", "labels"])
 def test_rows_are_the_live_explanations(tmp_path: Path, explainer: e2kd.Explainer, classes: str) -> None:

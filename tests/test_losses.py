@@ -188,6 +188,21 @@ def test_top_k_is_weighted_by_the_teachers_probability(x: Tensor) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("explainer", [e2kd.CAM(), e2kd.GradCAM()], ids=repr)
+def test_all_classes_are_explained_with_equal_weight(explainer: e2kd.Explainer, x: Tensor) -> None:
+    student, teacher = models()
+    criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, classes="all", explainer=explainer, example=x)
+    loss = criterion(student(x))
+    expected = 0.0
+    for label in range(4):
+        classes = torch.full((len(x),), label)
+        mine, theirs = (e2kd.explain(m, x, classes, explainer).maps for m in (student, teacher))
+        expected = expected + (1 - e2kd.cosine(mine, theirs)).mean() / 4
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in student.parameters() if p.ndim > 1)
+
+
 def test_positives_are_all_explained_with_equal_weight(x: Tensor) -> None:
     student, teacher = models()
     targets = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]]).double()

@@ -16,11 +16,11 @@ import e2kd
 PACKAGE = Path(e2kd.__file__).parent
 
 NAMES = {
-    "BcosContributions", "BcosWeights", "CanonicalView", "E2KDLoss", "Explainer", "Explanation", "ExplanationLoss",
-    "FrozenDataset", "FrozenTeacher", "GradCAM", "HiResCAM", "InputGradient", "JointAugmentation", "KDLoss",
-    "LayerCAM", "MultiLabelKDLoss", "NoEffectWarning", "Taught", "TransferMonitor", "UniCAMResult", "UnsupportedModel",
-    "__version__", "check", "cosine", "explain", "freeze", "kd_loss", "label_embeddings", "multilabel_kd_loss",
-    "unicam",
+    "BcosContributions", "BcosWeights", "CAM", "CanonicalView", "E2KDLoss", "Explainer", "Explanation",
+    "ExplanationLoss", "FrozenDataset", "FrozenTeacher", "GradCAM", "HiResCAM", "InputGradient", "JointAugmentation",
+    "KDLoss", "LayerCAM", "MultiLabelKDLoss", "NoEffectWarning", "Taught", "TransferMonitor", "UniCAMResult",
+    "UnsupportedModel", "__version__", "check", "cosine", "explain", "freeze", "kd_loss", "label_embeddings",
+    "multilabel_kd_loss", "unicam",
 }  # fmt: skip
 PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer"}  # public as a whole
 

@@ -174,6 +174,15 @@ def test_few_images_teach_more_with_explanations(name: str) -> None:
         assert gain["interval"][0] > 0
 
 
+def test_signed_maps_of_all_classes_teach_more_than_the_teachers_class() -> None:
+    """And more than its rivals."""
+    rows = tables.results("limited_standard_50")["rows"]
+    for base in ("e2kd", "kd", "crd", "catkd"):
+        for gain in differences(rows, "e2kd_all", base, limited.MEASURES).values():
+            assert len(gain["each"]) == 5
+            assert gain["interval"][0] > 0
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

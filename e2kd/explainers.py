@@ -55,8 +55,7 @@ class GradCAM:
 
     def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
         """[B, C, h, w] twice -> [B, 1, h, w]."""
-        weights = gradient.mean((2, 3))
-        return F.relu(torch.einsum("bchw,bc->bhw", features, weights)).unsqueeze(1)
+        return F.relu(_weighted(features, gradient))
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,12 @@ class CAM:
 
     def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
         """[B, C, h, w] twice -> [B, 1, h, w]."""
-        return torch.einsum("bchw,bc->bhw", features, gradient.mean((2, 3))).unsqueeze(1)
+        return _weighted(features, gradient)
+
+
+def _weighted(features: Tensor, gradient: Tensor) -> Tensor:
+    """The sum over channels, each weighted by its mean gradient: [B, C, h, w] twice -> [B, 1, h, w]."""
+    return torch.einsum("bchw,bc->bhw", features, gradient.mean((2, 3))).unsqueeze(1)
 
 
 @dataclass(frozen=True)

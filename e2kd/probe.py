@@ -73,10 +73,6 @@ class Trace:
     def image_size(self) -> tuple[int, int]:
         return (self.images.shape[-2], self.images.shape[-1])
 
-    def output_of(self, name: str) -> Tensor:
-        """What the named module returned in its last call."""
-        return next(c.output for c in reversed(self.calls) if c.name == name and c.output is not None)
-
     def call_at(self, turn: Turn) -> Call:
         """One of a module's calls."""
         return self.calls[self._number(turn)]

@@ -31,7 +31,8 @@ from benchmarks import paired
 from benchmarks.common import markdown_table, write_results
 from benchmarks.composites import composites
 from benchmarks.limited import run
-from benchmarks.limited_training import BASIC, FROZEN
+from benchmarks.limited_training import ARMS as TITLED
+from benchmarks.limited_training import BASIC, EVERY_CLASS, FROZEN, settings_of
 from benchmarks.paired import Case, Row, Study
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
@@ -41,7 +42,7 @@ from e2kd.demo.train import batches, train
 
 SEEDS, TUNING_SEEDS = range(5), range(100, 101)
 TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 25.0)
-ARMS = BASIC | {"unbiased": "cross-entropy, either background"}
+ARMS = BASIC | {EVERY_CLASS: TITLED[EVERY_CLASS], "unbiased": "cross-entropy, either background"}
 LIVE = [arm for arm in ARMS if arm not in FROZEN]
 CLASSES, BLOCKS, PEAK = 2, 5, 1e-3  # of the teacher: blocks in a stage, peak of its schedule
 TITLES = {
@@ -49,7 +50,7 @@ TITLES = {
     "worst_group_accuracy": "worst group", "epg": "EPG own class", "epg_teacher_class": "EPG teacher's",
 }  # fmt: skip
 COMPARED = ("ood_accuracy", "ood_agreement", "worst_group_accuracy", "epg")
-PAIRS = (("e2kd", "kd"), ("frozen_e2kd", "frozen_kd"))
+PAIRS = (("e2kd", "kd"), (EVERY_CLASS, "kd"), ("frozen_e2kd", "frozen_kd"))
 WORK = Path(tempfile.gettempdir()) / "e2kd-right-reasons"
 
 
@@ -113,8 +114,8 @@ def trained_student(case: Case, student: Student, teacher: nn.Module, settings: 
     network = student.make(CLASSES)
     with frozen_lessons(teacher, scenes) as lessons:
         taught_by = lessons.frozen if case.arm in FROZEN else teacher
-        criterion = criterion_of(case, network, taught_by, scenes.images[:2])
         plan = batches(settings.images, settings.epochs, case.seed)
+        criterion = criterion_of(case, network, taught_by, scenes.images[:2], len(plan))
         feed = lessons.feed(frozen=case.arm in FROZEN)
         train(network, criterion, feed, plan, case.seed, learning_rate=student.learning_rate)
     if isinstance(criterion, e2kd.E2KDLoss):
@@ -122,11 +123,16 @@ def trained_student(case: Case, student: Student, teacher: nn.Module, settings: 
     return network
 
 
-def criterion_of(case: Case, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher, example: Tensor) -> nn.Module:
-    """The one line in which the arms differ."""
+def criterion_of(
+    case: Case, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher, example: Tensor, steps: int
+) -> nn.Module:
+    """The one line in which the arms differ; steps are the training's."""
     if case.temperature is None:
         return nn.CrossEntropyLoss()
-    return e2kd.E2KDLoss(student, teacher, temperature=case.temperature, weight=case.weight or 0.0, example=example)
+    return e2kd.E2KDLoss(
+        student, teacher,
+        temperature=case.temperature, weight=case.weight or 0.0, example=example, **settings_of(case.arm, steps),
+    )  # fmt: skip
 
 
 def measured(case: Case, student: Student, teacher: nn.Module, parts: dict[str, Test], settings: Settings) -> Row:
@@ -163,7 +169,7 @@ def difference_lines(results: list[Row]) -> list[str]:
             if {arm, base} <= arms:
                 gains = paired.differences(found["rows"], arm, base, COMPARED)
                 words = paired.in_points({TITLES[field]: gain for field, gain in gains.items()})
-                said.append(f"{STUDENTS[found['student']].title}, {BASIC[arm]} - {BASIC[base]}, same seed: {words}.")
+                said.append(f"{STUDENTS[found['student']].title}, {ARMS[arm]} - {ARMS[base]}, same seed: {words}.")
     return said
 
 

@@ -105,7 +105,7 @@ def test_students_take_the_photographs_and_are_explained_on_fine_maps(name: str)
     torch.manual_seed(0)
     images = torch.rand(4, 3, 64, 64)
     student, teacher = STUDENTS[name].make(2), STUDENTS["resnet"].make(2)
-    criterion = right_reasons.criterion_of(Case("test", "e2kd", 0, 1.0, 5.0), student, teacher, images)
+    criterion = right_reasons.criterion_of(Case("test", "e2kd", 0, 1.0, 5.0), student, teacher, images, steps=10)
     criterion(student(images), torch.zeros(4, dtype=torch.long)).backward()
     assert 0 < criterion.parts["explanation"] < 1
     assert e2kd.explain(student, images).maps.shape[2] >= 4

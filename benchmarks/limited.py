@@ -51,7 +51,7 @@ TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 10.0, 25.0, 50.0)
 MULTIPLES = (0.2, 1.0, 5.0)  # of a rival's own weight
 PER_CLASS = (50, 200, 4500)
 MEASURES = ("accuracy", "agreement")
-PAIRS = (("e2kd", "kd"), ("e2kd_all", "kd"), ("frozen_e2kd", "frozen_kd"))
+PAIRS = (("e2kd", "kd"), ("e2kd_all", "kd"), ("frozen_e2kd", "frozen_kd"), ("frozen_e2kd_all", "frozen_kd"))
 WORK = Path(tempfile.gettempdir()) / "e2kd-limited"
 
 

@@ -30,18 +30,21 @@ SPARING = {
     **{f"fraction_{n}": {"fraction": 1 / n} for n in (2, 4, 8)},
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
-EVERY_CLASS = "e2kd_all"  # explains all classes by signed maps
+EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
+SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
     BASIC
     | {arm: method.__name__ for arm, method in RIVALS.items()}
-    | {"crd_e2kd": "CRD + e²KD", EVERY_CLASS: "e²KD of all classes, CAM"}
+    | {"crd_e2kd": "CRD + e²KD"}
+    | EVERY_CLASS
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
 UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
-FROZEN, EXPLAINED = ("frozen_kd", "frozen_e2kd"), ("e2kd", "frozen_e2kd", "crd_e2kd", EVERY_CLASS, *SPARING, *STRETCHES)
+FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")
+EXPLAINED = ("e2kd", "frozen_e2kd", "crd_e2kd", *EVERY_CLASS, *SPARING, *STRETCHES)
 
 
 @dataclass(frozen=True)
@@ -91,20 +94,21 @@ def settings_of(arm: str, steps: int) -> dict[str, Any]:
     >>> settings_of("stretch_20_50", 500), settings_of("every_4", 500), settings_of("kd", 500)
     ({'during': (100, 250)}, {'every': 4}, {})
     """
-    if arm == EVERY_CLASS:
-        return {"classes": "all", "explainer": e2kd.CAM()}
+    if arm in EVERY_CLASS:
+        return dict(SIGNED)
     if arm in STRETCHES:
         start, stop = STRETCHES[arm]
         return {"during": (round(start * steps), round(stop * steps))}
     return dict(SPARING.get(arm, {}))
 
 
-def lessons_of(data: Data, images: Images) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:
+def lessons_of(data: Data, images: Images, arm: str) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:
     """The frozen teacher of a student's images, their pixels [N, 3, 32, 32], and its lessons for them."""
+    explained = SIGNED if arm in FROZEN and arm in EVERY_CLASS else {}
     normalization = None if data.family.kind is BCOS else NORMALIZATION
     pairs = TensorDataset(*images)
     with tempfile.TemporaryDirectory() as folder:
-        frozen = e2kd.freeze(data.teacher, pairs, folder, normalization=normalization, progress=False)
+        frozen = e2kd.freeze(data.teacher, pairs, folder, normalization=normalization, progress=False, **explained)
         assert frozen is not None
         return frozen, *default_collate(e2kd.FrozenDataset(pairs, frozen).__getitems__(list(range(len(pairs)))))
 
@@ -116,7 +120,7 @@ def train(case: Case, data: Data, settings: Settings) -> nn.Module:
     """
     family, frozen_arm = data.family, case.arm in FROZEN
     images = few(data.pool, settings.per_class, case.seed)
-    frozen, pixels, lessons = lessons_of(data, images)
+    frozen, pixels, lessons = lessons_of(data, images, case.arm)
     torch.manual_seed(case.seed)
     student, augmentation = family.student(), e2kd.JointAugmentation(*operations())
     plan = list(orders(len(pixels), BATCH, settings.epochs, case.seed))

@@ -31,7 +31,6 @@ from benchmarks import paired
 from benchmarks.common import markdown_table, write_results
 from benchmarks.composites import composites
 from benchmarks.limited import run
-from benchmarks.limited_training import ARMS as TITLED
 from benchmarks.limited_training import BASIC, EVERY_CLASS, FROZEN, settings_of
 from benchmarks.paired import Case, Row, Study
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
@@ -42,7 +41,7 @@ from e2kd.demo.train import batches, train
 
 SEEDS, TUNING_SEEDS = range(5), range(100, 101)
 TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 25.0)
-ARMS = BASIC | {EVERY_CLASS: TITLED[EVERY_CLASS], "unbiased": "cross-entropy, either background"}
+ARMS = BASIC | {"e2kd_all": EVERY_CLASS["e2kd_all"], "unbiased": "cross-entropy, either background"}
 LIVE = [arm for arm in ARMS if arm not in FROZEN]
 CLASSES, BLOCKS, PEAK = 2, 5, 1e-3  # of the teacher: blocks in a stage, peak of its schedule
 TITLES = {
@@ -50,7 +49,7 @@ TITLES = {
     "worst_group_accuracy": "worst group", "epg": "EPG own class", "epg_teacher_class": "EPG teacher's",
 }  # fmt: skip
 COMPARED = ("ood_accuracy", "ood_agreement", "worst_group_accuracy", "epg")
-PAIRS = (("e2kd", "kd"), (EVERY_CLASS, "kd"), ("frozen_e2kd", "frozen_kd"))
+PAIRS = (("e2kd", "kd"), ("e2kd_all", "kd"), ("frozen_e2kd", "frozen_kd"))
 WORK = Path(tempfile.gettempdir()) / "e2kd-right-reasons"
 
 

@@ -42,11 +42,19 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
     if choice == "positives":
         return _positives(teacher_logits, targets)
     if choice == "all":
-        count = teacher_logits.shape[1]
-        every = torch.arange(count, device=teacher_logits.device).expand(len(teacher_logits), count)
-        return every, torch.full_like(teacher_logits, 1 / max(count, 1))
+        return every_class(teacher_logits)
     top = teacher_logits.topk(min(choice, teacher_logits.shape[1]), dim=1)
     return top.indices, F.softmax(top.values, dim=1)
+
+
+def every_class(logits: Tensor) -> Chosen:
+    """All classes of logits [B, K], with equal weights, [B, K] both.
+
+    >>> every_class(torch.zeros(1, 2))
+    (tensor([[0, 1]]), tensor([[0.5000, 0.5000]]))
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    return classes, torch.full_like(logits, 1 / max(logits.shape[1], 1))
 
 
 def check_choice(choice: object) -> None:

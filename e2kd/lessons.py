@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from e2kd.classes import every_class
 from e2kd.explainers import Explainer
 from e2kd.taught import Taught
 
@@ -20,7 +21,7 @@ class Lesson:
         logits: [B, K].
         explain: classes [B, k] and rows (indices of samples, None for all) -> k maps [B, C, h, w]; None in a step that
             explains nothing. Asked once.
-        classes: the only classes there are maps of, [B]; None when any class can be explained.
+        classes: the only classes there are maps of, [B, k]; None when any class can be explained.
         valid: share of each cell of the maps that is known, [B, 1, h, w]; None when all are.
     """
 
@@ -30,13 +31,15 @@ class Lesson:
     valid: Tensor | None = None
 
 
-def lesson_of(taught: Taught) -> Lesson:
-    """The lesson that came with the batch."""
+def lesson_of(taught: Taught, choice: str) -> Lesson:
+    """The lesson that came with the batch, whose maps explain the classes of a choice (see `Prepared`)."""
+    classes = every_class(taught.logits)[0] if choice == "all" else taught.classes[:, None]
 
     def explain(classes: Tensor, rows: Tensor | None) -> list[Tensor]:
-        return [taught.maps if rows is None else taught.maps[rows]]
+        maps = taught.maps if rows is None else taught.maps[rows]
+        return list(maps.chunk(classes.shape[1], dim=1))
 
-    return Lesson(taught.logits, explain if taught.explains else None, taught.classes, taught.valid)
+    return Lesson(taught.logits, explain if taught.explains else None, classes, taught.valid)
 
 
 @runtime_checkable
@@ -53,7 +56,7 @@ class Prepared(Protocol):
 
     @property
     def choice(self) -> str:
-        """Which class its maps explain, in the words of `E2KDLoss`: "teacher" or "labels"."""
+        """Which class its maps explain, in the words of `E2KDLoss`: "teacher", "labels" or "all"."""
 
     def taught(self, targets: Any, images: Tensor | None = None) -> Taught:
         """The lessons that came with a batch in the labels' place, for the images that the student was given."""

@@ -243,7 +243,7 @@ class E2KDLoss(nn.Module):
         parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")} | {"cosine": zero + torch.nan}
         loss, lesson = zero, None
         if explaining or self.kd_weight != 0:  # asked first, so that criteria inside of this one hear the answer
-            lesson = self._lesson(record, explaining, rows) if taught is None else lesson_of(taught)
+            lesson = self._lesson(record, explaining, rows, taught)
             check_batch(logits, lesson.logits)
         if self.task_weight != 0:
             parts["task"] = task_loss(self.criterion, outputs, targets, labels)
@@ -275,8 +275,10 @@ class E2KDLoss(nn.Module):
         start, stop = self.during or (0, math.inf)
         return self.weight != 0 and start <= self.step < stop and (self.step - start) % self.every == 0
 
-    def _lesson(self, record: Record, explaining: bool, rows: Tensor | None) -> Lesson:
-        assert isinstance(self.teacher, Teacher)
+    def _lesson(self, record: Record, explaining: bool, rows: Tensor | None, taught: Taught | None) -> Lesson:
+        if not isinstance(self.teacher, Teacher):
+            assert taught is not None
+            return lesson_of(taught, self.teacher.choice)
         with torch.autocast(record.images.device.type, record.autocast, enabled=record.autocast is not None):
             return self.teacher.lesson(record.images, explaining=explaining, rows=rows)
 
@@ -320,7 +322,8 @@ class E2KDLoss(nn.Module):
     def _choose(self, lesson: Lesson, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         if lesson.classes is None:
             return choose(self.classes, lesson.logits, labels)
-        return lesson.classes[:, None], torch.ones_like(lesson.logits[:, :1])
+        count = lesson.classes.shape[1]
+        return lesson.classes, torch.full_like(lesson.logits[:, :1], 1 / count).expand(-1, count)
 
     def _rows(self, batch: int, device: torch.device) -> Tensor | None:
         """Indices of the samples to explain, None for all; the trainer's own random numbers stay what they were."""

@@ -25,11 +25,12 @@ class Taught(_Fields):
     Attributes:
         labels: [B], or whatever the data set has.
         logits: the teacher's, [B, K] float32.
-        maps: its explanations in the frame of the image they come with, [B, C, h, w] float32;
-            [B, 0, 0, 0] from a cache of logits alone.
+        maps: its explanations in the frame of the image they come with, [B, C, h, w] float32, those of all classes
+            one after another, [B, K * C, h, w], where it was frozen with classes="all"; [B, 0, 0, 0] from a cache of
+            logits alone.
         valid: share in [0, 1] of each cell for which the teacher's map is known, [B, 1, h, w]: augmentations move
             cells out of the frame.
-        classes: which class the maps explain, [B] int64.
+        classes: which class the maps explain, [B] int64; the teacher's top class where they explain all.
 
     >>> import torch
     >>> one = Taught(torch.tensor(3), torch.zeros(5), torch.zeros(1, 7, 7), torch.ones(1, 7, 7), torch.tensor(2))

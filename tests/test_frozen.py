@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,14 @@ def net(seed: int = 0, width: int = 8) -> nn.Module:
         nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES),
     )  # fmt: skip
+
+
+def bcos_net() -> nn.Module:
+    """A small B-cos network that adds the inverse itself."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        e2kd.bcos.AddInverse(), e2kd.bcos.BcosResNet(e2kd.bcos.BasicBlock, (1, 1), CLASSES, width=4, small_images=True)
+    )
 
 
 def pixels(count: int = 40, seed: int = 1) -> TensorDataset:
@@ -81,16 +90,78 @@ def test_rows_are_the_live_explanations(tmp_path: Path, explainer: e2kd.Explaine
     assert cache.choice == classes
 
 
-@pytest.mark.parametrize("classes", ["teacher", "labels"])
-@pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")
-def test_a_frozen_step_is_the_live_step_to_the_storage_precision(tmp_path: Path, classes: Any) -> None:
+@pytest.mark.parametrize("explainer", [e2kd.CAM(), e2kd.InputGradient(), e2kd.BcosWeights(resolution=6)], ids=repr)
+def test_a_cache_of_all_classes_holds_a_map_for_each(tmp_path: Path, explainer: e2kd.Explainer) -> None:
+    """One channel after another: those of class 0 first."""
+    bcos = isinstance(explainer, e2kd.BcosWeights)
+    teacher, dataset = bcos_net() if bcos else net(), pixels()
+    cache = frozen(tmp_path, dataset, teacher, explainer=explainer, classes="all", normalization=None if bcos else UNIT)
+    images, rows = dataset.tensors[0] / 255, cache.rows(torch.arange(40))
+    live = [e2kd.explain(teacher, images, torch.full((40,), k), explainer).maps for k in range(CLASSES)]
+    channels = live[0].shape[1]
+    assert rows.maps.shape == (40, CLASSES * channels, *live[0].shape[2:])
+    for k, maps in enumerate(live):
+        stored = rows.maps[:, k * channels : (k + 1) * channels]
+        torch.testing.assert_close(stored, maps, rtol=2e-3, atol=1e-3 * float(rows.maps.abs().amax()))
+    assert torch.equal(rows.classes, rows.logits.argmax(1))
+    assert cache.choice == "all"
+    assert cache.store.record.map_type == "float16"
+
+
+def test_maps_of_all_classes_follow_the_image_into_the_loss(tmp_path: Path) -> None:
+    """Flipped as the image is, packed or not; the loss is the mean over classes."""
     teacher, dataset = net(), pixels()
-    cache = frozen(tmp_path, dataset, teacher, classes=classes)
+    cache = frozen(tmp_path, dataset, teacher, explainer=e2kd.CAM(), classes="all")
+    images, taught = batch(dataset, cache)
+    augmented, moved = e2kd.JointAugmentation(K.RandomHorizontalFlip(p=1.0))(images, taught)
+    torch.testing.assert_close(moved.maps, taught.maps.flip(3), rtol=0, atol=1e-5 * float(taught.maps.abs().amax()))
+    student = net(seed=3)
+    student[3].eval()  # normalises as it will when it is explained
+    criterion = e2kd.E2KDLoss(student, cache, classes="all")
+    criterion(student(augmented), moved)
+    own = [e2kd.explain(student, augmented, torch.full((16,), k), e2kd.CAM()).maps for k in range(CLASSES)]
+    wanted = [e2kd.cosine(mine, moved.maps[:, k : k + 1]) for k, mine in enumerate(own)]
+    assert criterion.parts["cosine"].item() == pytest.approx(torch.stack(wanted).mean().item(), abs=1e-3)
+    packed = torch.stack(
+        [cache.packing.pack(e2kd.Taught(*one), image) for image, *one in zip(images, *taught, strict=True)]
+    )
+    assert torch.equal(cache.taught(packed).maps, taught.maps)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_a_cache_of_all_classes_is_asked_for_all(tmp_path: Path, fraction: float) -> None:
+    dataset, student = pixels(), net(seed=3)
+    cache = frozen(tmp_path / "all", dataset, explainer=e2kd.CAM(), classes="all")
+    one = frozen(tmp_path / "one", dataset, explainer=e2kd.CAM())
+    with pytest.raises(ValueError, match="explain classes='all', but the criterion was asked for 'teacher'"):
+        e2kd.E2KDLoss(student, cache)
+    with pytest.raises(ValueError, match="explain classes='teacher', but the criterion was asked for 'all'"):
+        e2kd.E2KDLoss(student, one, classes="all")
+    images, taught = batch(dataset, one)
+    criterion = e2kd.E2KDLoss(student, cache, classes="all", fraction=fraction)
+    with pytest.raises(ValueError, match="They come from another cache"):
+        criterion(student(images / 255), taught)
+    images, taught = batch(dataset, cache)
+    criterion(student(images / 255), taught).backward()
+    assert 0 < criterion.parts["explanation"] < 2
+    assert cache.verify(net(), dataset, rows=8).ok
+
+
+LIVE = [("teacher", None), ("labels", None), ("all", e2kd.CAM()), ("all", e2kd.InputGradient())]
+
+
+@pytest.mark.parametrize(("classes", "explainer"), LIVE, ids=repr)
+@pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")
+def test_a_frozen_step_is_the_live_step_to_the_storage_precision(tmp_path: Path, classes: Any, explainer: Any) -> None:
+    teacher, dataset = net(), pixels()
+    cache = frozen(tmp_path, dataset, teacher, classes=classes, explainer=explainer)
     images, taught = batch(dataset, cache)
     results = []
     for source, targets in ((teacher, taught.labels), (cache, taught)):
         student = net(seed=3, width=6)
-        criterion = e2kd.E2KDLoss(student, source, nn.CrossEntropyLoss(), classes=classes, temperature=2.0)
+        criterion = e2kd.E2KDLoss(
+            student, source, nn.CrossEntropyLoss(), classes=classes, explainer=explainer, temperature=2.0
+        )
         loss = criterion(student(images / 255), targets)
         loss.backward()
         results.append((criterion.parts, [p.grad for p in student.parameters()]))
@@ -412,7 +483,7 @@ def test_pil_and_tensors_of_one_photo_give_one_view(shared: Shared) -> None:
 def test_what_cannot_be_frozen_is_refused_in_words(tmp_path: Path) -> None:
     dataset = pixels()
     for settings, words in (
-        ({"classes": "positives"}, "one map for each image"),
+        ({"classes": "positives"}, "a map of one class for each image, or of every class"),
         ({"normalization": None}, "It is not known how Sequential expects"),
         ({"ids": ["a"]}, "one id for each of the 40 samples"),
         ({"rank": 2, "world": 2}, "rank 2 of 2"),

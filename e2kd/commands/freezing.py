@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--explainer", choices=(*NAMED, "none"), help="by the kind of model if not given; none: logits alone"
     )
     parser.add_argument("--layer", help="dotted name; found if not given")
-    parser.add_argument("--classes", choices=("teacher", "labels"), default="teacher", help="which class to explain")
+    parser.add_argument("--classes", choices=("teacher", "labels", "all"), default="teacher", help="what to explain")
     parser.add_argument("--top", type=int, help="store the largest logits alone, and the probability of the rest")
     parser.add_argument("--map-type", choices=("float16", "int8", "uint8"), help="by the maps' size if not given")
     parser.add_argument("--shard-rows", type=int, help="images that a kill can lose; about a 64th if not given")

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.classes import choose
+from e2kd.classes import choose, every_class
 from e2kd.explainers import Explainer, GradCAM
+from e2kd.lessons import Lesson
 from e2kd.modes import device_of, dtype_of
 from e2kd.similarity import pooled
 from e2kd.teacher import Normalization, Teacher, expected_normalization
 
 LARGEST = 56  # side of stored maps: finer ones agree less with an augmented image's own map, at more bytes
-CHOICES = ("teacher", "labels")
+CHOICES = ("teacher", "labels", "all")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Logits [B, K] float32, maps [B, C, h, w] float32 or None, and the explained classes [B]; on the CPU."""
+    """Logits [B, K] float32, maps [B, C, h, w] float32 or None, and the explained classes [B]; on the CPU.
+
+    Of all classes, the maps are one after another, [B, K * C, h, w], and `classes` are the teacher's top ones.
+    """
 
     logits: Tensor
     maps: Tensor | None
@@ -34,7 +38,7 @@ class Asked:
         model: the teacher, or a timm name.
         example: a canonical image [C, H, W]; all others are of its type and size.
         explainer: None asks for logits alone.
-        classes: "teacher" or "labels".
+        classes: "teacher", "labels" or "all".
         normalization: (mean, std) the teacher expects of images in [0, 1]; a timm model knows its own.
         size: side or (H, W) the teacher expects. None: the images' own, or a timm model's where that is smaller.
         map_size: (h, w) to which finer maps are averaged.
@@ -55,7 +59,8 @@ class Asked:
     ) -> None:
         if classes not in CHOICES:
             raise ValueError(
-                f"Expected classes to be one of {CHOICES}, but got {classes!r}: a cache holds one map for each image."
+                f"Expected classes to be one of {CHOICES}, but got {classes!r}: a cache holds a map of one class for "
+                "each image, or of every class."
             )
         self.explainer, self.classes, self.map_size = explainer, classes, map_size
         self.pixels = example.dtype == torch.uint8
@@ -72,16 +77,20 @@ class Asked:
         lesson = self.teacher.lesson(images, explaining=self.explainer is not None)
         targets = torch.as_tensor(labels, device=images.device) if self.classes == "labels" else None
         classes = choose("teacher" if targets is None else "labels", lesson.logits, targets)[0]
-        maps = None if lesson.explain is None else pooled(lesson.explain(classes, None)[0], self.map_size).float().cpu()
+        maps = None if lesson.explain is None else self._maps(lesson, classes)
         return Answers(lesson.logits.float().cpu(), maps, classes[:, 0].cpu())
 
     def explain(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Maps [B, C, h, w] of the classes [B] for images that are floating-point already: augmented ones."""
+        """Maps of the classes [B], or of all, for images that are floating-point already: augmented ones."""
         assert self.explainer is not None
         images = images.to(device_of(self.model, images.device))
-        lesson = self.teacher.lesson(images, explaining=True)
+        return self._maps(self.teacher.lesson(images, explaining=True), classes.to(images.device)[:, None])
+
+    def _maps(self, lesson: Lesson, classes: Tensor) -> Tensor:
+        """Maps [B, C, h, w] of the classes [B, 1]; [B, K * C, h, w] of all, whatever those are."""
         assert lesson.explain is not None
-        return pooled(lesson.explain(classes.to(images.device)[:, None], None)[0], self.map_size).float().cpu()
+        found = lesson.explain(every_class(lesson.logits)[0] if self.classes == "all" else classes, None)
+        return torch.cat([pooled(maps, self.map_size) for maps in found], dim=1).float().cpu()
 
     def prepared(self, images: Tensor) -> Tensor:
         """Canonical images as floating-point numbers on the teacher's device: pixels in [0, 1], others as they are."""

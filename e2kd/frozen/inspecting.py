@@ -9,6 +9,8 @@ from e2kd.errors import shape
 from e2kd.frozen.progress import progress_bar
 from e2kd.frozen.teacher import FrozenTeacher
 
+WHOSE = {"teacher": "the teacher's class", "labels": "the labels' class", "all": "every class"}
+
 
 def describe(frozen: FrozenTeacher) -> str:
     """A printable description.
@@ -36,7 +38,7 @@ def describe(frozen: FrozenTeacher) -> str:
     if explainer is not None and record.map_shape is not None:
         place = f" at {explainer['layer']}" if explainer["layer"] else ""
         lines["maps"] = (
-            f"{explainer['name']}{place} of the {plan['classes']}'s class, {shape(record.map_shape)} {record.map_type}"
+            f"{explainer['name']}{place} of {WHOSE[plan['classes']]}, {shape(record.map_shape)} {record.map_type}"
             f"; {frozen.store.zero_maps} zero everywhere"
         )
     return "\n".join(f"{name:13}{said}" for name, said in lines.items())

@@ -109,7 +109,7 @@ class FrozenTeacher:
 
     @property
     def choice(self) -> str:
-        """Which class the maps explain: "teacher" (its top class) or "labels"."""
+        """Which class the maps explain: "teacher" (its top class), "labels" or "all"."""
         return str(self.plan["classes"])
 
     @property

@@ -64,12 +64,14 @@ def freeze(
         path: the cache's folder.
         explainer: None is `BcosWeights()` for a B-cos network, else `GradCAM()`.
         maps: False stores logits alone, for plain KD.
-        classes: the class a map explains: "teacher" (its top class) or "labels".
+        classes: the class a map explains: "teacher" (its top class) or "labels"; "all" keeps a map for each class,
+            so it is for few classes.
         view: side, (H, W) or `CanonicalView` that images are brought to; None if they are of one size already.
         normalization: (mean, std) the teacher expects of images in [0, 1]; timm models know theirs.
         teacher_size: side or (H, W) the teacher expects; the whole view is resized to it.
         top: store the largest logits alone, and the probability of the rest.
-        map_type: "float16", "int8" or "uint8"; by the maps' size if None.
+        map_type: "float16", "int8" or "uint8"; None is float16 for small maps and for those of all classes, which
+            share a scale in 8 bits, else int8.
         map_size: side or (h, w) to which finer maps are averaged.
         ids: a name for each sample, where the data set has none by which it should be known again.
         batch_size, workers: of the pass.
@@ -100,7 +102,7 @@ def freeze(
     size = (map_size, map_size) if isinstance(map_size, int) else map_size
     how = (explainer or default_explainer(teacher)) if maps else None
     asked = Asked(teacher, first.image, how, classes, normalization, teacher_size, size)
-    record = _record(asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2), top, map_type)
+    record = _record(asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2), top, map_type, classes)
     rows = shard_rows or _shard_rows(len(dataset))
     forecast = check_space(record, len(dataset), Path(path))
     plan = plan_of(asked, source, first.image, record, rows, batch_size, given=ids is not None)
@@ -123,11 +125,11 @@ def _place(rank: int | None, world: int | None) -> tuple[int, int]:
     return rank, world
 
 
-def _record(answers: Answers, top: int | None, map_type: str | None) -> Record:
+def _record(answers: Answers, top: int | None, map_type: str | None, classes: str) -> Record:
     maps = answers.maps
     shape = None if maps is None else (maps.shape[1], maps.shape[2], maps.shape[3])
-    if maps is not None and map_type is None:
-        map_type = "float16" if maps[0].numel() <= SMALL else "int8"
+    if maps is not None and map_type is None:  # in 8 bits the maps of all classes would share one scale
+        map_type = "float16" if maps[0].numel() <= SMALL or classes == "all" else "int8"
     return Record(answers.logits.shape[1], top, shape, map_type or "float16")
 
 

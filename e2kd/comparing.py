@@ -50,3 +50,18 @@ def compare(
             f"{shape(values.shape)}. Reduce over channels and space, not over the batch."
         )
     return values, is_zero(student) | is_zero(teacher)
+
+
+def compare_each(
+    similarity: Similarity,
+    student: Tensor,
+    teacher: Tensor,
+    size: tuple[int, int] | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `compare`, for maps [B, k, C, H, W] and [B, k, C, h, w] of k classes: [B, k] both."""
+    count = student.shape[:2]
+    if valid is not None:
+        valid = valid.unsqueeze(1).expand(*count, *valid.shape[1:]).flatten(0, 1)
+    values, dead = compare(similarity, student.flatten(0, 1), teacher.flatten(0, 1), size, valid)
+    return values.unflatten(0, count), dead.unflatten(0, count)

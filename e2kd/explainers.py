@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,8 +41,27 @@ class Explainer(Protocol):
         """Features [B, C, h, w] and gradient of the explained logit [B, C, h, w] -> maps [B, C', h, w]."""
 
 
+class Weighing(ABC):
+    """An explainer that weighs channels by their mean gradient.
+
+    Of a head that pools and applies one linear layer it gives the maps of many classes at once.
+    """
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """[B, C, h, w] twice -> [B, 1, h, w]."""
+        return self.formed(torch.einsum("bchw,bc->bhw", features, gradient.mean((2, 3)))).unsqueeze(1)
+
+    def weighed(self, features: Tensor, weights: Tensor) -> Tensor:
+        """Features [B, C, h, w] and the channels' weights of each class [k, C] -> a map of each, [B, k, h, w]."""
+        return self.formed(torch.einsum("bchw,kc->bkhw", features, weights))
+
+    @abstractmethod
+    def formed(self, maps: Tensor) -> Tensor:
+        """The maps from the weighted sums over channels."""
+
+
 @dataclass(frozen=True)
-class GradCAM:
+class GradCAM(Weighing):
     """GradCAM (Selvaraju et al. 2017), the explanation of e²KD for standard networks.
 
     ReLU(sum_k a_k A_k) with a_k the mean over space of dz_y/dA_k; values >= 0, not normalised.
@@ -53,13 +73,13 @@ class GradCAM:
 
     layer: str | None = None
 
-    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
-        """[B, C, h, w] twice -> [B, 1, h, w]."""
-        return F.relu(_weighted(features, gradient))
+    def formed(self, maps: Tensor) -> Tensor:
+        """What speaks for the class."""
+        return F.relu(maps)
 
 
 @dataclass(frozen=True)
-class CAM:
+class CAM(Weighing):
     """Class activation map (Zhou et al. 2016): GradCAM without its ReLU, signed.
 
     sum_k a_k A_k with a_k the mean over space of dz_y/dA_k, which is the class's weight over h*w where the head pools
@@ -72,14 +92,9 @@ class CAM:
 
     layer: str | None = None
 
-    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
-        """[B, C, h, w] twice -> [B, 1, h, w]."""
-        return _weighted(features, gradient)
-
-
-def _weighted(features: Tensor, gradient: Tensor) -> Tensor:
-    """The sum over channels, each weighted by its mean gradient: [B, C, h, w] twice -> [B, 1, h, w]."""
-    return torch.einsum("bchw,bc->bhw", features, gradient.mean((2, 3))).unsqueeze(1)
+    def formed(self, maps: Tensor) -> Tensor:
+        """What speaks for the class and what against it."""
+        return maps
 
 
 @dataclass(frozen=True)

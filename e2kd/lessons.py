@@ -19,14 +19,14 @@ class Lesson:
 
     Attributes:
         logits: [B, K].
-        explain: classes [B, k] and rows (indices of samples, None for all) -> k maps [B, C, h, w]; None in a step that
-            explains nothing. Asked once.
+        explain: classes [B, k] and rows (indices of samples, None for all) -> maps [B, k, C, h, w]; None in a step
+            that explains nothing. Asked once.
         classes: the only classes there are maps of, [B, k]; None when any class can be explained.
         valid: share of each cell of the maps that is known, [B, 1, h, w]; None when all are.
     """
 
     logits: Tensor
-    explain: Callable[[Tensor, Tensor | None], list[Tensor]] | None = None
+    explain: Callable[[Tensor, Tensor | None], Tensor] | None = None
     classes: Tensor | None = None
     valid: Tensor | None = None
 
@@ -35,9 +35,9 @@ def lesson_of(taught: Taught, choice: str) -> Lesson:
     """The lesson that came with the batch, whose maps explain the classes of a choice (see `Prepared`)."""
     classes = every_class(taught.logits)[0] if choice == "all" else taught.classes[:, None]
 
-    def explain(classes: Tensor, rows: Tensor | None) -> list[Tensor]:
+    def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
         maps = taught.maps if rows is None else taught.maps[rows]
-        return list(maps.chunk(classes.shape[1], dim=1))
+        return maps.reshape(len(maps), classes.shape[1], -1, *maps.shape[2:])
 
     return Lesson(taught.logits, explain if taught.explains else None, classes, taught.valid)
 

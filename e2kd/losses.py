@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from e2kd.capture import Record
 from e2kd.classes import Choice, check_choice, choose
-from e2kd.comparing import Similarity, compare
+from e2kd.comparing import Similarity, compare, compare_each
 from e2kd.explainers import Explainer, default_explainer, explainer_beside, explainers_of, reads_images
 from e2kd.guards import (
     check_batch,
@@ -299,19 +299,15 @@ class E2KDLoss(nn.Module):
         if valid is not None:  # an image half of which left the frame counts half
             weights = weights * valid.mean((1, 2, 3))[:, None]
         size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
-        similarity = dead = torch.zeros((), device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            taught = lesson.explain(classes, rows)  # first: the teacher's graph is gone when the student's is made
-            student = self.student.view(record, logits, rows)
-            for chosen, weight, theirs in zip(classes.T, weights.T, taught, strict=True):
-                mine = student.explain(self.explainer, chosen, rows)
-                check_grid(mine, f"student's (at {self.student.place})")
-                check_grid(theirs, "teacher's")
-                if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged
-                    mine = pooled(mine, (theirs.shape[-2], theirs.shape[-1]))
-                alike, zero = compare(self.similarity, mine, theirs, size, valid)
-                similarity, dead = similarity + weight * alike, dead + weight * zero
-        total = weights.sum(1)
+            theirs = lesson.explain(classes, rows)  # first: the teacher's graph is gone when the student's is made
+            mine = self.student.view(record, logits, rows).explain_each(self.explainer, classes, rows)
+            check_grid(mine, f"student's (at {self.student.place})")
+            check_grid(theirs, "teacher's")
+            if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged
+                mine = pooled(mine.flatten(1, 2), (theirs.shape[-2], theirs.shape[-1])).unflatten(1, mine.shape[1:3])
+            alike, zero = compare_each(self.similarity, mine, theirs, size, valid)
+        similarity, dead, total = (weights * alike).sum(1), (weights * zero).sum(1), weights.sum(1)
         warn_dead(dead, total, self.student.place)
         return {
             "explanation": (total - similarity).mean() * self.every,

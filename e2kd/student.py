@@ -259,7 +259,7 @@ class StudentExplainer:
         view = closed_view(captured, logits, plan, linear, size)
         with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
             pooled = linear(view.features.mean((2, 3)).to(dtype_of(linear)))
-        return View(pooled, view.features, view.gradient)
+        return replace(view, logits=pooled)
 
     def _replay(self, record: Record, plan: Plan, run: Head | NarrowHead) -> View:
         assert plan.head is not None

@@ -111,10 +111,8 @@ class Teacher:
             logits = view.logits.detach()
             self._tell(images, prepared, logits, tensors)
 
-        def explain(classes: Tensor, rows: Tensor | None) -> list[Tensor]:
-            last = classes.shape[1] - 1
-            found = (view.explain(explainer, c, rows, again=i < last) for i, c in enumerate(classes.T))
-            return [maps.detach() for maps in found]
+        def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
+            return view.explain_each(explainer, classes, rows).detach()
 
         return Lesson(logits, explain)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.statistics import Kept, using_statistics
-from e2kd.explainers import Explainer
+from e2kd.explainers import Explainer, Weighing
 from e2kd.modes import dtype_of
 from e2kd.outputs import first_tensor
 from e2kd.plans import Plan
@@ -29,12 +29,14 @@ class View:
         gradient: classes [B], and whether it will be asked again -> gradient of those logits with respect to
             `features`, [B, C, h, w].
         rows: indices of the samples it is of, in their batch; None for all.
+        weights: classes [k] -> their gradient [k, C], where it is the same for every sample and cell; None elsewhere.
     """
 
     logits: Tensor
     features: Tensor
     gradient: Callable[[Tensor, bool], Tensor]
     rows: Tensor | None = None
+    weights: Callable[[Tensor], Tensor] | None = None
 
     def explain(
         self, explainer: Explainer, classes: Tensor, rows: Tensor | None = None, *, again: bool = True
@@ -50,6 +52,24 @@ class View:
         features, gradient = self.features, self.gradient(classes, again)
         return explainer(features, gradient) if rows is None else explainer(features[rows], gradient[rows])
 
+    def explain_each(self, explainer: Explainer, classes: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Maps [B, k, C', h, w] of k classes for each sample of the batch, classes [B, k]; asked once."""
+        if self.weights is not None and is_shared(classes) and isinstance(explainer, Weighing):
+            features = self.features if rows is None else self.features[rows]
+            return explainer.weighed(features, self.weights(classes[0])).unsqueeze(2)
+        last = classes.shape[1] - 1
+        found = [self.explain(explainer, c, rows, again=i < last) for i, c in enumerate(classes.T)]
+        return found[0].unsqueeze(1) if len(found) == 1 else torch.stack(found, 1)
+
+
+def is_shared(classes: Tensor) -> bool:
+    """Whether every sample has the same classes [B, k], by the way they are stored: values are not looked at.
+
+    >>> is_shared(torch.arange(3).expand(4, 3)), is_shared(torch.zeros(4, 3, dtype=torch.long))
+    (True, False)
+    """
+    return len(classes) > 0 and classes.stride(0) == 0
+
 
 def closed_view(captured: Tensor, logits: Tensor, plan: Plan, linear: nn.Module, image_size: tuple[int, int]) -> View:
     """Average pooling and a linear layer: the gradient is the classifier's row over h*w, at every cell."""
@@ -58,11 +78,13 @@ def closed_view(captured: Tensor, logits: Tensor, plan: Plan, linear: nn.Module,
     weight = linear.weight
     assert isinstance(weight, Tensor)
 
-    def gradient(classes: Tensor, again: bool) -> Tensor:
-        rows = weight[classes].to(maps.dtype) / cells
-        return rows[:, :, None, None].expand_as(maps)
+    def weights(classes: Tensor) -> Tensor:
+        return weight[classes].to(maps.dtype) / cells
 
-    return View(logits, maps, gradient)
+    def gradient(classes: Tensor, again: bool) -> Tensor:
+        return weights(classes)[:, :, None, None].expand_as(maps)
+
+    return View(logits, maps, gradient, weights=weights)
 
 
 def autograd_view(

@@ -188,7 +188,7 @@ def test_top_k_is_weighted_by_the_teachers_probability(x: Tensor) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("explainer", [e2kd.CAM(), e2kd.GradCAM()], ids=repr)
+@pytest.mark.parametrize("explainer", [e2kd.CAM(), e2kd.GradCAM(), e2kd.HiResCAM(), e2kd.InputGradient()], ids=repr)
 def test_all_classes_are_explained_with_equal_weight(explainer: e2kd.Explainer, x: Tensor) -> None:
     student, teacher = models()
     criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, classes="all", explainer=explainer, example=x)
@@ -201,6 +201,31 @@ def test_all_classes_are_explained_with_equal_weight(explainer: e2kd.Explainer, 
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(p.grad is not None for p in student.parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("explainer", [e2kd.CAM(), e2kd.GradCAM()], ids=repr)
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_the_closed_form_of_all_classes_is_that_of_one_after_another(
+    explainer: e2kd.Explainer, fraction: float, x: Tensor
+) -> None:
+    """Told of each sample's classes, the criterion can't know that they are the same for all."""
+
+    def told(logits: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        return torch.arange(4).repeat(len(logits), 1), torch.full_like(logits, 0.25)
+
+    found = []
+    for classes in ("all", told):
+        student, teacher = models()
+        criterion = e2kd.E2KDLoss(
+            student, teacher, kd_weight=0, classes=classes, explainer=explainer, example=x, fraction=fraction
+        )
+        criterion.seed = 0
+        loss = criterion(student(x))
+        found.append((loss, torch.autograd.grad(loss, [p for p in student.parameters() if p.ndim > 1])))
+    (at_once, gradients), (one_by_one, theirs) = found
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_positives_are_all_explained_with_equal_weight(x: Tensor) -> None:

@@ -89,8 +89,8 @@ class Asked:
     def _maps(self, lesson: Lesson, classes: Tensor) -> Tensor:
         """Maps [B, C, h, w] of the classes [B, 1]; [B, K * C, h, w] of all, whatever those are."""
         assert lesson.explain is not None
-        found = lesson.explain(every_class(lesson.logits)[0] if self.classes == "all" else classes, None)
-        return torch.cat([pooled(maps, self.map_size) for maps in found], dim=1).float().cpu()
+        maps = lesson.explain(every_class(lesson.logits)[0] if self.classes == "all" else classes, None)
+        return pooled(maps.flatten(1, 2), self.map_size).float().cpu()
 
     def prepared(self, images: Tensor) -> Tensor:
         """Canonical images as floating-point numbers on the teacher's device: pixels in [0, 1], others as they are."""

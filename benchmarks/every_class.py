@@ -1,0 +1,100 @@
+"""What explaining every class costs, by the number of classes: ratios to a KD step of the same networks and run.
+
+    python -m benchmarks.every_class [--rounds 9] [--batch 8] [--device cuda] [--quick]
+
+Arms, interleaved round by round after a warm-up: a hand-written KD step, e²KD of the teacher's class, and e²KD of all
+classes, the last two by `CAM`. Where the head pools and applies one linear layer, all maps are one product of matrices;
+a ViT's take a second derivative of its last block for each class.
+Results: benchmarks/results/every_class_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import warnings
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import e2kd
+from benchmarks.common import markdown_table, write_results
+from benchmarks.step import Arms, Step, interleaved
+
+CASES = {
+    "ResNet-34 -> ResNet-18": ("resnet34", "resnet18", (10, 100, 1000)),
+    "ResNet-50 -> ViT-Ti": ("resnet50", "vit_tiny_patch16_224", (10, 100)),
+}
+TITLES = {"e2kd": "the teacher's class", "all": "all classes"}
+
+
+class Classes(Arms):
+    """One pair of networks for so many classes."""
+
+    def __init__(self, teacher: str, student: str, count: int, batch: int, device: str) -> None:
+        torch.manual_seed(0)
+        self.teacher = timm.create_model(teacher, num_classes=count).eval().to(device)
+        self.bare = timm.create_model(student, num_classes=count).train().to(device)
+        self.images = torch.randn(batch, 3, 224, 224, device=device)
+        self.students = {arm: copy.deepcopy(self.bare) for arm in TITLES}
+        self.criteria = {
+            "e2kd": e2kd.E2KDLoss(self.students["e2kd"], self.teacher, explainer=e2kd.CAM()),
+            "all": e2kd.E2KDLoss(self.students["all"], self.teacher, explainer=e2kd.CAM(), classes="all"),
+        }
+        every = (p for model in (self.bare, *self.students.values()) for p in model.parameters())
+        self.optimizer = torch.optim.SGD(every, 1e-4)
+
+    def arms(self) -> dict[str, Step]:
+        return {"kd": self.kd, "e2kd": lambda: self.taught("e2kd"), "all": lambda: self.taught("all")}
+
+    def kd(self) -> Tensor:
+        logits = self.bare(self.images)
+        with torch.no_grad():
+            target = self.teacher(self.images)
+        return e2kd.kd_loss(logits, target)
+
+    def taught(self, arm: str) -> Tensor:
+        """The loss [] of a student that is explained."""
+        return self.criteria[arm](self.students[arm](self.images))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Ratios with their quartiles, as Markdown."""
+    body = [
+        [row["pair"], str(row["classes"]), *(f"{row['ratio'][arm]:.2f}x ({_span(row, arm)})" for arm in TITLES)]
+        for row in rows
+    ]
+    return markdown_table(["teacher -> student", "classes", *TITLES.values()], body)
+
+
+def _span(row: dict[str, Any], arm: str) -> str:
+    low, high = row["quartiles"][arm]
+    return f"{low:.2f}-{high:.2f}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="two rounds of two images; nothing written")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", e2kd.NoEffectWarning)
+    rounds, batch = (2, 2) if args.quick else (args.rounds, args.batch)
+    rows = []
+    for pair, (teacher, student, counts) in CASES.items():
+        for count in counts[:1] if args.quick else counts:
+            bench = Classes(teacher, student, count, batch, args.device)
+            rows.append({"pair": pair, "classes": count, "batch": batch, **interleaved(bench, rounds, warmup=2)})
+    print(table(rows))
+    if not args.quick:
+        command = " ".join(["python -m benchmarks.every_class", *sys.argv[1:]])
+        write_results(f"every_class_{args.device}", rows, command=command, rounds=rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from benchmarks.full_scale_run import Run
 from benchmarks.limited_training import RIVALS
 from e2kd.baselines import CRD, DKD, Baseline
 from e2kd.bcos.images import is_bcos
+from e2kd.classes import Choice
 from e2kd.teacher import Teacher
 
 Criterion = Callable[[nn.Module, Any, Run, bool], nn.Module]
@@ -32,12 +33,15 @@ def distilled(
     multilabel: bool,
     *,
     explained: bool = False,
+    classes: Choice = "teacher",
     rival: type[Baseline] | None = None,
 ) -> nn.Module:
     """The teacher alone, with its explanations or not; a rival comes on top, with its own weight; DKD replaces KD."""
     settings: dict[str, Any] = {}
     if isinstance(teacher, Teacher):
         settings = {"teacher_normalization": teacher.wanted, "input_normalization": teacher.given}
+        if isinstance(teacher.explainer, e2kd.CAM):
+            settings["explainer"] = teacher.explainer
     return e2kd.E2KDLoss(
         student,
         teacher.model if isinstance(teacher, Teacher) else teacher,
@@ -45,6 +49,7 @@ def distilled(
         kd_weight=0.0 if rival is DKD else 1.0,
         weight=run.weight if explained else 0.0,
         temperature=run.temperature,
+        classes=classes,
         fraction=run.fraction,
         resize=run.recipe.resize,
         distillation=e2kd.MultiLabelKDLoss() if multilabel else None,
@@ -56,8 +61,10 @@ ARMS: dict[str, Criterion] = {
     "cross_entropy": supervised,
     "kd": distilled,
     "e2kd": partial(distilled, explained=True),
+    "e2kd_all": partial(distilled, explained=True, classes="all"),
     "frozen_kd": distilled,
     "frozen_e2kd": partial(distilled, explained=True),
+    "frozen_e2kd_all": partial(distilled, explained=True, classes="all"),
     "crd_e2kd": partial(distilled, explained=True, rival=CRD),
 }
 ARMS |= {arm: partial(distilled, rival=method) for arm, method in RIVALS.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from e2kd.bcos import AddInverse, load_official
 from e2kd.bcos.images import channels_of, colours_of, is_bcos
 from e2kd.commands.models import BCOS, make_model, read_state
-from e2kd.explainers import BcosContributions, Explainer, GradCAM, explainers_of
+from e2kd.explainers import CAM, BcosContributions, Explainer, GradCAM, explainers_of
 from e2kd.inspection import explain
 from e2kd.teacher import Normalization, Teacher
 
@@ -67,9 +67,10 @@ def normalization_of(model: nn.Module) -> Normalization:
     return (tuple(known["mean"]), tuple(known["std"])) if "mean" in known else IMAGENET
 
 
-def asked(teacher: nn.Module, student: nn.Module) -> Teacher:
-    """The teacher, ready for the student's images."""
-    theirs = explainers_of(student, teacher, None, None)[1]
+def asked(teacher: nn.Module, student: nn.Module, *, signed: bool = False) -> Teacher:
+    """The teacher, ready for the student's images; `signed` ones explain by `CAM`, unless a network is a B-cos one."""
+    plain = signed and not is_bcos(teacher) and not is_bcos(student)
+    theirs = CAM() if plain else explainers_of(student, teacher, None, None)[1]
     return Teacher(teacher, theirs, normalization_of(teacher), normalization_of(student))
 
 

@@ -23,7 +23,7 @@ from benchmarks.full_scale_data import READERS, Measured, Split
 from benchmarks.full_scale_networks import asked, network, normalization_of
 from benchmarks.full_scale_run import SHORTER_SIDE, Run, augmentation, centre, encoding, images_of, schedule_of
 from benchmarks.full_scale_scores import Scores, measured
-from benchmarks.limited_training import FROZEN, INDEXED
+from benchmarks.limited_training import EVERY_CLASS, FROZEN, INDEXED
 from benchmarks.paired import Row, earlier
 from e2kd.baselines import IndexedDataset
 from e2kd.teacher import Teacher
@@ -80,7 +80,7 @@ class Distillation:
             return None
         ready = run.pretrained and run.teacher_checkpoint is None
         model = network(run.recipe.teacher, classes, run.teacher_checkpoint, pretrained=ready)
-        return asked(model.to(self.accelerator.device).eval(), student)
+        return asked(model.to(self.accelerator.device).eval(), student, signed=run.arm in EVERY_CLASS)
 
     def _lessons(self, train: Split, transform: v2.Compose) -> tuple[Any, Dataset[Any]]:
         """Who teaches, and what the loader reads."""
@@ -105,6 +105,7 @@ class Distillation:
                 train,
                 cache,
                 explainer=teacher.explainer,
+                classes="all" if self.run.arm in EVERY_CLASS else "teacher",
                 view=round(self.run.recipe.size * SHORTER_SIDE),
                 normalization=teacher.wanted,
                 teacher_size=self.run.recipe.size,

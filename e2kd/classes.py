@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from torch import Tensor
 from e2kd.errors import shape
 
 Chosen = tuple[Tensor, Tensor]  # classes [B, k] and weights [B, k], which sum to 1 (or 0 where nothing is explained)
-Choice = Literal["teacher", "labels", "positives", "all"] | int | Callable[[Tensor, Tensor | None], Chosen]
+Name = Literal["teacher", "labels", "positives", "all"]
+NAMED: tuple[Name, ...] = get_args(Name)
+Choice = Name | int | Callable[[Tensor, Tensor | None], Chosen]
 
 
 def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Chosen:
@@ -59,7 +61,7 @@ def every_class(logits: Tensor) -> Chosen:
 
 def check_choice(choice: object) -> None:
     """Raise a ValueError for what `choose` does not know."""
-    known = choice in ("teacher", "labels", "positives", "all") or callable(choice)
+    known = choice in NAMED or callable(choice)
     if not known and not (isinstance(choice, int) and choice >= 1):
         raise ValueError(
             'Expected classes to be "teacher", "labels", "positives", "all", an integer k >= 1 or a function, '

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from e2kd.classes import every_class
+from e2kd.classes import Name, every_class
 from e2kd.explainers import Explainer
 from e2kd.taught import Taught
 
@@ -31,7 +31,7 @@ class Lesson:
     valid: Tensor | None = None
 
 
-def lesson_of(taught: Taught, choice: str) -> Lesson:
+def lesson_of(taught: Taught, choice: Name) -> Lesson:
     """The lesson that came with the batch, whose maps explain the classes of a choice (see `Prepared`)."""
     classes = every_class(taught.logits)[0] if choice == "all" else taught.classes[:, None]
 
@@ -55,7 +55,7 @@ class Prepared(Protocol):
         """What a student is explained with to be compared with its maps; None where the user has to say."""
 
     @property
-    def choice(self) -> str:
+    def choice(self) -> Name:
         """Which class its maps explain, in the words of `E2KDLoss`: "teacher", "labels" or "all"."""
 
     def taught(self, targets: Any, images: Tensor | None = None) -> Taught:

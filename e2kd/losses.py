@@ -68,6 +68,14 @@ class ExplanationLoss(nn.Module):
         return values.mean() if self.reduction == "mean" else values
 
 
+def _chosen(classes: Choice | None, teacher: object) -> Choice:
+    """What is explained, where nothing was said too."""
+    if classes is None:
+        return teacher.choice if isinstance(teacher, Prepared) else "teacher"
+    check_choice(classes)
+    return classes
+
+
 class E2KDLoss(nn.Module):
     """Explanation-enhanced knowledge distillation (e²KD, ECCV 2024, Eq. 2) around any criterion.
 
@@ -100,7 +108,8 @@ class E2KDLoss(nn.Module):
         task_weight: of the criterion; None is 1 with a criterion.
         temperature: τ. The paper tries 1 and 5.
         classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets), "all",
-            an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`).
+            an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`). None is
+            what a frozen teacher's maps explain, else "teacher".
         fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
             with explainers that need a pass of the whole network, such as `BcosWeights`.
         every: explain every k-th step, the term times k. The paper's code skips without that factor.
@@ -148,7 +157,7 @@ class E2KDLoss(nn.Module):
         kd_weight: float = 1.0,
         task_weight: float | None = None,
         temperature: float = 1.0,
-        classes: Choice = "teacher",
+        classes: Choice | None = None,
         fraction: float = 1.0,
         every: int = 1,
         during: tuple[int, int] | None = None,
@@ -161,7 +170,7 @@ class E2KDLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(weight, kd_weight, task_weight, temperature, fraction, every, during, resize)
-        check_choice(classes)
+        classes = _chosen(classes, teacher)
         check_module(student, "student")
         self.criterion = criterion
         self.similarity, self.classes, self.resize = similarity, classes, resize

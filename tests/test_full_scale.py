@@ -263,6 +263,9 @@ def test_a_student_of_each_layout(folder: Make, tmp_path: Path, layout: str) -> 
         ("voc", "e2kd", "bcos.official", "bcos.resnet20"),
         ("imagenet", "frozen_e2kd", "bcos.official", "test_resnet"),
         ("imagenet", "frozen_e2kd", "test_resnet", "bcos.resnet20"),
+        ("imagenet", "e2kd_all", "test_resnet", "test_resnet"),
+        ("imagenet", "frozen_e2kd_all", "test_resnet", "test_resnet"),
+        ("imagenet", "e2kd_all", "bcos.official", "test_resnet"),
     ],
 )
 def test_networks_of_both_kinds_learn_from_one_another(

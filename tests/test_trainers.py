@@ -301,6 +301,22 @@ def cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_launcher_explains_all_classes_live_and_from_a_cache(photos: Path, tmp_path: Path) -> None:
+    """Maps of a cache of all classes are taken as they are; live the command line says so."""
+    options = ["--epochs", "1", *(["--no-prefetcher"] if not prefetches_lessons() else [])]
+    signed = ["--e2kd-explainer", "cam", "--e2kd-classes", "all"]
+    main([SCRIPT, *words(photos, tmp_path / "live", *options), *live(photos), *signed])
+    view, images = e2kd.CanonicalView((64, 64)), ImageFolder(str(photos / "train"))
+    every: dict[str, Any] = {"explainer": e2kd.CAM(), "classes": "all"}
+    e2kd.freeze(network(2), images, tmp_path / "cache", view=view, progress=False, **every)
+    main([SCRIPT, *words(photos, tmp_path / "frozen", *options), "--frozen-cache", str(tmp_path / "cache")])
+    for name in ("live", "frozen"):
+        with open(tmp_path / name / "summary.csv") as file:
+            assert 0 < float(next(csv.DictReader(file))["train_explanation"]) < 2
+    with pytest.raises(ValueError, match="Expected classes to be"):
+        main([SCRIPT, *words(photos, tmp_path / "bad", *options), *live(photos), "--e2kd-classes", "some"])
+
+
 def test_launcher_takes_its_lessons_from_a_cache(photos: Path, cache: Path, tmp_path: Path) -> None:
     options = ["--epochs", "1", *(["--no-prefetcher"] if not prefetches_lessons() else [])]
     main([SCRIPT, *words(photos, tmp_path, *options), "--frozen-cache", str(cache)])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor, nn
 
+from e2kd.classes import Name
 from e2kd.errors import shape
 from e2kd.explainers import KNOWN, Explainer, explainer_named
 from e2kd.frozen.packing import Packing, is_packed, labels_in
@@ -108,9 +109,9 @@ class FrozenTeacher:
         return explainer_said({**explainer, "layer": None})
 
     @property
-    def choice(self) -> str:
+    def choice(self) -> Name:
         """Which class the maps explain: "teacher" (its top class), "labels" or "all"."""
-        return str(self.plan["classes"])
+        return cast(Name, self.plan["classes"])
 
     @property
     def class_names(self) -> list[str] | None:

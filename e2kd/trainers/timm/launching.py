@@ -92,6 +92,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--e2kd-layer", help="the student's, by its dotted name; found if not given")
     made.add_argument("--e2kd-teacher-layer", help="the teacher's; found if not given")
+    made.add_argument(
+        "--e2kd-classes",
+        type=classes,
+        help="teacher, labels, positives, all, or the teacher's top k; the cache's if none",
+    )
     made.add_argument("--e2kd-fraction", type=float, default=1.0, help="share of each batch that is explained")
     made.add_argument("--e2kd-every", type=int, default=1, help="explain every k-th step")
     made.add_argument(
@@ -100,6 +105,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--teacher-checkpoint", type=Path, help="the teacher's weights (.safetensors, .pth, .pth.tar)")
     made.add_argument("--frozen-cache", help="folder or URL that `e2kd freeze` wrote for the training images")
     return made
+
+
+def classes(said: str) -> int | str:
+    """Which classes to explain, by name or number, as `E2KDLoss` takes them.
+
+    >>> classes("all"), classes("3")
+    ('all', 3)
+    """
+    return int(said) if said.isdigit() else said
 
 
 def script_arguments(args: argparse.Namespace, rest: list[str]) -> list[str]:
@@ -192,6 +206,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "fraction": args.e2kd_fraction,
         "every": args.e2kd_every,
         "during": args.e2kd_during,
+        "classes": args.e2kd_classes,
     }
     if args.teacher_checkpoint is not None:
         found["teacher_pretrained_path"] = args.teacher_checkpoint

@@ -68,16 +68,25 @@ def load(family: Family, settings: Settings, work: Path, unrelated: bool) -> Dat
     return Data(family, teacher, pool, measured, taught)
 
 
-def choices(arm: str, temperatures: Sequence[float], weights: Sequence[float]) -> list[Case]:
+def choices(
+    arm: str, temperatures: Sequence[float], weights: Sequence[float], multiples: Sequence[float] = MULTIPLES
+) -> list[Case]:
     """Every setting that an arm may have; what it does not have is None."""
     taus = (None,) if arm in UNTAUGHT else temperatures
-    lambdas = weights if arm in EXPLAINED else MULTIPLES if arm in RIVALS else (None,)
+    lambdas = weights if arm in EXPLAINED else multiples if arm in RIVALS else (None,)
     return [Case("test", arm, 0, *pair) for pair in itertools.product(taus, lambdas)]
 
 
-def run(study: Study, args: argparse.Namespace, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
+def run(
+    study: Study,
+    args: argparse.Namespace,
+    seeds: Sequence[int],
+    tuning_seeds: Sequence[int],
+    multiples: Sequence[float] = MULTIPLES,
+) -> None:
     """Chooses on validation images, arm by arm, then trains every arm's students, seed by seed."""
-    best = [study.best(choices(arm, args.temperatures, args.weights), tuning_seeds) for arm in args.arms]
+    tried = [choices(arm, args.temperatures, args.weights, multiples) for arm in args.arms]
+    best = [study.best(cases, tuning_seeds) for cases in tried]
     study.fill([case._replace(seed=seed) for seed, case in itertools.product(seeds, best)])
 
 
@@ -139,6 +148,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS), metavar="ARM")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
+    parser.add_argument(
+        "--multiples", type=float, nargs="+", default=MULTIPLES, help="of a rival's own weight, to choose from"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     family, name = FAMILIES[args.family], result_name(args.family, args.per_class, args.unrelated)
@@ -163,11 +175,11 @@ def main() -> None:
         found["shift"] = shift_curve(data, data.teacher)
     if args.quick:
         study = Study(measured, [], lambda rows: None, args.jobs)
-        run(study, args, SEEDS[:1], TUNING_SEEDS[:1])
+        run(study, args, SEEDS[:1], TUNING_SEEDS[:1], args.multiples)
     else:
         rows = [] if args.fresh else paired.earlier(paired.result_path(name), asdict(settings))
         study = Study(measured, rows, lambda rows: write_results(name, rows, **found), args.jobs)
-        run(study, args, SEEDS, TUNING_SEEDS)
+        run(study, args, SEEDS, TUNING_SEEDS, args.multiples)
     print(table(found | {"rows": study.rows}))
     print("\n".join(difference_lines(study.rows)))
 

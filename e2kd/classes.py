@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,15 @@ def check_choice(choice: object) -> None:
             'Expected classes to be "teacher", "labels", "positives", "all", an integer k >= 1 or a function, '
             f"but got {choice!r}."
         )
+
+
+def choice_said(said: str) -> Choice:
+    """A choice on a command line, a name or a number; whether it is known, `check_choice` sees.
+
+    >>> choice_said("all"), choice_said("3")
+    ('all', 3)
+    """
+    return cast(Choice, int(said) if said.isdigit() else said)
 
 
 def _ones(classes: Tensor, like: Tensor) -> Chosen:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from e2kd.classes import Choice
 from e2kd.errors import REFUSALS, NoEffectWarning
 from e2kd.explainers import Explainer
 from e2kd.inspection import explain
@@ -102,8 +103,11 @@ def check(
     *,
     explainer: Explainer | None = None,
     teacher_explainer: Explainer | None = None,
+    classes: Choice | None = None,
 ) -> Report:
     """Try one e²KD step on images [B, C, H, W] and report layers, grids, zero maps, double backward, compile and cost.
+
+    Explainers and classes as for `E2KDLoss`; classes that depend on targets ("labels", "positives") can't be tried.
 
     Models, gradients, BatchNorm statistics, modes and random state are left as they were. Never raises for what a
     model can't do: that is what `problems` is for.
@@ -125,7 +129,9 @@ def check(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         try:
-            criterion = E2KDLoss(student, teacher, explainer=explainer, teacher_explainer=teacher_explainer)
+            criterion = E2KDLoss(
+                student, teacher, explainer=explainer, teacher_explainer=teacher_explainer, classes=classes
+            )
         except REFUSALS as error:
             report.problems.append(f"student: {error}")
             return report

@@ -99,3 +99,22 @@ def test_layer_that_is_the_only_way_has_no_such_note() -> None:
     report = e2kd.check(cnn(), cnn(), torch.randn(4, 3, SIDE, SIDE))
     assert not [note for note in report.notes if note.startswith("*")]
     assert not report.student.layer.endswith("*")
+
+
+def test_all_classes_are_tried_and_counted() -> None:
+    """For next to nothing where the head pools and is linear; a second derivative for each where it is not."""
+    costs = {}
+    for name in ("closed", "class_token"):
+        student, teacher = pair(name)
+        images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+        reports = [e2kd.check(student, teacher, images, classes=classes) for classes in (None, "all")]
+        assert all(report.ok for report in reports), reports
+        costs[name] = [report.cost for report in reports]
+    assert costs["closed"][1] == pytest.approx(costs["closed"][0], rel=0.05)
+    assert costs["class_token"][1] > 1.5 * costs["class_token"][0]
+
+
+def test_classes_that_ask_for_targets_are_a_problem_in_words() -> None:
+    student, teacher = pair("closed")
+    report = e2kd.check(student, teacher, torch.rand(4, 3, 16, 16, dtype=torch.float64), classes="labels")
+    assert any("needs targets" in problem for problem in report.problems)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.bcos import AddInverse
 from e2kd.bcos.images import channels_of, colours_of, is_bcos
+from e2kd.classes import choice_said
 from e2kd.commands.models import NAMES, make_model
 from e2kd.commands.photos import find_photos, normalized, read_photos
 
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--student-layer", help="dotted name; found if not given")
     parser.add_argument("--teacher-layer", help="dotted name; found if not given")
+    parser.add_argument(
+        "--classes", type=choice_said, help="teacher, all, or the teacher's top k; teacher if not given"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,7 +49,9 @@ def main(args: argparse.Namespace) -> int:
         student = nn.Sequential(AddInverse(), student)
     theirs = at(args.teacher_layer) or (default_explainer(teacher) if args.student_layer else None)
     images = _images(args, student)
-    report = check(student, teacher, images, explainer=at(args.student_layer), teacher_explainer=theirs)
+    report = check(
+        student, teacher, images, explainer=at(args.student_layer), teacher_explainer=theirs, classes=args.classes
+    )
     print(report)
     return 0 if report.ok else 1
 

@@ -22,6 +22,7 @@ import timm.utils
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from e2kd.classes import choice_said
 from e2kd.explainers import NAMED, explainer_named
 from e2kd.trainers.timm.logs import Logs
 from e2kd.trainers.timm.replacing import replaced
@@ -94,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--e2kd-teacher-layer", help="the teacher's; found if not given")
     made.add_argument(
         "--e2kd-classes",
-        type=classes,
+        type=choice_said,
         help="teacher, labels, positives, all, or the teacher's top k; the cache's if none",
     )
     made.add_argument("--e2kd-fraction", type=float, default=1.0, help="share of each batch that is explained")
@@ -105,15 +106,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--teacher-checkpoint", type=Path, help="the teacher's weights (.safetensors, .pth, .pth.tar)")
     made.add_argument("--frozen-cache", help="folder or URL that `e2kd freeze` wrote for the training images")
     return made
-
-
-def classes(said: str) -> int | str:
-    """Which classes to explain, by name or number, as `E2KDLoss` takes them.
-
-    >>> classes("all"), classes("3")
-    ('all', 3)
-    """
-    return int(said) if said.isdigit() else said
 
 
 def script_arguments(args: argparse.Namespace, rest: list[str]) -> list[str]:

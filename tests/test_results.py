@@ -174,11 +174,20 @@ def test_few_images_teach_more_with_explanations(name: str) -> None:
         assert gain["interval"][0] > 0
 
 
-def test_signed_maps_of_all_classes_teach_more_than_the_teachers_class() -> None:
+@pytest.mark.parametrize(
+    ("name", "arm", "bases"),
+    [
+        ("limited_standard_50", "e2kd_all", ("e2kd", "kd", "crd", "catkd")),
+        ("limited_standard_50", "frozen_e2kd_all", ("frozen_e2kd", "frozen_kd")),
+        ("limited_vit_50", "e2kd_all", ("e2kd", "kd")),
+    ],
+)
+def test_signed_maps_of_all_classes_teach_more_than_the_teachers_class(
+    name: str, arm: str, bases: tuple[str, ...]
+) -> None:
     """And more than its rivals."""
-    rows = tables.results("limited_standard_50")["rows"]
-    for base in ("e2kd", "kd", "crd", "catkd"):
-        for gain in differences(rows, "e2kd_all", base, limited.MEASURES).values():
+    for base in bases:
+        for gain in differences(tables.results(name)["rows"], arm, base, limited.MEASURES).values():
             assert len(gain["each"]) == 5
             assert gain["interval"][0] > 0
 

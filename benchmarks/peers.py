@@ -56,6 +56,14 @@ def _steps() -> Ratios:
             yield Ratio(f"e²KD step, {row['pair']}{how}", theirs, ratio["e2kd"] / ratio["twice"], *said)
 
 
+def _every_class() -> Ratios:
+    """All classes in place of the teacher's."""
+    for found in _on("every_class"):
+        for row in found["rows"]:
+            what = f"e²KD step of all {row['classes']:,} classes, {row['pair']}"
+            yield Ratio(what, "KD step", row["ratio"]["all"], found["command"], _machine(found))
+
+
 def _frozen() -> Ratios:
     """A step with a frozen teacher, its maps and their making."""
     for found in _found("frozen"):
@@ -102,7 +110,7 @@ def _beside() -> Ratios:
 
 def ratios() -> list[Ratio]:
     """All of them."""
-    parts: tuple[Callable[[], Ratios], ...] = (_steps, _frozen, _bcos, _transfer, _beside)
+    parts: tuple[Callable[[], Ratios], ...] = (_steps, _every_class, _frozen, _bcos, _transfer, _beside)
     return [ratio for part in parts for ratio in part()]
 
 

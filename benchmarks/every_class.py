@@ -4,7 +4,7 @@
 
 Arms, interleaved round by round after a warm-up: a hand-written KD step, e²KD of the teacher's class, and e²KD of all
 classes, the last two by `CAM`. Where the head pools and applies one linear layer, all maps are one product of matrices;
-a ViT's take a second derivative of its last block for each class.
+a ViT that reads a class token takes a second derivative of its last block for each class.
 Results: benchmarks/results/every_class_<device>.json.
 """
 

@@ -229,6 +229,22 @@ def test_students_of_misleading_photos_look_right_and_some_are_right() -> None:
     assert gains["vit"]["interval"][1] < 0
 
 
+def test_where_the_background_misleads_the_teachers_class_teaches_more_than_all() -> None:
+    rows = tables.results("right_reasons_resnet")["rows"]
+    for base, arm in (("kd", "e2kd_all"), ("e2kd_all", "e2kd")):
+        gain = differences(rows, arm, base, ["ood_accuracy"])["ood_accuracy"]
+        assert len(gain["each"]) == 5
+        assert gain["interval"][0] > 0
+
+
+def test_dynamic_weights_of_one_class_teach_more_than_cams_of_all() -> None:
+    rows = tables.results("limited_bcos_50")["rows"]
+    for base, arm in (("kd", "e2kd_all"), ("e2kd_all", "e2kd")):
+        for gain in differences(rows, arm, base, limited.MEASURES).values():
+            assert len(gain["each"]) == 5
+            assert gain["interval"][0] > 0
+
+
 @measured("cells")
 def test_students_that_gain_nothing_read_the_background_through_cells_on_the_animal() -> None:
     """They are the students of the other table; cells on the animal decide for the animal where e²KD helps alone."""

@@ -179,6 +179,7 @@ def test_few_images_teach_more_with_explanations(name: str) -> None:
     [
         ("limited_standard_50", "e2kd_all", ("e2kd", "kd", "crd", "catkd")),
         ("limited_standard_50", "frozen_e2kd_all", ("frozen_e2kd", "frozen_kd")),
+        ("limited_standard_200", "e2kd_all", ("kd",)),
         ("limited_vit_50", "e2kd_all", ("e2kd", "kd")),
     ],
 )

@@ -101,10 +101,7 @@ class Bench(step.Arms):
         return {"kd": self.kd, **{name: lambda name=name: self.taught(name) for name in self.criteria}}
 
     def kd(self) -> Tensor:
-        logits = self.bare(self.images)
-        with torch.no_grad():
-            target = self.teacher(self.images)
-        return e2kd.kd_loss(logits, target)
+        return step.plain_kd(self.bare, self.teacher, self.images)
 
     def taught(self, arm: str) -> Tensor:
         targets = self.lesson if arm in ("frozen", "official") else None
@@ -158,11 +155,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown: time and, where it was measured, peak memory, as ratios to KD."""
     body = []
     for row in rows:
-        for arm, ratio in row["ratio"].items():
+        for arm in row["ratio"]:
             peaks = row.get("peak_mib")
-            low, high = row["quartiles"][arm]
             memory = f"{peaks[arm] / peaks['kd']:.2f}x" if peaks else None
-            body.append([row["pair"], arm, f"{ratio:.2f}x ({low:.2f}-{high:.2f})", memory])
+            body.append([row["pair"], arm, step.to_kd(row, arm), memory])
     return markdown_table(["teacher -> student", "arm", "time of a KD step", "peak memory of a KD step"], body)
 
 

@@ -76,6 +76,16 @@ def read_rows(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def between(found: dict[str, Any], unit: str, digits: int = 2) -> str:
+    """A median with its quartiles.
+
+    >>> between({"median": 1.5, "quartiles": [1.25, 1.75]}, "x")
+    '1.50x (1.25-1.75)'
+    """
+    low, high = found["quartiles"]
+    return f"{found['median']:.{digits}f}{unit} ({low:.{digits}f}-{high:.{digits}f})"
+
+
 def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table; None is an empty cell."""
     lines = [header, ["---"] * len(header), *rows]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import e2kd
 from benchmarks.common import markdown_table, write_results
-from benchmarks.step import Arms, Step, interleaved
+from benchmarks.step import Arms, Step, interleaved, plain_kd, to_kd
 
 CASES = {
     "ResNet-34 -> ResNet-18": ("resnet34", "resnet18", (10, 100, 1000)),
@@ -51,10 +51,7 @@ class Classes(Arms):
         return {"kd": self.kd, "e2kd": lambda: self.taught("e2kd"), "all": lambda: self.taught("all")}
 
     def kd(self) -> Tensor:
-        logits = self.bare(self.images)
-        with torch.no_grad():
-            target = self.teacher(self.images)
-        return e2kd.kd_loss(logits, target)
+        return plain_kd(self.bare, self.teacher, self.images)
 
     def taught(self, arm: str) -> Tensor:
         """The loss [] of a student that is explained."""
@@ -63,16 +60,8 @@ class Classes(Arms):
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Ratios with their quartiles, as Markdown."""
-    body = [
-        [row["pair"], str(row["classes"]), *(f"{row['ratio'][arm]:.2f}x ({_span(row, arm)})" for arm in TITLES)]
-        for row in rows
-    ]
+    body = [[row["pair"], str(row["classes"]), *(to_kd(row, arm) for arm in TITLES)] for row in rows]
     return markdown_table(["teacher -> student", "classes", *TITLES.values()], body)
-
-
-def _span(row: dict[str, Any], arm: str) -> str:
-    low, high = row["quartiles"][arm]
-    return f"{low:.2f}-{high:.2f}"
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import e2kd
-from benchmarks.common import RESULTS, ROOT, markdown_table, read_rows, write_results
+from benchmarks.common import RESULTS, ROOT, between, markdown_table, read_rows, write_results
 from e2kd.frozen.forecast import Forecast, readable
 from e2kd.frozen.records import Record
 from e2kd.frozen.store import Store, Writer
@@ -335,16 +335,6 @@ def facts(rows: list[Row]) -> list[str]:
         f"{between(precompute['ratio'], 'x', 3)} the time of its plain inference; {start:.1f} s of it are the start, "
         f"paid once ({start / whole:.1%} here).",
     ]
-
-
-def between(found: Row, unit: str, digits: int = 2) -> str:
-    """A median with its quartiles.
-
-    >>> between({"median": 1.5, "quartiles": [1.25, 1.75]}, "x")
-    '1.50x (1.25-1.75)'
-    """
-    low, high = found["quartiles"]
-    return f"{found['median']:.{digits}f}{unit} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def main() -> None:

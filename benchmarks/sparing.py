@@ -20,7 +20,7 @@ import matplotlib
 import torch
 
 from benchmarks.cifar_families import FAMILIES
-from benchmarks.common import RESULTS, markdown_table, read_rows, write_results
+from benchmarks.common import RESULTS, between, markdown_table, read_rows, write_results
 from benchmarks.frozen import interleaved, ratios
 from benchmarks.limited import MEASURES
 from benchmarks.limited_training import ARMS, BATCH, STRETCHES, criterion_of
@@ -73,9 +73,9 @@ def table(rows: list[Row]) -> str:
     """The curve as Markdown."""
     found, body = gains(), []
     for row in rows:
-        arm, (low, high) = row["arm"], row["time"]["quartiles"]
+        arm = row["arm"]
         gained = [_gain(found, arm, name) if arm in found else None for name in MEASURES]
-        body.append([ARMS[arm], f"{row['time']['median']:.2f}x ({low:.2f}-{high:.2f})", *gained])
+        body.append([ARMS[arm], between(row["time"], "x"), *gained])
     header = ["", "time of a KD step", *(f"{name}, points over KD (share of e²KD's)" for name in MEASURES)]
     return markdown_table(header, body)
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import e2kd
-from benchmarks.common import ROOT, markdown_table, write_results
+from benchmarks.common import ROOT, between, markdown_table, write_results
 
 PAIRS = {
     "ResNet-34 -> ResNet-18": ("resnet34", "resnet18", "layer4", "layer4"),
@@ -65,6 +65,14 @@ def cam_of_library(model: nn.Module, layer: str, images: Tensor, classes: Tensor
         side = int((features.shape[1] - 1) ** 0.5)
         features, gradient = (t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (features, gradient))
     return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
+
+
+def plain_kd(student: Callable[[Tensor], Tensor], teacher: nn.Module, images: Tensor) -> Tensor:
+    """A hand-written KD loss []: the student first, as in timm.task and every loop that calls a criterion."""
+    logits = student(images)
+    with torch.no_grad():
+        target = teacher(images)
+    return e2kd.kd_loss(logits, target)
 
 
 class Arms:
@@ -128,10 +136,7 @@ class Bench(Arms):
         return {"kd": self.kd, "kd*": self.kd_star, "e2kd": self.e2kd, "twice": self.twice}
 
     def kd(self) -> Tensor:
-        logits = self.run_bare(self.images)  # student first, as in timm.task and every loop that calls a criterion
-        with torch.no_grad():
-            target = self.teacher(self.images)
-        return e2kd.kd_loss(logits, target)
+        return plain_kd(self.run_bare, self.teacher, self.images)
 
     def kd_star(self) -> Tensor:
         return self.plain(self.run(self.images))
@@ -166,6 +171,11 @@ def interleaved(bench: Arms, rounds: int, warmup: int) -> dict[str, Any]:
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "quartiles": {name: statistics.quantiles(values, n=4)[::2] for name, values in ratios.items()},
     }
+
+
+def to_kd(row: dict[str, Any], arm: str) -> str:
+    """An arm's ratio of what `interleaved` found, with its quartiles."""
+    return between({"median": row["ratio"][arm], "quartiles": row["quartiles"][arm]}, "x")
 
 
 def time_pair(pair: str, args: argparse.Namespace) -> dict[str, Any]:

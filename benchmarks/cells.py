@@ -14,7 +14,6 @@ Results: benchmarks/results/cells.json.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,8 +25,10 @@ from torch import Tensor, nn
 
 import e2kd
 from benchmarks import right_reasons
-from benchmarks.common import markdown_table, write_results
-from benchmarks.paired import Case, Row, Study, earlier, parser_of, percent, result_path
+from benchmarks.common import markdown_table
+from benchmarks.paired import Case, Row, Study, parser_of
+from benchmarks.paired_tables import made_by, percent
+from benchmarks.records import Record
 from benchmarks.right_reasons import Settings, Test
 from benchmarks.small_networks import SIDE, STUDENTS
 from e2kd.demo.data import Scenes
@@ -116,10 +117,10 @@ def table(found: Row) -> str:
         cells = [percent([row[name] for row in sorted(mine, key=lambda row: row["seed"])]) for name in TITLES]
         body.append([f"{STUDENTS[student].title}, e²KD", *cells])
     note = (
-        f"Percent of {found['settings']['measured']} composites out of distribution, mean ± sd of {len(SEEDS)} seeds: "
-        f"`{found['command']}`. {100 * found['animal']:.1f} % of the pixels are the animal's."
+        f"Percent of {found['settings']['measured']} composites out of distribution, mean ± sd of {len(SEEDS)} seeds. "
+        f"{100 * found['animal']:.1f} % of the pixels are the animal's."
     )
-    return f"{markdown_table(['', *TITLES.values()], body)}\n\n{note}"
+    return "\n\n".join([markdown_table(["", *TITLES.values()], body), note, made_by(found["commands"])])
 
 
 def main() -> None:
@@ -135,24 +136,25 @@ def main() -> None:
     teacher = right_reasons.trained_teacher(settings, args.work)
     test = right_reasons.tests(teacher, settings.measured)["test"]
     head: Row = {
-        "command": " ".join(["python -m benchmarks.cells", *sys.argv[1:]]), "settings": vars(settings),
-        "teacher": knows(teacher, test), "animal": test.reversed_.masks.float().mean().item(),
+        "settings": vars(settings), "teacher": knows(teacher, test),
+        "animal": test.reversed_.masks.float().mean().item(),
     }  # fmt: skip
-    rows = [] if args.quick or args.fresh else earlier(result_path("cells"), head["settings"])
+    record = Record(None if args.quick else "cells", head, fresh=args.fresh)
+    rows = record.rows
     for student, known in ((name, of_the_table(found["rows"])) for name, found in results.items()):
         others = [row for row in rows if row["student"] != student]
         mine = [row for row in rows if row["student"] == student]
-        write = (lambda rows: None) if args.quick else partial(_write, others, head)
+        write = partial(_write, record, others)
         expected = {} if args.quick else known
         work = partial(measured, student=student, teacher=teacher, test=test, settings=settings, known=expected)
         study = Study(work, mine, write, args.jobs)
         study.fill(list(known)[: 1 if args.quick else None])
         rows = others + study.rows
-    print(table({**head, "rows": rows}))
+    print(table(record.found(rows)))
 
 
-def _write(others: list[Row], head: Row, rows: list[Row]) -> None:
-    write_results("cells", others + rows, **head)
+def _write(record: Record, others: list[Row], rows: list[Row]) -> None:
+    record.write(others + rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.common import markdown_table
 from benchmarks.limited_training import ARMS as TITLES
-from benchmarks.paired import Case, Row, differences, in_points, percent, values
+from benchmarks.paired import Case, Row, values
+from benchmarks.paired_tables import BETWEEN, gains, percent
 
 PAIRS = (("e2kd", "kd"), ("frozen_e2kd", "frozen_kd"))
 NOT_MEASURED = (*Case._fields, "processes")
@@ -41,18 +42,21 @@ def measures_of(rows: Sequence[Row]) -> list[str]:
 
 
 def report(folder: Path) -> str:
-    """A Markdown table, arms by measures, mean ± sd in percent, and the paired differences."""
+    """Markdown tables, arms by measures, mean ± sd in percent, and the paired differences."""
     rows = tested(folder)
     fields, arms = measures_of(rows), list(dict.fromkeys(row["arm"] for row in rows))
     body: list[list[Any]] = [
         [TITLES.get(arm, arm), len(values(rows, arm, fields[0])), *_cells(rows, arm, fields)] for arm in arms
     ]
     compared = [
-        f"{TITLES[arm]} - {TITLES[base]}, same seed: {in_points(differences(rows, arm, base, fields))}."
+        [f"{TITLES[arm]} - {TITLES[base]}", *gains(rows, arm, base, fields)]
         for arm, base in PAIRS
         if {arm, base} <= set(arms)
     ]
-    return "\n".join([markdown_table(["arm", "seeds", *fields], body), *compared])
+    tables = [markdown_table(["arm", "seeds", *fields], body)]
+    if compared:
+        tables += [f"Differences, {BETWEEN}:", markdown_table(["", *fields], compared)]
+    return "\n\n".join(tables)
 
 
 def _cells(rows: list[Row], arm: str, fields: Sequence[str]) -> list[str]:

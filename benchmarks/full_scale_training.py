@@ -24,7 +24,8 @@ from benchmarks.full_scale_networks import asked, network, normalization_of
 from benchmarks.full_scale_run import SHORTER_SIDE, Run, augmentation, centre, encoding, images_of, schedule_of
 from benchmarks.full_scale_scores import Scores, measured
 from benchmarks.limited_training import EVERY_CLASS, FROZEN, INDEXED
-from benchmarks.paired import Row, earlier
+from benchmarks.paired import Row
+from benchmarks.records import read_study
 from e2kd.baselines import IndexedDataset
 from e2kd.teacher import Teacher
 from e2kd.trainers.accelerate import Parts
@@ -203,7 +204,7 @@ def distil(run: Run) -> Row:
         SystemExit: when the folder has another student's result.
     """
     result = run.out / "result.json"
-    rows = earlier(result, run.settings())
+    rows = read_study(result, run.settings()).get("rows")
     if rows:
         return rows[0]
     made = Distillation(run)

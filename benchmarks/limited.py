@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,10 +30,11 @@ from torch import nn
 from benchmarks import paired
 from benchmarks.cifar_data import HELD_OUT, TEST, TRAIN, part, photos
 from benchmarks.cifar_families import FAMILIES, Family, predictions, trained_teacher
-from benchmarks.common import markdown_table, write_results
+from benchmarks.common import markdown_table
 from benchmarks.limited_training import (
     ARMS,
     EXPLAINED,
+    FROZEN,
     RIVALS,
     UNTAUGHT,
     Data,
@@ -45,13 +44,15 @@ from benchmarks.limited_training import (
     train,
 )
 from benchmarks.paired import Case, Row, Study
+from benchmarks.paired_tables import BETWEEN, gains, made_by, percent, plain
+from benchmarks.records import Record, existing
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
 TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 10.0, 25.0, 50.0)
 MULTIPLES = (0.2, 1.0, 5.0)  # of a rival's own weight
 PER_CLASS = (50, 200, 4500)
 MEASURES = ("accuracy", "agreement")
-PAIRS = (("e2kd", "kd"), ("e2kd_all", "kd"), ("frozen_e2kd", "frozen_kd"), ("frozen_e2kd_all", "frozen_kd"))
+BASES = {arm: "frozen_kd" for arm in FROZEN}  # what an arm is compared with, if not KD
 WORK = Path(tempfile.gettempdir()) / "e2kd-limited"
 
 
@@ -102,41 +103,50 @@ def result_name(family: str, per_class: int, unrelated: bool) -> str:
 def all_results() -> list[Row]:
     """What was run: every family and number of images."""
     every = itertools.product(FAMILIES, (False, True), PER_CLASS)
-    paths = [paired.result_path(result_name(family, images, unrelated)) for family, unrelated, images in every]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return existing(result_name(family, images, unrelated) for family, unrelated, images in every)
 
 
 def table(found: Row) -> str:
-    """Arms with their means, as Markdown."""
+    """Arms with their means and what they gain, as Markdown."""
     rows, family = found["rows"], FAMILIES[found["family"]]
-    body = [[f"teacher ({family.kind.title})", f"{100 * found['teacher']['test']:.1f}", None, None, None]]
+    teacher = [f"teacher ({family.kind.title})", f"{100 * found['teacher']['test']:.1f}"]
+    body = [[*teacher, None, None, None, None, None]]
     for arm, name in ARMS.items():
         mine = [row for row in rows if row["split"] == "test" and row["arm"] == arm]
         if mine:
-            cells = [paired.percent(list(paired.values(rows, arm, field).values())) for field in MEASURES]
-            body.append([name, *cells, _plain(mine[0]["temperature"]), _plain(mine[0]["weight"])])
+            cells = [percent(list(paired.values(rows, arm, field).values())) for field in MEASURES]
+            chosen = [plain(mine[0][setting]) for setting in ("temperature", "weight")]
+            body.append([name, *cells, *gains(rows, arm, BASES.get(arm, "kd"), MEASURES), *chosen])
     images = found["settings"]["per_class"]
     seen = f"{10 * images} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
-    return markdown_table([f"{family.title}, {seen}", *MEASURES, "τ", "λ"], body)
+    header = [f"{family.title}, {seen}", *MEASURES, *(f"{field}, gain" for field in MEASURES), "τ", "λ"]
+    return markdown_table(header, body)
 
 
-def difference_lines(rows: list[Row]) -> list[str]:
-    """The paired differences of the arms that were run, in words."""
+def rivals_table(rows: list[Row]) -> str:
+    """What e²KD is ahead of each rival, as Markdown; empty without rivals."""
     arms = {row["arm"] for row in rows if row["split"] == "test"}
-    said = [
-        f"{ARMS[arm]} - {ARMS[base]}, same seed: {paired.in_points(paired.differences(rows, arm, base, MEASURES))}."
-        for arm, base in PAIRS
-        if {arm, base} <= arms
+    ours = [arm for arm in ("e2kd", "e2kd_all") if arm in arms]
+    header = ["", *(f"{ARMS[arm]}: {field}" for arm in ours for field in MEASURES)]
+    body = [
+        [f"less {ARMS[rival]}", *itertools.chain(*(gains(rows, arm, rival, MEASURES) for arm in ours))]
+        for rival in RIVALS
+        if rival in arms
     ]
-    rivals = [(rival, paired.differences(rows, "e2kd", rival, MEASURES)) for rival in RIVALS if {"e2kd", rival} <= arms]
+    return markdown_table(header, body) if body else ""
+
+
+def section(found: Row) -> str:
+    """A study's part of the page."""
+    rows, settings = found["rows"], found["settings"]
+    note = (
+        f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of {len(SEEDS)} paired seeds, "
+        f"{settings['epochs']} epochs in every arm. Gains are over KD, those of frozen arms over frozen KD, {BETWEEN}."
+    )
+    rivals = rivals_table(rows)
     if rivals:
-        each = "; ".join(f"{ARMS[rival]} {paired.in_short(found)}" for rival, found in rivals)
-        said.append(f"e²KD less its rivals, 95 % confidence: {each}. A rival's λ is a multiple of its default weight.")
-    return said
-
-
-def _plain(value: float | None) -> str | None:
-    return None if value is None else f"{value:g}"
+        note += f" A rival's λ is a multiple of its default weight. What e²KD is ahead of them:\n\n{rivals}"
+    return f"{table(found)}\n\n{note}\n\n{made_by(found['commands'])}"
 
 
 def main() -> None:
@@ -167,21 +177,15 @@ def main() -> None:
         return measures(case, data, student)
 
     found = {
-        "command": " ".join(["python -m benchmarks.limited", *sys.argv[1:]]),
-        "settings": asdict(settings), "family": family.name, "unrelated": args.unrelated,
-        "teacher": teacher,
+        "settings": asdict(settings), "family": family.name, "unrelated": args.unrelated, "teacher": teacher,
     }  # fmt: skip
     if family.shifted:
         found["shift"] = shift_curve(data, data.teacher)
-    if args.quick:
-        study = Study(measured, [], lambda rows: None, args.jobs)
-        run(study, args, SEEDS[:1], TUNING_SEEDS[:1], args.multiples)
-    else:
-        rows = [] if args.fresh else paired.earlier(paired.result_path(name), asdict(settings))
-        study = Study(measured, rows, lambda rows: write_results(name, rows, **found), args.jobs)
-        run(study, args, SEEDS, TUNING_SEEDS, args.multiples)
-    print(table(found | {"rows": study.rows}))
-    print("\n".join(difference_lines(study.rows)))
+    record = Record(None if args.quick else name, found, fresh=args.fresh)
+    study = Study(measured, record.rows, record.write, args.jobs)
+    seeds = (SEEDS[:1], TUNING_SEEDS[:1]) if args.quick else (SEEDS, TUNING_SEEDS)
+    run(study, args, *seeds, args.multiples)
+    print(section(record.found(study.rows)))
 
 
 if __name__ == "__main__":

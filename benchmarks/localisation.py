@@ -17,12 +17,10 @@ Results: benchmarks/results/localisation_<task>_<guidance>.json.
 
 from __future__ import annotations
 
-import json
-import sys
+import itertools
 import tempfile
 from argparse import Namespace
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,11 +28,13 @@ from torch import Tensor, nn
 
 import e2kd
 from benchmarks import paired
-from benchmarks.common import markdown_table, write_results
+from benchmarks.common import markdown_table
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC
 from benchmarks.objects import TASKS, Objects, Task
 from benchmarks.paired import Case, Row, Study
+from benchmarks.paired_tables import BETWEEN, gains, made_by, percent, plain
+from benchmarks.records import Record, existing
 from benchmarks.small_networks import from_cifar, trained_once
 from e2kd.demo.train import batches, train
 from e2kd.guidance import GuidanceLoss, energy_loss, l1_loss
@@ -107,8 +107,7 @@ def plan(objects: Objects, epochs: int, seed: int) -> list[Tensor]:
 
 def all_results() -> list[Row]:
     """What was run: every task and guidance."""
-    paths = [paired.result_path(f"localisation_{task}_{guidance}") for task in TASKS for guidance in GUIDANCE]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return existing(f"localisation_{task}_{guidance}" for task in TASKS for guidance in GUIDANCE)
 
 
 def measures(found: Row) -> tuple[str, str, str]:
@@ -117,7 +116,7 @@ def measures(found: Row) -> tuple[str, str, str]:
 
 
 def table(results: list[Row]) -> str:
-    """Teachers with their students' means, as Markdown."""
+    """Teachers with their students' means and what e²KD adds to KD, as Markdown."""
     body = []
     for found in results:
         fields, where = measures(found), f"{TASKS[found['task']].title}, {TITLES[found['guidance']]}"
@@ -125,31 +124,22 @@ def table(results: list[Row]) -> str:
         for arm, name in BASIC.items():
             mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
             if mine:
-                chosen = [None if mine[0][k] is None else f"{mine[0][k]:g}" for k in ("temperature", "weight")]
-                body.append(
-                    ["", name, *(paired.percent(list(paired.values(mine, arm, f).values())) for f in fields), *chosen]
-                )
+                cells = [percent(list(paired.values(mine, arm, field).values())) for field in fields]
+                body.append(["", name, *cells, *(plain(mine[0][setting]) for setting in ("temperature", "weight"))])
+        added = gains(found["rows"], "e2kd", "kd", fields)
+        if any(added):
+            body.append(["", "e²KD - KD", *added, None, None])
     return markdown_table(["", "", "accuracy / F1", "EPG", "IoU", "τ", "λ"], body)
 
 
-def difference_lines(results: list[Row]) -> list[str]:
-    """The paired differences of every teacher's students, in words."""
-    said = []
-    for found in results:
-        if {"e2kd", "kd"} <= {row["arm"] for row in found["rows"] if row["split"] == "test"}:
-            gains = paired.in_points(paired.differences(found["rows"], "e2kd", "kd", measures(found)))
-            said.append(f"{TASKS[found['task']].title}, {TITLES[found['guidance']]}, e²KD - KD, same seed: {gains}.")
-    return said
-
-
 def section(results: list[Row]) -> str:
-    """The README's table, with what it is of and the paired differences."""
-    commands = dict.fromkeys(f"`{found['command']}`" for found in results)
+    """The page's table, with what it is of."""
     note = (
-        f"Percent on test photos, mean ± sd of {len(SEEDS)} paired seeds, the same steps in every arm: "
-        f"{', '.join(commands)}. {' '.join(difference_lines(results))}"
+        f"Percent on test photos, mean ± sd of {len(SEEDS)} paired seeds, the same steps in every arm. "
+        f"Differences, {BETWEEN}."
     )
-    return f"{table(results)}\n\n{note}"
+    commands = itertools.chain(*(found["commands"] for found in results))
+    return "\n\n".join([table(results), note, made_by(commands)])
 
 
 def result_of(name: str, guidance: str, args: Namespace) -> Row:
@@ -166,17 +156,14 @@ def result_of(name: str, guidance: str, args: Namespace) -> Row:
         return task.scores(student, parts[case.split])
 
     found = {
-        "command": " ".join(["python -m benchmarks.localisation", *sys.argv[1:]]),
         "settings": asdict(settings), "task": name, "guidance": guidance,
         "teacher": task.scores(teacher, parts["test"]),
     }  # fmt: skip
-    path = f"localisation_{name}_{guidance}"
-    rows = [] if args.fresh or args.quick else paired.earlier(paired.result_path(path), asdict(settings))
-    write = (lambda rows: None) if args.quick else partial(write_results, path, **found)
-    study = Study(measured, rows, write, args.jobs, by=task.measure)
+    record = Record(None if args.quick else f"localisation_{name}_{guidance}", found, fresh=args.fresh)
+    study = Study(measured, record.rows, record.write, args.jobs, by=task.measure)
     chosen = Namespace(arms=args.arms, temperatures=task.temperatures, weights=args.weights)
     run(study, chosen, SEEDS[:1] if args.quick else SEEDS, TUNING_SEEDS)
-    return found | {"rows": study.rows}
+    return record.found(study.rows)
 
 
 def main() -> None:
@@ -189,8 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = [result_of(task, guidance, args) for task in args.tasks for guidance in args.guidance]
-    print(table(results))
-    print("\n".join(difference_lines(results)))
+    print(section(results))
 
 
 if __name__ == "__main__":

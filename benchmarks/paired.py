@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import RESULTS
 from e2kd.demo.results import interval, summarise
 
 Row = dict[str, Any]
@@ -110,21 +109,6 @@ def parser_of(doc: str | None, weights: Sequence[float], work: Path) -> Argument
     return parser
 
 
-def earlier(path: Path, settings: Row) -> list[Row]:
-    """The rows of a run that was stopped.
-
-    Raises:
-        SystemExit: when it was run with other settings.
-    """
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["settings"] != settings:
-        raise SystemExit(f"{path} has rows with other settings, {found['settings']}: move it away, or pass --fresh.")
-    rows: list[Row] = found["rows"]
-    return rows
-
-
 def values(rows: list[Row], arm: str, field: str) -> dict[int, float]:
     """A measure of an arm's students on the test images, by seed."""
     return {row["seed"]: row[field] for row in rows if row["split"] == "test" and row["arm"] == arm}
@@ -138,46 +122,3 @@ def differences(rows: list[Row], arm: str, base: str, fields: Sequence[str]) -> 
         each = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
         found[field] = {**summarise(each), "interval": interval(each), "each": each}
     return found
-
-
-def in_points(found: Row) -> str:
-    """Paired differences in points, in words.
-
-    >>> in_points({"accuracy": {"mean": 0.02, "sd": 0.01, "interval": [0.01, 0.03], "each": [0.01, 0.03]}})
-    'accuracy +2.0 points (+1.0, +3.0, 95 % confidence +1.0 to +3.0)'
-    """
-    said = []
-    for field, one in found.items():
-        each = ", ".join(f"{100 * value:+.1f}" for value in one["each"])
-        between = one["interval"]
-        bounds = f", 95 % confidence {100 * between[0]:+.1f} to {100 * between[1]:+.1f}" if between else ""
-        said.append(f"{field} {100 * one['mean']:+.1f} points ({each}{bounds})")
-    return "; ".join(said)
-
-
-def in_short(found: Row) -> str:
-    """Paired differences in points, without the single seeds.
-
-    >>> in_short({"accuracy": {"mean": 0.02, "sd": 0.01, "interval": [0.01, 0.03], "each": [0.01, 0.03]}})
-    'accuracy +2.0 (+1.0 to +3.0)'
-    """
-    return ", ".join(
-        f"{field} {100 * one['mean']:+.1f}"
-        + (" ({:+.1f} to {:+.1f})".format(*(100 * bound for bound in one["interval"])) if one["interval"] else "")
-        for field, one in found.items()
-    )
-
-
-def percent(shares: Sequence[float]) -> str:
-    """Mean ± sd in percent.
-
-    >>> percent([0.5, 0.6])
-    '55.0 ±7.1'
-    """
-    found = summarise([100 * share for share in shares])
-    return f"{found['mean']:.1f}" + ("" if found["sd"] is None else f" ±{found['sd']:.1f}")
-
-
-def result_path(name: str) -> Path:
-    """Where a study's rows are."""
-    return RESULTS / f"{name}.json"

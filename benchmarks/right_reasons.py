@@ -16,8 +16,7 @@ Results: benchmarks/results/right_reasons_<student>.json.
 
 from __future__ import annotations
 
-import json
-import sys
+import itertools
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,11 +27,13 @@ from torch import Tensor, nn
 
 import e2kd
 from benchmarks import paired
-from benchmarks.common import markdown_table, write_results
+from benchmarks.common import markdown_table
 from benchmarks.composites import composites
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC, EVERY_CLASS, FROZEN, settings_of
 from benchmarks.paired import Case, Row, Study
+from benchmarks.paired_tables import BETWEEN, gains, made_by, percent, plain
+from benchmarks.records import Record, existing
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
 from e2kd.demo.lessons import frozen_lessons
@@ -142,8 +143,7 @@ def measured(case: Case, student: Student, teacher: nn.Module, parts: dict[str, 
 
 def all_results() -> list[Row]:
     """What was run: every student."""
-    paths = [paired.result_path(f"right_reasons_{name}") for name in STUDENTS]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return existing(f"right_reasons_{name}" for name in STUDENTS)
 
 
 def table(results: list[Row]) -> str:
@@ -153,34 +153,32 @@ def table(results: list[Row]) -> str:
         for arm, name in ARMS.items():
             mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
             if mine:
-                cells = [paired.percent(list(paired.values(mine, arm, field).values())) for field in TITLES]
-                chosen = [None if mine[0][k] is None else f"{mine[0][k]:g}" for k in ("temperature", "weight")]
+                cells = [percent(list(paired.values(mine, arm, field).values())) for field in TITLES]
+                chosen = [plain(mine[0][setting]) for setting in ("temperature", "weight")]
                 body.append([STUDENTS[found["student"]].title, name, *cells, *chosen])
     return markdown_table(["", "", *TITLES.values(), "τ", "λ"], body)
 
 
-def difference_lines(results: list[Row]) -> list[str]:
-    """The paired differences of every student, in words."""
-    said = []
-    for found in results:
-        arms = {row["arm"] for row in found["rows"] if row["split"] == "test"}
-        for arm, base in PAIRS:
-            if {arm, base} <= arms:
-                gains = paired.differences(found["rows"], arm, base, COMPARED)
-                words = paired.in_points({TITLES[field]: gain for field, gain in gains.items()})
-                said.append(f"{STUDENTS[found['student']].title}, {ARMS[arm]} - {ARMS[base]}, same seed: {words}.")
-    return said
+def gains_table(results: list[Row]) -> str:
+    """What explanations add to KD, as Markdown."""
+    body = []
+    for found, (arm, base) in itertools.product(results, PAIRS):
+        cells = gains(found["rows"], arm, base, COMPARED)
+        if any(cells):
+            body.append([STUDENTS[found["student"]].title, f"{ARMS[arm]} - {ARMS[base]}", *cells])
+    return markdown_table(["", "", *(TITLES[field] for field in COMPARED)], body)
 
 
 def section(results: list[Row]) -> str:
-    """The README's table, with what it is of and the paired differences."""
-    settings, commands = results[0]["settings"], dict.fromkeys(f"`{found['command']}`" for found in results)
+    """The page's tables, with what they are of."""
+    settings = results[0]["settings"]
     note = (
         f"Percent of {settings['measured']} composites each in and out of distribution, EPG out of it, mean ± sd of "
-        f"{len(SEEDS)} paired seeds, {settings['epochs']} epochs of {settings['images']:,} images in every arm: "
-        f"{', '.join(commands)}. {' '.join(difference_lines(results))}"
+        f"{len(SEEDS)} paired seeds, {settings['epochs']} epochs of {settings['images']:,} images in every arm. "
+        f"Differences, {BETWEEN}:"
     )
-    return f"{table(results)}\n\n{note}"
+    commands = itertools.chain(*(found["commands"] for found in results))
+    return "\n\n".join([table(results), note, gains_table(results), made_by(commands)])
 
 
 def main() -> None:
@@ -198,19 +196,15 @@ def main() -> None:
     teacher = trained_teacher(settings, args.work)
     parts = tests(teacher, settings.measured)
     head = {"settings": asdict(settings), "teacher": parts["test"].scores(teacher)}
-    command = " ".join(["python -m benchmarks.right_reasons", *sys.argv[1:]])
     results = []
     for name in args.students:
-        found = {"command": command, "student": name, **head}
         work = partial(measured, student=STUDENTS[name], teacher=teacher, parts=parts, settings=settings)
-        path = f"right_reasons_{name}"
-        rows = [] if args.fresh or args.quick else paired.earlier(paired.result_path(path), asdict(settings))
-        write = (lambda rows: None) if args.quick else partial(write_results, path, **found)
-        study = Study(work, rows, write, args.jobs)
+        path = None if args.quick else f"right_reasons_{name}"
+        record = Record(path, {"student": name, **head}, fresh=args.fresh)
+        study = Study(work, record.rows, record.write, args.jobs)
         run(study, args, SEEDS[:1] if args.quick else SEEDS, TUNING_SEEDS)
-        results.append(found | {"rows": study.rows})
-    print(table(results))
-    print("\n".join(difference_lines(results)))
+        results.append(record.found(study.rows))
+    print(section(results))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ ratios to KD's, interleaved round by round. Results: benchmarks/results/sparing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ from benchmarks.common import RESULTS, between, markdown_table, read_rows, write
 from benchmarks.frozen import interleaved, ratios
 from benchmarks.limited import MEASURES
 from benchmarks.limited_training import ARMS, BATCH, STRETCHES, criterion_of
-from benchmarks.paired import Case, Row, differences, result_path
+from benchmarks.paired import Case, Row, differences
 
 FAMILY, STUDY = FAMILIES["bcos"], "limited_bcos_50"
 STEPS = 40
@@ -59,7 +58,7 @@ def costs(rounds: int) -> list[Row]:
 
 def gains() -> dict[str, dict[str, Row]]:
     """Of every arm that was trained: its paired differences to KD."""
-    rows = json.loads(result_path(STUDY).read_text(encoding="utf-8"))["rows"]
+    rows = read_rows(STUDY)
     trained = {row["arm"] for row in rows if row["split"] == "test"}
     return {arm: differences(rows, arm, "kd", MEASURES) for arm in COMPARED if arm in trained}
 

@@ -119,16 +119,7 @@ def cells_of_students() -> str:
 
 def limited_data() -> str:
     """CIFAR-10 with few images: accuracy and agreement of every family and number of images that was run."""
-    return "\n\n".join(_limited(found) for found in limited.all_results())
-
-
-def _limited(found: dict[str, Any]) -> str:
-    rows, settings = found["rows"], found["settings"]
-    note = (
-        f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of paired seeds, {settings['epochs']} "
-        f"epochs in every arm: `{found['command']}`. {' '.join(limited.difference_lines(rows))}"
-    )
-    return f"{limited.table(found)}\n\n{note}"
+    return "\n\n".join(limited.section(found) for found in limited.all_results())
 
 
 def explained_in_part() -> str:

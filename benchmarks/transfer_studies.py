@@ -39,7 +39,7 @@ from benchmarks.cifar_data import HELD_OUT, SHARED, TEST, TRAIN, few, part
 from benchmarks.cifar_families import BLOCKS, STANDARD, trained_teacher
 from benchmarks.common import RESULTS, environment, markdown_table, write_json
 from benchmarks.distilling import STAGES, ByFeatures, Teaching, Way, by_answers, by_attention, outputs_of
-from benchmarks.paired import earlier
+from benchmarks.records import read_study
 from e2kd.commands.photos import find_photos, read_photos
 from e2kd.demo.results import interval, summarise
 from e2kd.distance import DistanceSums, Score
@@ -429,7 +429,7 @@ def main() -> None:
         if args.fresh:
             shutil.rmtree(folder_of(settings, args.work), ignore_errors=True)
         else:
-            rows = earlier(path, asdict(settings))
+            rows = read_study(path, asdict(settings)).get("rows", [])
         more = {
             "environment": environment(),
             "command": " ".join(["python -m benchmarks.transfer_studies", *sys.argv[1:]]),

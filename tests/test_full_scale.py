@@ -452,7 +452,7 @@ def test_results_side_by_side(tmp_path: Path) -> None:
             write_json(tmp_path / f"{arm}-{seed}" / "result.json", {"rows": [row]})
     found = report(tmp_path)
     assert "| KD | 2 | 55.0 ±7.1 |" in found
-    assert "e²KD - KD, same seed: accuracy +15.0 points (+10.0, +20.0" in found
+    assert "| e²KD - KD | +15.0 (-48.5 to +78.5) |" in found
     write_json(tmp_path / "again" / "result.json", {"rows": [row]})
     with pytest.raises(ValueError, match="several"):
         report(tmp_path)

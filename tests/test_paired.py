@@ -1,13 +1,19 @@
-"""Paired studies: what is chosen, what is trained again, what the differences are."""
+"""Paired studies: what is chosen, what is trained again, what the differences are, what is kept."""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import limited, records
 from benchmarks.limited import choices
 from benchmarks.paired import Case, Study, differences
+from benchmarks.paired_tables import gains
+from benchmarks.records import Record, joined
 
 WORTH = {1.0: 0.5, 5.0: 0.7, 10.0: 0.6}  # of each weight
 
@@ -49,3 +55,71 @@ def test_differences_are_those_of_equal_seeds(study: Study) -> None:
     study.fill([Case("test", "a", 5, 1.0, 5.0)])  # has no partner
     found = differences(study.rows, "a", "b", ["accuracy"])["accuracy"]
     assert found["each"] == pytest.approx([0.2, 0.2])
+
+
+def row(arm: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    case = Case("test", arm, seed, 4.0, None)._asdict()
+    return {**case, "accuracy": accuracy, "agreement": accuracy, "cpu_seconds": 1.0, **more}
+
+
+def test_gains_are_empty_where_there_is_nothing_to_compare() -> None:
+    rows = [row(arm, seed, worth) for arm, worth in (("kd", 0.5), ("e2kd", 0.7)) for seed in (3, 4)]
+    assert gains(rows, "e2kd", "kd", ["accuracy"]) == ["+20.0 (+20.0 to +20.0)"]
+    assert gains(rows, "kd", "kd", ["accuracy"]) == gains(rows, "e2kd", "frozen_kd", ["accuracy"]) == [None]
+
+
+def test_the_page_says_what_every_arm_gains_and_what_rivals_lack() -> None:
+    worth = {"kd": 0.5, "e2kd": 0.7, "frozen_kd": 0.4, "frozen_e2kd": 0.5, "catkd": 0.6}
+    rows = [row(arm, seed, value) for arm, value in worth.items() for seed in (3, 4)]
+    head = {"family": "standard", "unrelated": False, "teacher": {"test": 0.9}, "settings": vars(limited.Settings())}
+    said = limited.section({**head, "commands": ["python -m x"], "rows": rows}).splitlines()
+    assert "| e²KD | 70.0 ±0.0 | 70.0 ±0.0 | +20.0 (+20.0 to +20.0) | +20.0 (+20.0 to +20.0) | 4 |  |" in said
+    assert "| frozen e²KD | 50.0 ±0.0 | 50.0 ±0.0 | +10.0 (+10.0 to +10.0) | +10.0 (+10.0 to +10.0) | 4 |  |" in said
+    assert "| less CATKD | +10.0 (+10.0 to +10.0) | +10.0 (+10.0 to +10.0) |" in said
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_a_study_that_goes_on_keeps_rows_commands_and_notes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, arm in enumerate(("kd", "e2kd", "e2kd")):
+        monkeypatch.setattr(sys, "argv", ["/x/limited.py", "--arms", arm])
+        record = Record("study", {"settings": {"epochs": 5}})
+        assert len(record.rows) == number
+        record.write([*record.rows, row(arm, number, 0.5)])
+        if number == 0:
+            found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+            (folder / "study.json").write_text(json.dumps(found | {"note": "by hand"}), encoding="utf-8")
+    found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    assert found["commands"] == [f"python -m benchmarks.limited --arms {arm}" for arm in ("kd", "e2kd")]
+    assert found["note"] == "by hand"
+    assert len(found["rows"]) == 3
+    with pytest.raises(SystemExit, match="other settings"):
+        Record("study", {"settings": {"epochs": 6}})
+    assert not Record("study", {"settings": {"epochs": 6}}, fresh=True).rows
+    Record(None, {"settings": {}}).write([])
+    assert [path.name for path in folder.iterdir()] == ["study.json"]
+
+
+def test_rows_of_two_machines_are_joined_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = [row("kd", 3, 0.5), row("kd", 4, 0.6)], [row("kd", 4, 0.6, cpu_seconds=2.0), row("e2kd", 3, 0.7)]
+    mine = {"environment": 1, "commands": ["a"], "settings": {"epochs": 5}, "note": "mine", "rows": first}
+    other = {"environment": 2, "commands": ["a", "b"], "settings": {"epochs": 5}, "rows": second}
+    found = joined(mine, other)
+    assert found == {**mine, "commands": ["a", "b"], "rows": [*first, second[1]]}
+    with pytest.raises(ValueError, match="different settings"):
+        joined(mine, other | {"settings": {"epochs": 6}})
+    with pytest.raises(ValueError, match="different teacher"):
+        joined(mine, other | {"teacher": 0.9})
+    with pytest.raises(ValueError, match="both files have"):
+        joined(mine, other | {"rows": [row("kd", 4, 0.61)]})
+    (folder / "study.json").write_text(json.dumps(mine), encoding="utf-8")
+    elsewhere = folder / "elsewhere" / "study.json"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(json.dumps(other), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["records", str(elsewhere)])
+    records.main()
+    assert json.loads((folder / "study.json").read_text(encoding="utf-8")) == found

@@ -119,19 +119,24 @@ def row(arm: str, seed: int, value: float, fields: tuple[str, ...], split: str =
 def test_tables_say_what_the_rows_say() -> None:
     fields = tuple(right_reasons.TITLES)
     rows = [row(arm, seed, v, fields) for arm, v in (("kd", 0.5), ("e2kd", 0.75)) for seed in (0, 1)]
-    head = {"command": "python -m x", "settings": asdict(right_reasons.Settings())}
+    head = {"commands": ["python -m x"], "settings": asdict(right_reasons.Settings())}
     found = [{**head, "student": "vit", "teacher": dict.fromkeys(fields, 0.9), "rows": rows}]
     lines = right_reasons.table(found).splitlines()
     assert lines[2] == "| teacher (ResNet-32) |  | " + "90.0 | " * 6 + " |  |"
     assert lines[-1] == "| ViT, 0.5 M | e²KD | " + "75.0 ±0.0 | " * 6 + "4 | 5 |"
-    assert "OOD accuracy +25.0 points" in right_reasons.section(found)
+    said = right_reasons.section(found)
+    assert "| ViT, 0.5 M | e²KD - KD" + " | +25.0 (+25.0 to +25.0)" * 4 + " |" in said
+    assert "```sh\npython -m x\n```" in said
 
     fields = ("f1", "epg", "iou")
     rows = [row(arm, seed, v, fields) for arm, v in (("kd", 0.5), ("e2kd", 0.75)) for seed in (0, 1)]
-    head = {"command": "python -m x", "settings": asdict(localisation.Settings(30, 30))}
+    head = {"commands": ["python -m x"], "settings": asdict(localisation.Settings(30, 30))}
     found = [{**head, "task": "coco", "guidance": "l1", "teacher": dict.fromkeys(fields, 0.9), "rows": rows}]
-    assert localisation.table(found).splitlines()[-1] == "|  | e²KD | " + "75.0 ±0.0 | " * 3 + "4 | 5 |"
-    assert "guided for IoU, e²KD - KD, same seed: f1 +25.0 points" in localisation.section(found)
+    lines = localisation.table(found).splitlines()
+    assert lines[2].startswith("| COCO, 7 groups, guided for IoU | teacher | 90.0 | 90.0 | 90.0 |")
+    assert lines[-2] == "|  | e²KD | " + "75.0 ±0.0 | " * 3 + "4 | 5 |"
+    assert lines[-1] == "|  | e²KD - KD | " + "+25.0 (+25.0 to +25.0) | " * 3 + " |  |"
+    assert "python -m x" in localisation.section(found)
 
 
 STUDIES = sorted([*RESULTS.glob("right_reasons_*.json"), *RESULTS.glob("localisation_*.json")])

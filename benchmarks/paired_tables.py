@@ -1,0 +1,56 @@
+"""Paired studies in Markdown: means, differences of equal seeds, and the commands that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.paired import Row, differences
+from e2kd.demo.results import summarise
+
+BETWEEN = "in points, same seeds, with 95 % confidence"
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Mean ± sd in percent.
+
+    >>> percent([0.5, 0.6])
+    '55.0 ±7.1'
+    """
+    found = summarise([100 * share for share in shares])
+    return f"{found['mean']:.1f}" + ("" if found["sd"] is None else f" ±{found['sd']:.1f}")
+
+
+def plain(value: float | None) -> str | None:
+    """A setting, without zeros that say nothing.
+
+    >>> plain(4.0), plain(None)
+    ('4', None)
+    """
+    return None if value is None else f"{value:g}"
+
+
+def gains(rows: list[Row], arm: str, base: str | None, fields: Sequence[str]) -> list[str | None]:
+    """An arm less another in points, a cell for each measure; empty where one of them was not run."""
+    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    if base is None or arm == base or not {arm, base} <= arms:
+        return [None] * len(fields)
+    return [in_points(found) for found in differences(rows, arm, base, fields).values()]
+
+
+def in_points(found: Row) -> str:
+    """One paired difference.
+
+    >>> in_points({"mean": 0.02, "sd": 0.01, "interval": [0.01, 0.03], "each": [0.01, 0.03]})
+    '+2.0 (+1.0 to +3.0)'
+    """
+    points = f"{100 * found['mean']:+.1f}"
+    if found["interval"] is None:
+        return points
+    low, high = found["interval"]
+    return f"{points} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def made_by(commands: Iterable[str]) -> str:
+    """Commands as a block that a page shows when asked to, each of them once."""
+    lines = "\n".join(dict.fromkeys(commands))
+    return f"<details><summary>Commands</summary>\n\n```sh\n{lines}\n```\n\n</details>"

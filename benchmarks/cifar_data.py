@@ -23,6 +23,7 @@ HELD_OUT = 500  # images of each class of the train part that neither teacher no
 
 PHOTOS = ("imagenet-samples/all", "catsdogs1400", "pets600/images", "coco256/images")
 UNKNOWN = -1  # the label of an image of another data set
+TURNS = 4  # by quarters
 
 
 class Images(NamedTuple):
@@ -60,6 +61,21 @@ def photos() -> Images:
     return Images(made, torch.full((len(made),), UNKNOWN))
 
 
+def turned(images: Images) -> Images:
+    """Each image turned by a quarter more than the one before; a class is what is shown and how it is turned.
+
+    After *Self-supervised Label Augmentation via Input Transformations* (Lee et al. 2020).
+
+    >>> turned(Images(torch.rand(5, 3, 32, 32), torch.tensor([0, 0, 0, 1, 1]))).labels
+    tensor([0, 1, 2, 7, 4])
+    """
+    quarters = torch.arange(len(images.labels)) % TURNS
+    pixels = images.pixels.clone()
+    for k in range(1, TURNS):
+        pixels[quarters == k] = torch.rot90(pixels[quarters == k], k, (2, 3))
+    return Images(pixels, TURNS * images.labels + quarters)
+
+
 def few(pool: Images, per_class: int, seed: int) -> Images:
     """So many images of each class, chosen by the seed; of images without labels as many in all."""
     generator = Generator().manual_seed(seed)
@@ -69,9 +85,14 @@ def few(pool: Images, per_class: int, seed: int) -> Images:
     return pool.some(order[places(pool.labels[order], 0, per_class)])
 
 
-def operations() -> tuple[nn.Module, nn.Module]:
-    """The augmentation of teacher and students: a shift by up to 4 pixels, and a flip."""
-    return K.RandomCrop((32, 32), padding=4), K.RandomHorizontalFlip()
+def shifts() -> tuple[nn.Module, ...]:
+    """A shift by up to 4 pixels."""
+    return (K.RandomCrop((32, 32), padding=4),)
+
+
+def shifts_and_flips() -> tuple[nn.Module, ...]:
+    """Shifts, and a mirror in half of the images. Not for turned images, whose mirror images are turned otherwise."""
+    return *shifts(), K.RandomHorizontalFlip()
 
 
 def orders(count: int, batch: int, epochs: int, seed: int) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Two families of teachers and students for CIFAR-10: standard ResNets, explained by GradCAM, and B-cos ResNets."""
+"""Families of teachers and students for CIFAR-10: standard networks, explained by GradCAM, and B-cos networks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.cifar import ResNet, normalized, pretrained
-from benchmarks.cifar_data import SHARED, Images, operations, orders
+from benchmarks.cifar import CLASSES, ResNet, normalized, pretrained
+from benchmarks.cifar_data import SHARED, TURNS, Images, orders, shifts, shifts_and_flips, turned
 from e2kd import bcos
 
 WEIGHTS = SHARED / "data" / "pretrained" / "cifar_resnet32-d509ac18.safetensors"
 BLOCKS = 5  # of each stage of a ResNet-32
+TURNED_CLASSES = TURNS * CLASSES
 BATCH = 128  # of a teacher's training
 VIT_SIZE: dict[str, int] = {"embed_dim": 96, "depth": 4}
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -36,6 +37,8 @@ class Kind:
         optimizer: the teacher's, at the peak of its one-cycle schedule.
         epochs: the teacher's, over the whole train part.
         title: the teacher's.
+        seen: the images of CIFAR-10 -> those of the task.
+        augmentation: makes the operations.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Kind:
     optimizer: Optimizer
     epochs: int
     title: str
+    seen: Callable[[Images], Images] = lambda images: images
+    augmentation: Callable[[], tuple[nn.Module, ...]] = shifts_and_flips
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,13 @@ def bcos_vit() -> nn.Module:
     return bcos.bcos_vit(VIT_SIZE["embed_dim"], VIT_SIZE["depth"], 3, 10, patch_size=1, stem=(24, 48), hidden=192)
 
 
+def of_turned_images() -> nn.Module:
+    """The shared ResNet-32 with a class for each pair of what an image shows and how it is turned."""
+    model = pretrained(WEIGHTS, BLOCKS)
+    model.linear = nn.Linear(model.linear.in_features, TURNED_CLASSES)
+    return model
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     """The recipe of the shared networks."""
     return torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
@@ -102,11 +114,15 @@ STANDARD = Kind(
     "standard", normalized, F.cross_entropy, lambda: pretrained(WEIGHTS, BLOCKS), sgd, epochs=3, title="ResNet-32"
 )
 BCOS = Kind("bcos", encoded, bcos.bcos_loss, lambda: small_bcos(2), adam, epochs=6, title="B-cos ResNet-14")
+TURNED = Kind(
+    "turned", normalized, F.cross_entropy, of_turned_images, sgd, 3, "ResNet-32", seen=turned, augmentation=shifts
+)
 FAMILIES = {
     family.name: family
     for family in (
         Family("standard", STANDARD, lambda: ResNet(3), adamw, "ResNet-20"),
         Family("bcos", BCOS, lambda: small_bcos(1), adam, "B-cos ResNet-8"),
+        Family("turned", TURNED, lambda: ResNet(3, classes=TURNED_CLASSES), adamw, "ResNet-20, 40 classes"),
         Family("vit", STANDARD, vit, adamw, "ViT", shifted=True),
         Family("bcos_vit", BCOS, bcos_vit, adam, "B-cos ViT-C", shifted=True),
     )
@@ -132,7 +148,7 @@ def trained_teacher(kind: Kind, work: Path, pool: Images, epochs: int) -> nn.Mod
 def _train(kind: Kind, teacher: nn.Module, data: Images, epochs: int) -> None:
     """With labels, one-cycle, in place."""
     torch.manual_seed(0)
-    augmentation = K.AugmentationSequential(*operations())
+    augmentation = K.AugmentationSequential(*kind.augmentation())
     plan = list(orders(len(data.labels), BATCH, epochs, seed=0))
     optimizer = kind.optimizer(teacher)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=len(plan))

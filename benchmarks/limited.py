@@ -2,6 +2,7 @@
 
     python -m benchmarks.limited                               # standard networks, 50 images of each class
     python -m benchmarks.limited --family bcos --per-class 200 --epochs 15
+    python -m benchmarks.limited --family turned --epochs 13   # 40 classes: what an image shows and how it is turned
     python -m benchmarks.limited --unrelated --per-class 200   # on images of other data sets (Table 5, right)
     python -m benchmarks.limited --arms kd e2kd                # some arms alone; rows of others stay
     python -m benchmarks.limited --quick                       # a minute, to see that it runs; writes nothing
@@ -58,14 +59,15 @@ WORK = Path(tempfile.gettempdir()) / "e2kd-limited"
 
 def load(family: Family, settings: Settings, work: Path, unrelated: bool) -> Data:
     """Decodes the images and trains the teacher, unless that was done."""
-    train_part = part(TRAIN, 0, -HELD_OUT)
-    teacher: nn.Module = trained_teacher(family.kind, work, train_part, settings.teacher_epochs)
+    kind = family.kind
+    train_part = kind.seen(part(TRAIN, 0, -HELD_OUT))
+    teacher: nn.Module = trained_teacher(kind, work, train_part, settings.teacher_epochs)
     pool = photos() if unrelated else train_part
     measured = {
-        "validation": part(TRAIN, -HELD_OUT, settings.validation_per_class - HELD_OUT),
-        "test": part(TEST, 0, settings.test_per_class),
+        "validation": kind.seen(part(TRAIN, -HELD_OUT, settings.validation_per_class - HELD_OUT)),
+        "test": kind.seen(part(TEST, 0, settings.test_per_class)),
     }
-    taught = {name: predictions(family.kind, teacher, images.pixels) for name, images in measured.items()}
+    taught = {name: predictions(kind, teacher, images.pixels) for name, images in measured.items()}
     return Data(family, teacher, pool, measured, taught)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 import e2kd
 from benchmarks.cifar import NORMALIZATION
-from benchmarks.cifar_data import Images, few, operations, orders, places
+from benchmarks.cifar_data import Images, few, orders, places
 from benchmarks.cifar_families import BCOS, Family, predictions
 from benchmarks.paired import Case, Row
 from e2kd.baselines import CRD, METHODS, Indexed
@@ -122,7 +122,7 @@ def train(case: Case, data: Data, settings: Settings) -> nn.Module:
     images = few(data.pool, settings.per_class, case.seed)
     frozen, pixels, lessons = lessons_of(data, images, case.arm)
     torch.manual_seed(case.seed)
-    student, augmentation = family.student(), e2kd.JointAugmentation(*operations())
+    student, augmentation = family.student(), e2kd.JointAugmentation(*family.kind.augmentation())
     plan = list(orders(len(pixels), BATCH, settings.epochs, case.seed))
     criterion = criterion_of(case, family, student, frozen if frozen_arm else data.teacher, len(plan))
     teaching = isinstance(criterion, e2kd.E2KDLoss)

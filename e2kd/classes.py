@@ -23,10 +23,10 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
     "teacher": the teacher's top class, as in the paper. "labels": the target's class. "positives": every positive
     of multi-hot targets, with equal weights. "all": every class, with equal weights, which is a map for each, so it is
     for few classes. An integer k: the teacher's top k, weighted by its probabilities. A function of (teacher_logits,
-    targets) returns its own.
+    targets) returns its own, or [1, k] of both for every sample.
 
     Raises:
-        ValueError: when the choice needs targets of another kind than came.
+        ValueError: when the choice needs targets of another kind than came, or a function returns something else.
 
     >>> choose(1, torch.tensor([[0., 2., 1.]]), None)
     (tensor([[1]]), tensor([[1.]]))
@@ -36,7 +36,7 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
     (tensor([[0, 1]]), tensor([[0.5000, 0.5000]]))
     """
     if callable(choice):
-        return choice(teacher_logits, targets)
+        return _own(choice(teacher_logits, targets), teacher_logits)
     if choice == "teacher":
         return _ones(teacher_logits.argmax(1, keepdim=True), teacher_logits)
     if choice == "labels":
@@ -46,7 +46,7 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
     if choice == "all":
         return every_class(teacher_logits)
     top = teacher_logits.topk(min(choice, teacher_logits.shape[1]), dim=1)
-    return top.indices, F.softmax(top.values, dim=1)
+    return top.indices, F.softmax(top.values, dim=1, dtype=_wide(teacher_logits))
 
 
 def every_class(logits: Tensor) -> Chosen:
@@ -56,13 +56,13 @@ def every_class(logits: Tensor) -> Chosen:
     (tensor([[0, 1]]), tensor([[0.5000, 0.5000]]))
     """
     classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-    return classes, torch.full_like(logits, 1 / max(logits.shape[1], 1))
+    return classes, torch.full_like(logits, 1 / max(logits.shape[1], 1), dtype=_wide(logits))
 
 
 def check_choice(choice: object) -> None:
     """Raise a ValueError for what `choose` does not know."""
     known = choice in NAMED or callable(choice)
-    if not known and not (isinstance(choice, int) and choice >= 1):
+    if not known and not (isinstance(choice, int) and not isinstance(choice, bool) and choice >= 1):
         raise ValueError(
             'Expected classes to be "teacher", "labels", "positives", "all", an integer k >= 1 or a function, '
             f"but got {choice!r}."
@@ -79,7 +79,40 @@ def choice_said(said: str) -> Choice:
 
 
 def _ones(classes: Tensor, like: Tensor) -> Chosen:
-    return classes, torch.ones_like(classes, dtype=like.dtype)
+    return classes, torch.ones_like(classes, dtype=_wide(like))
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    """The type of weights: sums of them over a batch are not exact in half precision."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _own(found: object, logits: Tensor) -> Chosen:
+    """What a function chose, for every sample."""
+    batch, count = logits.shape
+    match found:
+        case (Tensor() as classes, Tensor() as weights):
+            fits = classes.ndim == 2 and classes.shape[1] >= 1 and len(classes) in (1, batch)
+            fits = fits and weights.ndim == 2 and weights.shape[1] == classes.shape[1] and len(weights) in (1, batch)
+            if fits and not classes.is_floating_point() and classes.dtype != torch.bool:
+                _check_range(classes, count)
+                return classes.long().expand(batch, -1), weights.to(_wide(logits)).expand(batch, -1)
+            came = f"{shape(classes.shape)} of {classes.dtype} and {shape(weights.shape)}"
+        case _:
+            came = f"{found!r:.60}"
+    raise ValueError(
+        f"Expected a function of classes to return whole numbers [{batch}, k] and their weights [{batch}, k], or "
+        f"[1, k] of both for every sample, but got {came}."
+    )
+
+
+def _check_range(classes: Tensor, count: int) -> None:
+    """On an accelerator, looking would wait for the device."""
+    if classes.device.type == "cpu" and not 0 <= int(classes.min()) <= int(classes.max()) < count:
+        raise ValueError(
+            f"Expected classes from 0 to {count - 1} of a function, but got {int(classes.min())} to "
+            f"{int(classes.max())}."
+        )
 
 
 def _labels(teacher_logits: Tensor, targets: Tensor | None) -> Tensor:
@@ -105,7 +138,7 @@ def _positives(teacher_logits: Tensor, targets: Tensor | None) -> Chosen:
             f'classes="positives" needs multi-hot targets {shape(teacher_logits.shape)}, but got {came}. '
             'With class indices use classes="labels" or "teacher".'
         )
-    positive = (targets > 0).to(teacher_logits.dtype)
+    positive = (targets > 0).to(_wide(teacher_logits))
     width = max(int(positive.sum(1).amax()), 1) if len(positive) else 1
     top = positive.topk(width, dim=1)
     ordered = top.indices.where(top.values > 0, torch.full_like(top.indices, positive.shape[1])).sort(1).values

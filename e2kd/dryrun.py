@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from e2kd.classes import Choice
+from e2kd.classes import Choice, choose
 from e2kd.errors import REFUSALS, NoEffectWarning
 from e2kd.explainers import Explainer
-from e2kd.inspection import explain
+from e2kd.inspection import explain, explain_each
 from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_statistics, rng_state, set_rng_state, unwrap
 from e2kd.plans import Plan, plan_for
@@ -148,14 +148,21 @@ def check(
 
 
 def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
-    """Layers, grids and zero maps of both models in eval mode, for the teacher's top classes."""
+    """Layers, grids and zero maps of both models in eval mode, for the classes that will be explained."""
     assert isinstance(criterion.teacher, Teacher)
     assert criterion.teacher.explainer is not None
     prepared = criterion.teacher.prepared(images)
-    theirs = explain(criterion.teacher.model, prepared, explainer=criterion.teacher.explainer)
+    weights: list[Tensor] = []
+
+    def chosen(logits: Tensor) -> Tensor:
+        classes, of_classes = choose(criterion.classes, logits, None)
+        weights.append(of_classes)
+        return classes
+
+    theirs = explain_each(criterion.teacher.model, prepared, chosen, criterion.teacher.explainer)
     model = criterion.student.student
     report.teacher.classes = theirs.logits.shape[1]
-    _describe(report.teacher, criterion.teacher.model, criterion.teacher.explainer, prepared, theirs.maps)
+    _describe(report.teacher, criterion.teacher.model, criterion.teacher.explainer, prepared, theirs.maps, weights[0])
     own = explain(model, images, explainer=criterion.explainer)
     report.student.classes = own.logits.shape[1]
     if report.student.classes != report.teacher.classes:
@@ -164,16 +171,20 @@ def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
             "classifiers of the same classes in the same order"
         )
         return
-    mine = explain(model, images, theirs.classes, criterion.explainer)
-    _describe(report.student, model, criterion.explainer, images, mine.maps)
+    mine = explain_each(model, images, lambda logits: theirs.classes.to(logits.device), criterion.explainer)
+    _describe(report.student, model, criterion.explainer, images, mine.maps, weights[0])
     _read_maps(report)
 
 
-def _describe(side: Side, model: nn.Module, explainer: Explainer, images: Tensor, maps: Tensor) -> None:
+def _describe(
+    side: Side, model: nn.Module, explainer: Explainer, images: Tensor, maps: Tensor, weights: Tensor
+) -> None:
+    """What is known of a model, whose maps [B, k, C, h, w] are of classes with these weights [B, k]."""
     site = plan_for(model, explainer, images).site
     side.layer = site.layer if site else "images"
     side.grid = (maps.shape[-2], maps.shape[-1])
-    side.zero_maps = is_zero(maps).double().mean().item()
+    dead = is_zero(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
+    side.zero_maps = float((dead.to(weights) * weights).sum() / weights.sum())
     if site is not None and not site.is_cut:
         side.layer += " *"
         side.beside = site.beside

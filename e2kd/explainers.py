@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,16 @@ class Weighing(ABC):
     @abstractmethod
     def formed(self, maps: Tensor) -> Tensor:
         """The maps from the weighted sums over channels."""
+
+
+def weighs(explainer: Explainer) -> TypeGuard[Weighing]:
+    """Whether an explainer is no more than its weighing: a class of one's own may have another `__call__`.
+
+    >>> weighs(GradCAM()), weighs(LayerCAM())
+    (True, False)
+    """
+    call: object = type(explainer).__call__
+    return isinstance(explainer, Weighing) and call is Weighing.__call__
 
 
 @dataclass(frozen=True)
@@ -255,6 +265,17 @@ def averaged(maps: Tensor, resolution: int | tuple[int, int] | None) -> Tensor:
     return pooled(maps, (resolution, resolution) if isinstance(resolution, int) else resolution)
 
 
+def is_signed(explainer: Explainer) -> bool | None:
+    """Whether maps may be below 0; None for an explainer that is not one of e2kd's.
+
+    >>> is_signed(CAM()), is_signed(GradCAM())
+    (True, False)
+    """
+    if type(explainer) not in KINDS:
+        return None
+    return isinstance(explainer, (CAM, InputGradient, BcosWeights))
+
+
 def reads_images(explainer: Explainer) -> bool:
     """Whether an explainer is given the images in place of features.
 
@@ -320,13 +341,14 @@ def explainers_of(
 
 def explainer_beside(student: nn.Module, cached: Explainer) -> Explainer:
     """The student's explainer for maps that a cache holds: the one that made them; for a network of the other kind the
-    one that `explainers_of` would choose beside it, where there is one.
+    one that `explainers_of` would choose beside it, where there is one. B-cos networks have no other signed maps of
+    one channel than `CAM`.
 
     >>> explainer_beside(nn.Linear(2, 2), BcosContributions())
     GradCAM(layer=None)
     """
     if isinstance(cached, BcosContributions) and not is_bcos(student):
         return GradCAM()
-    if is_bcos(student) and not fixes_weights(cached) and not reads_images(cached):
+    if is_bcos(student) and not is_signed(cached) and not fixes_weights(cached) and not reads_images(cached):
         return BcosContributions()
     return cached

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
-from e2kd.explainers import Explainer
+from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
 
 
@@ -56,10 +56,24 @@ def check_prepared(
         raise ValueError(
             "The cached maps were made by an explainer of your own. Pass it for the student as well: explainer=..."
         )
-    if weight != 0 and classes != teacher.choice:
+    _check_signs(teacher, explainer)
+    if teacher.explains and classes != teacher.choice:
         raise ValueError(
             f"The cached maps explain classes={teacher.choice!r}, but the criterion was asked for {classes!r}. Pass "
             f"classes={teacher.choice!r}, or freeze again with the other choice."
+        )
+
+
+def _check_signs(teacher: Prepared, explainer: Explainer | None) -> None:
+    """Raise where one of the explainers gives maps below 0 and the other can't: they could never be alike."""
+    if explainer is None or teacher.explainer is None:
+        return
+    signs = is_signed(explainer), is_signed(teacher.explainer)
+    if None not in signs and signs[0] != signs[1]:
+        raise ValueError(
+            f"The cached maps were made by {type(teacher.explainer).__name__}, which is "
+            f"{'signed' if signs[1] else '>= 0'}, but the student would be explained by {type(explainer).__name__}, "
+            f"which is {'signed' if signs[0] else '>= 0'}. Leave explainer= out to have it chosen, or freeze again."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from e2kd.modes import as_written, evaluating
+from e2kd.modes import as_written, evaluating, is_sharded
 from e2kd.outputs import first_tensor, logits_of
-from e2kd.probe import Trace, Turn
+from e2kd.probe import Trace, Turn, noisy
 from e2kd.sites import Site
 
 ACTIVATIONS: tuple[Any, ...] = (
     F.relu, F.relu6, F.silu, F.gelu, F.elu, F.leaky_relu, F.hardswish, F.mish, F.softplus,
     torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh",
 )  # fmt: skip
+
+
+CHANGE = 0.1  # standard deviation of the noise under which a closed form must hold
 
 
 class NotTraceable(Exception):
@@ -311,15 +314,54 @@ def _is_linear(module: nn.Module) -> bool:
 def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
     """The name of the classifier of a head that is average pooling and a linear layer, for which CAM has a closed form.
 
-    Found by its numbers: what enters the linear layer that made the logits must be the mean of the maps.
+    Found by its numbers: what enters the linear layer that made the logits must be the mean of the maps. That other
+    parameters and buffers of the head, as those of a norm, have no effect must hold for all values, not for the first.
     """
-    captured = found.output_at(site.producers[0]).detach()
-    maps = site.layout.to_maps(head.prologue(captured) if head else captured, found.image_size)
+    if head is None:
+        return None
+    captured = head.prologue(found.output_at(site.producers[0]).detach())
+    maps = site.layout.to_maps(captured, found.image_size)
     for call in reversed(found.calls):
         linear = call.module
         if _is_linear(linear) and call.output is not None and call.output.shape == found.logits.shape:
             pooled = first_tensor(call.inputs)
             if pooled is None or pooled.shape != maps.shape[:2] or not torch.equal(call.output, found.logits):
                 return None
-            return call.name if torch.allclose(pooled, maps.mean((2, 3)), rtol=1e-4, atol=1e-5) else None
+            is_mean = torch.allclose(pooled, maps.mean((2, 3)), rtol=1e-4, atol=1e-5)
+            return call.name if is_mean and _has_no_more(head, site, found, call.name, captured) else None
     return None
+
+
+def _has_no_more(head: Head, site: Site, found: Trace, linear: str, captured: Tensor) -> bool:
+    """Whether a head's logits stay what they are when all of its parameters but the classifier's change."""
+    path = site.made_by.name.split(".")
+    names = {".".join(path[:n]) for n in range(len(path))} | {call.name for call in found.after(site.made_by)}
+    others = dict(_own_values(head.model, names - {linear}))
+    if not others:
+        return True
+    if any(map(is_sharded, others.values())):
+        return False
+    running = Running(head.model, head)
+    changed = noisy([(f"model.{name}", value) for name, value in others.items()], CHANGE)
+    with torch.no_grad(), evaluating(head.model):
+        return torch.allclose(torch.func.functional_call(running, changed, (captured,)), found.logits, 1e-4, 1e-5)
+
+
+def _own_values(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point parameters and buffers of these modules, not of those inside of them, by name."""
+    for name in sorted(names):
+        module = model.get_submodule(name)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        yield from ((f"{name}.{key}".lstrip("."), value) for key, value in own if value.is_floating_point())
+
+
+class Running(nn.Module):
+    """A function that runs parts of a model, as a module whose parameters can be replaced."""
+
+    def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features -> what the function makes of them."""
+        return self.run(features)

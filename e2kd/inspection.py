@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple
@@ -53,18 +54,32 @@ def explain(
     >>> found.logits.shape, found.maps.shape, found.classes.shape
     (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]), torch.Size([2]))
     """
+
+    def chosen(logits: Tensor) -> Tensor:
+        return logits.argmax(1, keepdim=True) if classes is None else _checked(classes, logits)[:, None]
+
+    found = explain_each(model, images, chosen, explainer or default_explainer(unwrap(model)))
+    return Explanation(found.logits, found.maps[:, 0], found.classes[:, 0])
+
+
+def explain_each(
+    model: nn.Module, images: Tensor, choose: Callable[[Tensor], Tensor], explainer: Explainer
+) -> Explanation:
+    """As `explain`, for k classes [B, k] that are chosen by the logits [B, K]: maps [B, k, C, h, w]."""
     check_not_empty(images)
-    model = unwrap(model)
-    explainer = explainer or default_explainer(model)
     with torch.inference_mode(False), torch.enable_grad():
-        view = inspect(model, images, explainer)
-        chosen = view.logits.argmax(1) if classes is None else _checked(classes, view.logits)
-        maps = view.explain(explainer, chosen, again=False)
-    return Explanation(view.logits.detach(), maps.detach(), chosen)
+        view = inspect(unwrap(model), images, explainer)
+        classes = choose(view.logits.detach())
+        maps = view.explain_each(explainer, classes)
+    return Explanation(view.logits.detach(), maps.detach(), classes)
 
 
-def _checked(classes: Tensor, logits: Tensor) -> Tensor:
+def _checked(classes: Any, logits: Tensor) -> Tensor:
     count = logits.shape[1]
+    if not isinstance(classes, Tensor):
+        raise ValueError(
+            f"Expected class indices [{len(logits)}] from 0 to {count - 1}, one of each image, but got {classes!r:.60}."
+        )
     good = classes.shape == logits.shape[:1] and not classes.is_floating_point()
     if not good or (len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < count):
         raise ValueError(

@@ -35,6 +35,10 @@ from e2kd.teacher import Normalization, Teacher, shared
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
 
+NO_MAPS = (
+    "Expected explanations for a weight other than 0, but the cache holds logits alone. Leave criterion.weight at 0, "
+    "or freeze the teacher with an explainer."
+)
 TAUGHT_FOR_LIVE = (
     "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live one. Build it "
     "with the cache, E2KDLoss(student, FrozenTeacher.open(path), ...), or pass `targets.labels`."
@@ -90,8 +94,9 @@ class E2KDLoss(nn.Module):
     In eval mode or under `no_grad` it returns the plain task loss and keeps nothing; without a criterion that is
     the cross-entropy with the targets. `.parts` holds detached scalars of the last training call: loss, task, kd,
     explanation, cosine, agreement (share of equal top classes) and zero_maps (samples whose map is
-    zero in student or teacher, which therefore teach nothing). Reading a value is what waits for the device.
-    In a step that explains nothing (`every`, `during`), explanation and zero_maps are 0 and cosine is nan.
+    zero in student or teacher, which therefore teach nothing; of several classes, for more than half of their weight).
+    Reading a value is what waits for the device. In a step that explains nothing (`every`, `during`), explanation and
+    zero_maps are 0 and cosine is nan; agreement is nan where the teacher was not asked either.
 
     Args:
         student: the module being trained, before or after it is wrapped by its trainer.
@@ -249,7 +254,8 @@ class E2KDLoss(nn.Module):
         self.step += 1
         rows = self._rows(len(logits), logits.device) if explaining else None
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")} | {"cosine": zero + torch.nan}
+        parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")}
+        parts |= dict.fromkeys(("cosine", "agreement"), zero + torch.nan)
         loss, lesson = zero, None
         if explaining or self.kd_weight != 0:  # asked first, so that criteria inside of this one hear the answer
             lesson = self._lesson(record, explaining, rows, taught)
@@ -300,7 +306,8 @@ class E2KDLoss(nn.Module):
         self, record: Record, logits: Tensor, lesson: Lesson, labels: Tensor | None, rows: Tensor | None
     ) -> dict[str, Tensor]:
         """The explanation term, unbiased over steps and batch, with what is reported of it."""
-        assert lesson.explain is not None
+        if lesson.explain is None:
+            raise ValueError(NO_MAPS)
         images, valid = record.images, lesson.valid
         classes, weights = self._choose(lesson, labels)
         if rows is not None:
@@ -328,7 +335,8 @@ class E2KDLoss(nn.Module):
         if lesson.classes is None:
             return choose(self.classes, lesson.logits, labels)
         count = lesson.classes.shape[1]
-        return lesson.classes, torch.full_like(lesson.logits[:, :1], 1 / count).expand(-1, count)
+        wide = torch.promote_types(lesson.logits.dtype, torch.float32)
+        return lesson.classes, torch.full_like(lesson.logits[:, :1], 1 / count, dtype=wide).expand(-1, count)
 
     def _rows(self, batch: int, device: torch.device) -> Tensor | None:
         """Indices of the samples to explain, None for all; the trainer's own random numbers stay what they were."""

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from e2kd.held import holding_statistics
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
@@ -171,13 +173,14 @@ def replaying(modules: list[nn.Module], device: torch.device, states: list[Tenso
     """What a second run of a part of a model needs to give the same numbers and a double backward.
 
     Full precision, the math kernel of attention (the fused ones have no second derivative),
-    the random numbers of the first run if given, and BatchNorm statistics counted once.
+    the random numbers of the first run if given, and BatchNorm statistics counted once and held fixed.
     """
     outer = rng_state(device) if states is not None else None
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(kept_statistics(modules))
+        stack.enter_context(holding_statistics(modules))
         stack.enter_context(as_written(modules))
         if states is not None:
             set_rng_state(states, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from e2kd.heads import Head
+from e2kd.heads import Head, Running
 from e2kd.modes import evaluating, is_sharded, replaying
 from e2kd.probe import Trace, noisy
 from e2kd.sites import JITTER, Site
@@ -131,25 +130,14 @@ def find_narrow(head: Head | None, site: Site, found: Trace, after: tuple[str, .
     narrow = NarrowHead(head, site.layout.prefix)
     features = head.prologue(found.output_at(site.producers[0]).detach())
     try:
-        mine = _probed(_Running(head.model, narrow), features, parameters)
+        mine = _probed(Running(head.model, narrow), features, parameters)
     except NotNarrow:
         return None
-    pairs = zip(mine, _probed(_Running(head.model, head), features, parameters), strict=True)
+    pairs = zip(mine, _probed(Running(head.model, head), features, parameters), strict=True)
     return narrow if all(_same(own, full) for own, full in pairs) else None
 
 
-class _Running(nn.Module):
-    """A function that runs parts of a model, as a module whose parameters can be replaced."""
-
-    def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.run = model, run
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.run(features)
-
-
-def _probed(running: _Running, features: Tensor, parameters: list[tuple[str, nn.Parameter]]) -> tuple[Tensor, Tensor]:
+def _probed(running: Running, features: Tensor, parameters: list[tuple[str, nn.Parameter]]) -> tuple[Tensor, Tensor]:
     """Logits [B, K] and the gradient of a random combination of them with respect to the features."""
     model, features = running.model, features.clone().requires_grad_()
     with torch.enable_grad(), evaluating(model), replaying(list(model.modules()), features.device, None):

@@ -19,6 +19,7 @@ from e2kd.capture import COMPILED, NO_RECORD, Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.heads import Head
+from e2kd.held import uses_batch
 from e2kd.kernels import fused_attention_between
 from e2kd.modes import as_written, dtype_of, is_group, is_sharded, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
@@ -47,6 +48,11 @@ ALTERED = (
 NO_SECOND_DERIVATIVE = (
     "The head after layer {layer!r} can't be run again on its own, and {node} in the student's graph has no second "
     "derivative. Run the student under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or name a layer through layer=."
+)
+MIXED = (
+    "The head after layer {layer!r} can't be run again on its own, and in the student's graph BatchNorm {norm!r} makes "
+    "every logit depend on all images of the batch: no map would be of its own image. Keep that norm in eval mode, or "
+    "name a layer through layer=."
 )
 SHARDED = (
     "A module after {place} is sharded by fully_shard in a group of its own, or its parameters are sharded when the "
@@ -300,6 +306,9 @@ class StudentExplainer:
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
         if record.features is None or not record.features.requires_grad or record.node is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
+        mixing = [name for name in plan.after if uses_batch(self.student.get_submodule(name))]
+        if mixing:
+            raise UnsupportedModel(MIXED.format(layer=layer, norm=mixing[0]))
         fused = fused_attention_between(logits, record.features)
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))

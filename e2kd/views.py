@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.statistics import Kept, using_statistics
-from e2kd.explainers import Explainer, Weighing
+from e2kd.explainers import Explainer, weighs
+from e2kd.held import current_gradient
 from e2kd.modes import dtype_of
 from e2kd.outputs import first_tensor
 from e2kd.plans import Plan
@@ -54,7 +55,7 @@ class View:
 
     def explain_each(self, explainer: Explainer, classes: Tensor, rows: Tensor | None = None) -> Tensor:
         """Maps [B, k, C', h, w] of k classes for each sample of the batch, classes [B, k]; asked once."""
-        if self.weights is not None and is_shared(classes) and isinstance(explainer, Weighing):
+        if self.weights is not None and is_shared(classes) and weighs(explainer):
             features = self.features if rows is None else self.features[rows]
             return explainer.weighed(features, self.weights(classes[0])).unsqueeze(2)
         last = classes.shape[1] - 1
@@ -91,11 +92,10 @@ def autograd_view(
     captured: Tensor, logits: Tensor, plan: Plan, image_size: tuple[int, int], *, create_graph: bool
 ) -> View:
     """Any head: the gradient by autograd, differentiable once more with `create_graph`."""
+    take = current_gradient()
 
     def gradient(classes: Tensor, again: bool) -> Tensor:
-        (found,) = torch.autograd.grad(
-            _scores(logits, classes), captured, create_graph=create_graph, retain_graph=again or create_graph
-        )
+        found = take(_scores(logits, classes), captured, create_graph=create_graph, retain_graph=again or create_graph)
         return at_least_float32(plan.maps(found, image_size))
 
     return View(logits, at_least_float32(plan.maps(captured, image_size)), gradient)

@@ -118,3 +118,17 @@ def test_classes_that_ask_for_targets_are_a_problem_in_words() -> None:
     student, teacher = pair("closed")
     report = e2kd.check(student, teacher, torch.rand(4, 3, 16, 16, dtype=torch.float64), classes="labels")
     assert any("needs targets" in problem for problem in report.problems)
+
+
+def test_zero_maps_are_those_of_the_classes_that_are_explained() -> None:
+    """GradCAM of a class that all cells speak against is zero; that of the top class seldom is. CAM never is."""
+    student, teacher = pair("closed")
+    with torch.no_grad():
+        weight = teacher[-1].weight.abs_()  # type: ignore[index]
+        weight[1:] *= -1
+    images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    assert e2kd.check(student, teacher, images).teacher.zero_maps == 0
+    report = e2kd.check(student, teacher, images, classes="all")
+    assert report.teacher.zero_maps == 0.75
+    assert any("75% of the teacher's maps are zero" in problem for problem in report.problems)
+    assert e2kd.check(student, teacher, images, classes="all", explainer=e2kd.CAM()).teacher.zero_maps == 0

@@ -228,6 +228,72 @@ def test_the_closed_form_of_all_classes_is_that_of_one_after_another(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@dataclass(frozen=True)
+class Absolute(e2kd.GradCAM):
+    """A formula of one's own in a class of e2kd's."""
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        return (features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True).abs()
+
+
+def one_after_another(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All classes, stored for each sample, so that no way through all at once is taken."""
+    return torch.arange(logits.shape[1]).repeat(len(logits), 1), torch.full_like(logits, 1 / logits.shape[1])
+
+
+@pytest.mark.parametrize("explainer", [Absolute(), e2kd.CAM(), e2kd.InputGradient()], ids=repr)
+def test_a_function_may_choose_for_every_sample_or_for_all_at_once(explainer: e2kd.Explainer, x: Tensor) -> None:
+    def for_all(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.arange(logits.shape[1])[None], torch.full_like(logits[:1], 1 / logits.shape[1])
+
+    student, teacher = cnn(seed=2), cnn(seed=1)
+    found = []
+    for classes in ("all", for_all, one_after_another):
+        criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, classes=classes, explainer=explainer, example=x)
+        found.append((criterion(student(x)).detach(), criterion.parts["cosine"]))
+        criterion.remove()
+    for loss, cosine in found:
+        torch.testing.assert_close(loss, found[2][0])
+        torch.testing.assert_close(cosine, 1 - loss)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "came"),
+    [
+        (lambda logits: logits.argmax(1), "tensor"),
+        (lambda logits: (logits.argmax(1), torch.ones(len(logits))), r"\[4\] of torch.int64 and \[4\]"),
+        (lambda logits: (logits.argsort(1), torch.ones(len(logits), 1)), r"\[4, 4\] of torch.int64 and \[4, 1\]"),
+        (lambda logits: (logits, logits), "float64"),
+        (lambda logits: (logits.argsort(1) - 1, logits), "got -1 to 2"),
+        (lambda logits: (logits.argsort(1) + 1, logits), "got 1 to 4"),
+    ],
+)
+def test_what_a_function_of_classes_returns_is_looked_at(chosen: Any, came: str, x: Tensor) -> None:
+    student = cnn(seed=2)
+    criterion = e2kd.E2KDLoss(student, cnn(seed=1), classes=lambda logits, targets: chosen(logits), example=x)
+    with pytest.raises(ValueError, match=came):
+        criterion(student(x[:4]))
+
+
+@pytest.mark.parametrize("classes", ["all", "teacher", 3])
+def test_a_student_that_is_its_teacher_loses_nothing_in_half_precision(classes: Any) -> None:
+    student, teacher = cnn().float(), cnn().float()
+    images = torch.rand(257, 3, 16, 16)  # one more than bfloat16 can count
+    criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, classes=classes, explainer=e2kd.CAM(), example=images)
+    with torch.autocast("cpu", torch.bfloat16):
+        criterion(student(images))
+    assert abs(float(criterion.parts["explanation"])) < 1e-5
+    assert abs(float(criterion.parts["cosine"]) - 1) < 1e-5
+
+
+def test_every_part_is_reported_in_every_step(x: Tensor) -> None:
+    student, teacher = models()
+    criterion = e2kd.E2KDLoss(student, teacher, nn.CrossEntropyLoss(), kd_weight=0, every=2, example=x)
+    for agreement_is_known in (True, False):
+        criterion(student(x), torch.zeros(len(x), dtype=torch.long))
+        assert bool(criterion.parts["agreement"].isnan()) != agreement_is_known
+
+
 def test_positives_are_all_explained_with_equal_weight(x: Tensor) -> None:
     student, teacher = models()
     targets = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]]).double()

@@ -13,6 +13,7 @@ from e2kd.bcos.images import channels_of, colours_of, is_bcos
 from e2kd.classes import choice_said
 from e2kd.commands.models import NAMES, make_model
 from e2kd.commands.photos import find_photos, normalized, read_photos
+from e2kd.explainers import NAMED
 
 CLASSES = 1000
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="folder of images to look at; noise if not given")
     parser.add_argument("--size", type=int, help="side of the images; the student's own by default")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--explainer", choices=tuple(NAMED), help="of both; by the kind of model if not given")
     parser.add_argument("--student-layer", help="dotted name; found if not given")
     parser.add_argument("--teacher-layer", help="dotted name; found if not given")
     parser.add_argument(
@@ -38,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the report; 1 if something stands in the way of training."""
     from e2kd.dryrun import check
-    from e2kd.explainers import Explainer, GradCAM, default_explainer
+    from e2kd.explainers import Explainer, default_explainer, explainer_named
 
     def at(layer: str | None) -> Explainer | None:
-        return None if layer is None else GradCAM(layer)
+        return explainer_named(args.explainer or "gradcam", layer) if layer or args.explainer else None
 
     student = make_model(args.student, args.num_classes, args.student_checkpoint, pretrained=False)
     teacher = make_model(args.teacher, args.num_classes, args.teacher_checkpoint, pretrained=args.pretrained)

@@ -1,0 +1,118 @@
+"""BatchNorm in a pass that is explained: its statistics are held fixed, so that each map is of its own sample alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from e2kd.similarity import at_least_float32
+
+SIGNATURE = inspect.signature(F.batch_norm)
+
+
+class _Held(torch.autograd.Function):
+    """The same tensor, through which no gradient goes while it is held fixed."""
+
+    @staticmethod
+    def forward(ctx: Any, statistic: Tensor, holding: Holding) -> Tensor:
+        ctx.holding = holding
+        return statistic.view_as(statistic)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        return None if ctx.holding.now else gradients[0], None
+
+
+class Holding(TorchFunctionMode):
+    """Inside, `batch_norm` by the statistics of a batch is written so that `gradient` can hold these fixed.
+
+    Differentiated plainly, a sample's logit depends on all samples of the batch; and the sum over the batch of one
+    class's logits after BatchNorm and a linear layer is a constant, whose gradient is nothing but rounding. All other
+    derivatives, that of the gradient itself too, are the ordinary ones.
+
+    >>> x = torch.tensor([[1.], [4.]], requires_grad=True)
+    >>> with Holding() as holding:
+    ...     y = F.batch_norm(x, None, None, training=True, eps=0.0)
+    >>> holding.gradient(y.sum(), x)
+    tensor([[0.6667],
+            [0.6667]])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = False  # whether a gradient is taken that must leave the statistics out
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every operation as it is, but `batch_norm`."""
+        kwargs = kwargs or {}
+        if func is not F.batch_norm:
+            return func(*args, **kwargs)
+        call = SIGNATURE.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        if not given["training"]:
+            return func(*args, **kwargs)
+        return self._normalised(given["input"], given["weight"], given["bias"], given["eps"])
+
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        wide = at_least_float32(x)
+        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+        found: Tensor = (wide - _Held.apply(mean, self)) * _Held.apply((variance + eps).rsqrt(), self)
+        if weight is not None:
+            found = found * weight.reshape(shape)
+        if bias is not None:
+            found = found + bias.reshape(shape)
+        return found.to(x.dtype)
+
+    def gradient(self, scores: Tensor, inputs: Tensor, **options: Any) -> Tensor:
+        """As `torch.autograd.grad`, the statistics held fixed."""
+        self.now = True
+        try:
+            (found,) = torch.autograd.grad(scores, inputs, **options)
+        finally:
+            self.now = False
+        return found
+
+
+_CURRENT: ContextVar[Holding | None] = ContextVar("batch statistics that can be held", default=None)
+
+
+@contextmanager
+def holding_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, passes can be explained by `current_gradient` with the statistics of every BatchNorm held fixed.
+
+    SyncBatchNorm, whose statistics are those of all processes, stays as it is.
+    """
+    if not any(map(uses_batch, modules)):
+        yield
+        return
+    with Holding() as holding:
+        token = _CURRENT.set(holding)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+
+def current_gradient() -> Any:
+    """What takes the gradient of a pass that runs now: as `torch.autograd.grad`, of one tensor."""
+    return (_CURRENT.get() or Holding()).gradient
+
+
+def uses_batch(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that normalises by the statistics of its batch in its present mode.
+
+    >>> uses_batch(nn.BatchNorm2d(3)), uses_batch(nn.BatchNorm2d(3).eval()), uses_batch(nn.LayerNorm(3))
+    (True, False, False)
+    """
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)

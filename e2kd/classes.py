@@ -128,7 +128,7 @@ def _labels(teacher_logits: Tensor, targets: Tensor | None) -> Tensor:
             f'classes="labels" explains labels from 0 to {count - 1}, but some are {int(targets.min())} or '
             f'{int(targets.max())}. Labels that are ignored or unknown can\'t be explained: use classes="teacher".'
         )
-    return targets[:, None]
+    return targets[:, None].long()
 
 
 def _positives(teacher_logits: Tensor, targets: Tensor | None) -> Chosen:

@@ -309,9 +309,10 @@ def test_without_class_indices_negatives_are_the_other_samples() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
-def test_crd_takes_labels_of_any_integer_type(kind: torch.dtype, x: Tensor) -> None:
+@pytest.mark.parametrize("name", ["CRD", "DKD"])
+def test_methods_that_read_labels_take_any_integer_type(name: str, kind: torch.dtype, x: Tensor) -> None:
     student, teacher = models()
-    found = [build("CRD", student, teacher, x)(student(x), TARGETS._replace(labels=y)) for y in (Y, Y.to(kind))]
+    found = [build(name, student, teacher, x)(student(x), TARGETS._replace(labels=y)) for y in (Y, Y.to(kind))]
     assert torch.equal(*found)
 
 

@@ -55,6 +55,7 @@ def dkd_loss(
             f"got {came}. For mixed or soft labels there is KD: E2KDLoss(student, teacher, criterion, weight=0)."
         )
     log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
+    labels = labels.long()
     target = _kl(*(_binary(log_p, labels) for log_p in (log_s, log_t)))
     others = _kl(*(_others(log_p, labels).log_softmax(1) for log_p in (log_s, log_t)))
     return (alpha * target + beta * others).mean() * temperature**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,8 @@ class Asked:
                 f"Expected classes to be one of {CHOICES}, but got {classes!r}: a cache holds a map of one class for "
                 "each image, or of every class."
             )
+        if explainer is None and classes == "all":
+            raise ValueError('classes="all" says what maps explain, but there are to be none. Leave it out.')
         self.explainer, self.classes, self.map_size = explainer, classes, map_size
         self.pixels = example.dtype == torch.uint8
         given = ((0.0,) * len(example), (1.0,) * len(example)) if self.pixels else None
@@ -75,7 +78,7 @@ class Asked:
         """Answers for canonical images [B, C, H, W] and their labels [B]."""
         images = self.prepared(images)
         lesson = self.teacher.lesson(images, explaining=self.explainer is not None)
-        targets = torch.as_tensor(labels, device=images.device) if self.classes == "labels" else None
+        targets = _indices(labels, images.device) if self.classes == "labels" else None
         classes = choose("teacher" if targets is None else "labels", lesson.logits, targets)[0]
         maps = None if lesson.explain is None else self._maps(lesson, classes)
         return Answers(lesson.logits.float().cpu(), maps, classes[:, 0].cpu())
@@ -96,6 +99,21 @@ class Asked:
         """Canonical images as floating-point numbers on the teacher's device: pixels in [0, 1], others as they are."""
         images = images.to(device_of(self.model, images.device))
         return images.to(dtype_of(self.model)) / 255 if self.pixels else images
+
+
+def _indices(labels: Any, device: torch.device) -> Tensor:
+    """Labels [B] as class indices."""
+    if not isinstance(labels, Tensor):
+        try:
+            numbers = [operator.index(label) for label in labels]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f'classes="labels" needs class indices as labels, but got {list(labels)!r:.60}. Use classes="teacher", '
+                "or a data set that gives them."
+            ) from error
+        labels = torch.tensor(numbers)
+    found: Tensor = labels.to(device)
+    return found
 
 
 def _expected(model: nn.Module, given: Normalization | None, pixels: bool) -> list[list[float]] | None:

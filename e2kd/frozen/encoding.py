@@ -70,8 +70,10 @@ def read_logits(stored: Mapping[str, Array], classes: int, top: int | None) -> T
     return others[:, None].repeat(1, classes).scatter_(1, where, torch.from_numpy(stored["top_logits"]).float())
 
 
-def stored_maps(maps: Floats, map_type: str) -> dict[str, Array]:
-    """Maps [B, C, h, w] relative to their scales [B]; the scale is 0 for a map that is zero everywhere, and only then.
+def stored_maps(maps: Floats, map_type: str, count: int) -> dict[str, Array]:
+    """Maps [B, n * C, h, w] relative to their scales [B], or [B, n] of n maps each.
+
+    The scale is 0 for a map that is zero everywhere, and only then.
 
     Raises:
         ValueError: for negative maps as uint8; it names the first row.
@@ -80,14 +82,19 @@ def stored_maps(maps: Floats, map_type: str) -> dict[str, Array]:
     if kind == "|u1":
         bad = (maps < 0).reshape(len(maps), -1).any(1)
         _refuse(bad, "maps >= 0 to store as uint8", "negative values", 'Use map_type="int8".')
-    scales = np.abs(maps).max((1, 2, 3))
+    apart = maps.reshape(len(maps), count, -1)
+    scales = np.abs(apart).max(2)
     if kind == "<f2":  # a power of two: it costs no precision
         scales = np.where(scales > 0, np.ldexp(np.float32(1), np.frexp(scales)[1] - 1), 0)
-    relative = maps / np.where(scales > 0, scales, 1)[:, None, None, None]
-    return {"scales": scales, "maps": relative if kind == "<f2" else np.rint(relative * unit)}
+    relative = (apart / np.where(scales > 0, scales, 1)[:, :, None]).reshape(maps.shape)
+    found = {"scales": scales if count > 1 else scales[:, 0]}
+    return found | {"maps": relative if kind == "<f2" else np.rint(relative * unit)}
 
 
 def read_maps(stored: Mapping[str, Array], map_type: str) -> Tensor:
-    """Maps [B, C, h, w] float32."""
+    """Maps [B, n * C, h, w] float32."""
     relative = torch.from_numpy(stored["maps"]).float().div_(MAP_TYPES[map_type][1])
-    return relative.mul_(torch.from_numpy(stored["scales"])[:, None, None, None])
+    found = torch.from_numpy(stored["scales"])
+    scales = (found if found.ndim == 2 else found[:, None])[:, :, None]
+    each = (scales.shape[1], math.prod(relative.shape[1:]) // scales.shape[1])
+    return relative.view(len(relative), *each).mul_(scales).view(relative.shape)

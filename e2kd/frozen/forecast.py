@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,13 +48,17 @@ def readable(size: int) -> str:
     return f"{value:,.{0 if value >= 100 else 1}f} {'kMGTP'[power - 1]}B"
 
 
-def check_space(record: Record, rows: int, folder: str | Path) -> Forecast:
+def check_space(record: Record, rows: int, folder: str | Path, world: int = 1) -> Forecast:
     """The forecast, if the disk has room for what of it is not there yet.
+
+    Several processes may write to one disk or each to its own: then a warning says if it is too small for all, and
+    an error if it is too small for one.
 
     Args:
         record: the layout of a row.
         rows: of the whole cache.
         folder: the cache's; need not be there.
+        world: how many processes write it.
 
     Raises:
         OSError: when it does not fit; says how much is needed and how to need less.
@@ -62,11 +67,16 @@ def check_space(record: Record, rows: int, folder: str | Path) -> Forecast:
     there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
     home = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(home).free
-    if forecast.total - there > free:
-        raise OSError(
-            f"The cache needs {readable(forecast.total - there)} ({forecast}"
+    needed = forecast.total - there
+    if needed > free:
+        said = (
+            f"The cache needs {readable(needed)} ({forecast}"
             + (f", of which {readable(there)} are there" if there else "")
-            + f"), but {home} has {readable(free)} free. Free some space or use another disk; top=100 stores fewer "
-            'logits, map_type="int8" smaller maps.'
+            + f"), but {home} has {readable(free)} free. "
         )
+        if forecast.total / world - there > free or world == 1:
+            raise OSError(
+                f'{said}Free some space or use another disk; top=100 stores fewer logits, map_type="int8" smaller maps.'
+            )
+        warnings.warn(f"{said}That is enough for one of {world} processes alone, on a disk of its own.", stacklevel=3)
     return forecast

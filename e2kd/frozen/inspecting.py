@@ -39,7 +39,7 @@ def describe(frozen: FrozenTeacher) -> str:
         place = f" at {explainer['layer']}" if explainer["layer"] else ""
         lines["maps"] = (
             f"{explainer['name']}{place} of {WHOSE[plan['classes']]}, {shape(record.map_shape)} {record.map_type}"
-            f"; {frozen.store.zero_maps} zero everywhere"
+            f"; {frozen.store.zero_maps:,} of {record.map_count * len(frozen):,} zero everywhere"
         )
     return "\n".join(f"{name:13}{said}" for name, said in lines.items())
 

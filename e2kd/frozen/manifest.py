@@ -82,7 +82,9 @@ def publish_plan(folder: Path, plan: Plan) -> Plan:
     lost = (folder / MANIFEST).exists() and not (folder / PLAN).exists()  # the plan alone: the manifest has it too
     publish(folder / PLAN, sealed(read_manifest(folder)["plan"] if lost else plan), first_wins=True)
     there = read_plan(folder)
-    check_same(there, plan, f"The folder {folder} has a cache", "what is to be frozen now")
+    begun = any(folder.glob("shard-*")) or (folder / MANIFEST).exists()
+    advice = "Use another folder." if begun else f"Nothing of it was computed: delete {PLAN}, or use another folder."
+    check_same(there, plan, f"The folder {folder} has a cache", "what is to be frozen now", advice)
     other = differences(there, plan, informative=True)
     if other:
         warnings.warn(f"The cache in {folder} was begun under other conditions: {listed(other)}.", stacklevel=3)

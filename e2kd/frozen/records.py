@@ -46,6 +46,7 @@ class Record:
         num_classes: K >= 1.
         top: how many logits, in [1, K - 1]; None keeps all.
         map_shape: (C, h, w); None keeps no explanations.
+        map_count: n, how many maps that is, of C / n channels; each has its own scale.
         map_type: "float16", "int8" (signed maps) or "uint8" (maps >= 0).
 
     Raises:
@@ -64,6 +65,7 @@ class Record:
     top: int | None = None
     map_shape: tuple[int, int, int] | None = None
     map_type: str = "float16"
+    map_count: int = 1
 
     def __post_init__(self) -> None:
         if not _positive(self.num_classes):
@@ -75,6 +77,9 @@ class Record:
             )
         if self.map_shape is not None and not (len(self.map_shape) == 3 and all(map(_positive, self.map_shape))):
             raise ValueError(f"Expected map_shape (C, h, w), all >= 1, but got {self.map_shape!r}.")
+        channels = self.map_shape[0] if self.map_shape else 1
+        if not _positive(self.map_count) or channels % self.map_count:
+            raise ValueError(f"Expected map_count >= 1 that divides {channels} channels, but got {self.map_count!r}.")
         if self.map_type not in MAP_TYPES:
             raise ValueError(f"Expected map_type to be one of {', '.join(MAP_TYPES)}, but got {self.map_type!r}.")
 
@@ -88,7 +93,8 @@ class Record:
             index = "<u2" if self.num_classes <= 2**16 else "<i4"
             types |= {"rest": "<f4", "top_logits": ("<f2", (self.top,)), "top_classes": (index, (self.top,))}
         if self.map_shape is not None:
-            types |= {"scales": "<f4", "maps": (MAP_TYPES[self.map_type][0], self.map_shape)}
+            scales = "<f4" if self.map_count == 1 else ("<f4", (self.map_count,))
+            types |= {"scales": scales, "maps": (MAP_TYPES[self.map_type][0], self.map_shape)}
         found = {name: np.dtype(kind) for name, kind in types.items()}
         return dict(sorted(found.items(), key=lambda column: -column[1].base.itemsize))
 
@@ -103,7 +109,10 @@ class Record:
         >>> Record(10, map_shape=(1, 7, 7)).to_json()
         {'num_classes': 10, 'top': None, 'map_shape': [1, 7, 7], 'map_type': 'float16'}
         """
-        return asdict(self) | {"map_shape": None if self.map_shape is None else list(self.map_shape)}
+        found = asdict(self) | {"map_shape": None if self.map_shape is None else list(self.map_shape)}
+        if self.map_count == 1:  # as caches of earlier versions say it
+            del found["map_count"]
+        return found
 
     @classmethod
     def from_json(cls, found: Any) -> Record:
@@ -117,7 +126,7 @@ class Record:
         """
         names = {field.name for field in fields(cls)}
         try:
-            if not isinstance(found, dict) or set(found) != names:
+            if not isinstance(found, dict) or set(found) | {"map_count"} != names:
                 raise TypeError(f"Expected the keys {', '.join(sorted(names))}.")
             return cls(**found | {"map_shape": found["map_shape"] and tuple(found["map_shape"])})
         except (TypeError, ValueError) as error:
@@ -143,7 +152,7 @@ class Record:
         found: dict[str, Array] = {"ids": ids, "classes": classes.detach().cpu().numpy()}
         found |= stored_logits(finite(logits, "logits"), self.top)
         if maps is not None:
-            found |= stored_maps(finite(maps, "maps"), self.map_type)
+            found |= stored_maps(finite(maps, "maps"), self.map_type, self.map_count)
         return {name: np.ascontiguousarray(found[name], dtype=kind.base) for name, kind in self.columns.items()}
 
     def decode(self, stored: Mapping[str, Array]) -> Rows:

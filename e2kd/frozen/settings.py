@@ -25,12 +25,10 @@ def fingerprint(plan: Plan) -> int:
     return int(digest(canonical(identity).encode())[:16], 16)
 
 
-def check_same(one: Plan, other: Plan, first: str, second: str) -> None:
+def check_same(one: Plan, other: Plan, first: str, second: str, advice: str = "Use another folder.") -> None:
     """Raise a CacheError that names what differs between two plans, unless they give the same rows."""
     if fingerprint(one) != fingerprint(other):
-        raise CacheError(
-            f"{first} with other settings than {second}: {listed(differences(one, other), 8)}. Use another folder."
-        )
+        raise CacheError(f"{first} with other settings than {second}: {listed(differences(one, other), 8)}. {advice}")
 
 
 def differences(one: Plan, other: Plan, *, informative: bool = False) -> list[str]:

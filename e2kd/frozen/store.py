@@ -24,8 +24,6 @@ from e2kd.frozen.shards import Shard, shard_name
 
 __all__ = ["Store", "Writer"]
 
-WIDE = ("logits", "top_logits", "top_classes", "maps")  # columns with many numbers in each row
-
 
 class Store:
     """A complete cache, opened.
@@ -58,6 +56,7 @@ class Store:
         self.plan: Plan = self.manifest["plan"]
         self.record = Record.from_json(self.plan["record"])
         self._cache = fingerprint(self.plan)
+        self._wide = [name for name, kind in self.record.columns.items() if kind.shape]  # many numbers in each row
         self._shards: dict[int, Shard] = {}
         self._narrow: dict[str, Array] = {}  # what is small of every row, [N], of the shards that are open
         self._ids: NDArray[np.uint64] | None = None
@@ -89,7 +88,7 @@ class Store:
         memory = new_rows(self.record, self._cache, numbers)
         shards, local = np.divmod(numbers, self.plan["shard_rows"])
         for index, where in _groups(numbers, shards):
-            self._shard(index).fill(memory, where, local[where], WIDE)
+            self._shard(index).fill(memory, where, local[where], self._wide)
         for name, whole in self._narrow.items():
             memory[name] = whole[numbers]
         bad = damaged(memory, self.record)
@@ -149,7 +148,7 @@ class Store:
     def _keep_narrow(self, shard: Shard) -> None:
         """Copy what is small of a shard's rows, 20 bytes of each: reading a page for each number would cost more."""
         for name, column in shard.columns.items():
-            if name not in WIDE:
+            if name not in self._wide:
                 whole = self._narrow.setdefault(name, np.empty(len(self), column.dtype))
                 whole[shard.rows.start : shard.rows.stop] = column
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from e2kd.comparing import compare
+from e2kd.comparing import compare_each
 from e2kd.explainers import KNOWN, Explainer
 from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.fingerprints import hash_weights
@@ -18,12 +18,13 @@ from e2kd.frozen.matching import match_rows
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
 from e2kd.frozen.teacher import Augmentation, FrozenTeacher, explainer_said
-from e2kd.similarity import cosine, is_zero
+from e2kd.similarity import cosine
 from e2kd.taught import Taught, all_known
 
 SAME_MAPS = 0.999  # cosine from which a recomputed map is the stored one; 8 bits alone cost 1e-4
 SAME_LOGITS = 0.01  # largest difference relative to the logits' spread; another device's rounding stays below
 FAITHFUL, USABLE = 0.8, 0.5  # shares of what a map tells about its image that must be left
+NOTHING = 1e-4  # of the strongest map of an image: weaker ones are rounding
 CHUNK = 16  # images that are augmented and explained at once
 
 
@@ -115,12 +116,12 @@ def verification(
         report.problems.append(
             f"the teacher has other weights than the one that was frozen ({frozen.plan['teacher']['name']})"
         )
-    _compare_rows(report, frozen, asked, images, labels, stored)
-    if frozen.explains and len(images) > 1:  # to be rated, a map needs another image's beside it
+    comparable = _compare_rows(report, frozen, asked, images, labels, stored)
+    if comparable and frozen.explains and len(images) > 1:  # to be rated, a map needs another image's beside it
         for name, augmentation in augmentations.items():
             with torch.random.fork_rng(devices=[]):  # the images are on the CPU, and so is what changes them
                 torch.default_generator.manual_seed(seed)
-                report.fidelity[name] = _fidelity(asked, augmentation, images, stored)
+                report.fidelity[name] = _fidelity(frozen, asked, augmentation, images, stored)
     return report
 
 
@@ -145,30 +146,61 @@ def _asked(frozen: FrozenTeacher, model: nn.Module, example: Tensor, explainer: 
 
 def _compare_rows(
     report: Verification, frozen: FrozenTeacher, asked: Asked, images: Tensor, labels: list[Any], stored: Rows
-) -> None:
-    """The rows against the live answers, rounded as the cache rounds them."""
+) -> bool:
+    """The rows against the live answers; whether these are of the same classes."""
     parts = [asked(images[i : i + CHUNK], labels[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
     logits, classes = (torch.cat([getattr(p, name) for p in parts]) for name in ("logits", "classes"))
-    maps = torch.cat([p.maps for p in parts if p.maps is not None]) if frozen.explains else None
     record = frozen.store.record
     if logits.shape[1] != record.num_classes:
         report.problems.append(f"the teacher has {logits.shape[1]} classes, the cache {record.num_classes}")
-        return
-    live = record.decode(record.encode(logits, maps, classes, stored.ids))
-    spread = (live.logits.amax() - live.logits.amin()).clamp_min(1e-6)
-    report.logits = float((live.logits - stored.logits).abs().amax() / spread)
-    if report.logits > SAME_LOGITS:
+        return False
+    report.logits = _logits_apart(logits, stored.logits, record.top)
+    if not report.logits <= SAME_LOGITS:
         report.problems.append("the live logits differ from the stored ones")
-    if maps is not None:
-        alike = cosine(stored.maps, live.maps)
-        both = is_zero(stored.maps) & is_zero(live.maps)
-        same_class = live.classes == stored.classes  # two logits of one value may change places
-        report.maps = float(torch.where(both | ~same_class, torch.ones_like(alike), alike).amin())
+    if frozen.choice == "labels" and not torch.equal(classes, stored.classes):
+        changed = int((classes != stored.classes).sum())
+        report.problems.append(f"{changed} of {len(images)} labels are others than those that the maps explain")
+    if frozen.explains:
+        maps = torch.cat([p.maps for p in parts if p.maps is not None])
+        same_class = torch.ones_like(classes) if frozen.choice == "all" else classes == stored.classes
+        report.maps = _maps_alike(_each(maps, frozen), _each(stored.maps, frozen), same_class.bool())
         if report.maps < SAME_MAPS:
             report.problems.append("the live maps differ from the stored ones")
+    return True
 
 
-def _fidelity(asked: Asked, augmentation: Augmentation, images: Tensor, stored: Rows) -> Fidelity:
+def _logits_apart(live: Tensor, stored: Tensor, top: int | None) -> float:
+    """The largest difference of logits [B, K] relative to their spread; those that were not stored count as one."""
+    spread = (live.amax() - live.amin()).clamp_min(1e-6)
+    apart = live.half().float() - stored
+    if top is not None:
+        kept = stored.topk(top, 1).indices  # the others were given the mean of their probabilities
+        others = [torch.logsumexp(t.scatter(1, kept, -torch.inf), 1) for t in (live, stored)]
+        apart = torch.cat([apart.gather(1, kept), (others[0] - others[1])[:, None]], 1)
+    return float(apart.abs().amax() / spread)
+
+
+def _each(maps: Tensor, frozen: FrozenTeacher) -> Tensor:
+    """The maps of each class that a row has, [B, n, C, h, w]."""
+    each: Tensor = maps.unflatten(1, (frozen.num_classes if frozen.choice == "all" else 1, -1))
+    return each
+
+
+def _maps_alike(live: Tensor, stored: Tensor, which: Tensor) -> float:
+    """The lowest cosine of maps [B, n, C, h, w] of some rows; nan if there are none.
+
+    Maps that are zero in both are alike; so are those far below the strongest of their row, which are rounding.
+    """
+    alike = cosine(stored.flatten(0, 1), live.flatten(0, 1)).unflatten(0, live.shape[:2])
+    strength = torch.maximum(live.flatten(2).norm(dim=2), stored.flatten(2).norm(dim=2))
+    nothing = strength <= NOTHING * strength.amax(1, keepdim=True)
+    found = torch.where(nothing, torch.ones_like(alike), alike)[which]  # two logits of one value may change places
+    return float(found.amin()) if len(found) else float("nan")
+
+
+def _fidelity(
+    frozen: FrozenTeacher, asked: Asked, augmentation: Augmentation, images: Tensor, stored: Rows
+) -> Fidelity:
     same: list[Tensor] = []
     other: list[Tensor] = []
     for part in torch.arange(len(images)).split(CHUNK):
@@ -182,11 +214,17 @@ def _fidelity(asked: Asked, augmentation: Augmentation, images: Tensor, stored: 
         _check_range(images, augmented)
         torch.set_rng_state(state)
         _, wrong = augmentation(images[part], strangers)
-        live = asked.explain(augmented, lesson.classes)
+        live = _each(asked.explain(augmented, lesson.classes), frozen)
         for found, cached in ((same, moved.maps), (other, wrong.maps)):
-            alike, dead = compare(cosine, live, cached, (cached.shape[-2], cached.shape[-1]), moved.valid)
-            found.append(alike[~dead])
+            size = (cached.shape[-2], cached.shape[-1])
+            found.append(_mean_alike(*compare_each(cosine, live, _each(cached, frozen), size, moved.valid)))
     return Fidelity(float(torch.cat(same).mean()), float(torch.cat(other).mean()), sum(map(len, same)))
+
+
+def _mean_alike(alike: Tensor, dead: Tensor) -> Tensor:
+    """The mean over the classes of each image [B, n] that have a map, for the images that have any."""
+    alive = (~dead).sum(1)
+    return ((alike * ~dead).sum(1) / alive)[alive > 0]
 
 
 def _check_range(images: Tensor, augmented: Tensor) -> None:

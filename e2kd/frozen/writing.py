@@ -13,20 +13,21 @@ from torch import nn
 
 from e2kd.errors import NoEffectWarning
 from e2kd.explainers import Explainer, default_explainer
-from e2kd.frozen.asking import LARGEST, Answers, Asked
+from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.encoding import Array
 from e2kd.frozen.forecast import check_space
 from e2kd.frozen.planning import plan_of
 from e2kd.frozen.progress import progress_bar
 from e2kd.frozen.records import Record
 from e2kd.frozen.samples import hashes_of, names_of
-from e2kd.frozen.sources import Batch, Source, Unreadable, batches, check_deterministic, unreadable_message
+from e2kd.frozen.sources import Batch, Sample, Source, Unreadable, batches, check_deterministic, unreadable_message
 from e2kd.frozen.store import Writer
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.frozen.views import CanonicalView, view_of
 from e2kd.teacher import Normalization
 
 SMALL = 4096  # values of a map up to which 16 bits are not worth saving
+LARGEST_SHARD = 64_000_000  # bytes; freezing takes some six times as much memory
 
 
 def freeze(
@@ -70,12 +71,11 @@ def freeze(
         normalization: (mean, std) the teacher expects of images in [0, 1]; timm models know theirs.
         teacher_size: side or (H, W) the teacher expects; the whole view is resized to it.
         top: store the largest logits alone, and the probability of the rest.
-        map_type: "float16", "int8" or "uint8"; None is float16 for small maps and for those of all classes, which
-            share a scale in 8 bits, else int8.
+        map_type: "float16", "int8" or "uint8"; None is float16 for small maps, else int8.
         map_size: side or (h, w) to which finer maps are averaged.
         ids: a name for each sample, where the data set has none by which it should be known again.
         batch_size, workers: of the pass.
-        shard_rows: rows of a shard, the unit of work that a kill can lose.
+        shard_rows: rows of a shard, the unit of work that a kill can lose; None is at most 4096 and about 64 MB.
         rank, world: which process of how many this is; found in RANK and WORLD_SIZE if None.
         progress: show a bar with throughput and time left.
 
@@ -102,9 +102,9 @@ def freeze(
     size = (map_size, map_size) if isinstance(map_size, int) else map_size
     how = (explainer or default_explainer(teacher)) if maps else None
     asked = Asked(teacher, first.image, how, classes, normalization, teacher_size, size)
-    record = _record(asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2), top, map_type, classes)
-    rows = shard_rows or _shard_rows(len(dataset))
-    forecast = check_space(record, len(dataset), Path(path))
+    record = _record(asked, first, top, map_type)
+    rows = shard_rows or _shard_rows(len(dataset), record)
+    forecast = check_space(record, len(dataset), Path(path), world)
     plan = plan_of(asked, source, first.image, record, rows, batch_size, given=ids is not None)
     writer = Writer(path, plan, record, rank=rank, world=world)
     todo = {shard: writer.rows(shard) for shard in writer.todo()}
@@ -125,17 +125,24 @@ def _place(rank: int | None, world: int | None) -> tuple[int, int]:
     return rank, world
 
 
-def _record(answers: Answers, top: int | None, map_type: str | None, classes: str) -> Record:
+def _record(asked: Asked, first: Sample, top: int | None, map_type: str | None) -> Record:
+    """The layout of the rows, once the first of them has been encoded: what can't be stored is refused before a plan
+    is written."""
+    answers = asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2)
     maps = answers.maps
     shape = None if maps is None else (maps.shape[1], maps.shape[2], maps.shape[3])
-    if maps is not None and map_type is None:  # in 8 bits the maps of all classes would share one scale
-        map_type = "float16" if maps[0].numel() <= SMALL or classes == "all" else "int8"
-    return Record(answers.logits.shape[1], top, shape, map_type or "float16")
+    if maps is not None and map_type is None:
+        map_type = "float16" if maps[0].numel() <= SMALL else "int8"
+    classes = answers.logits.shape[1]
+    each = classes if maps is not None and asked.classes == "all" else 1
+    record = Record(classes, top, shape, map_type or "float16", each)
+    record.encode(answers.logits, maps, answers.classes, np.zeros(2, np.uint64))
+    return record
 
 
-def _shard_rows(count: int) -> int:
-    """About 64 shards for small data sets, no more than 4096 rows, and whole batches of the usual sizes."""
-    return max(64, min(4096, count // 64 // 64 * 64))
+def _shard_rows(count: int, record: Record) -> int:
+    """About 64 shards for small data sets, no more than 4096 rows or 64 MB, and whole batches of the usual sizes."""
+    return max(64, min(4096, count // 64 // 64 * 64, LARGEST_SHARD // record.row_bytes // 64 * 64))
 
 
 def _write(writer: Writer, asked: Asked, found: Iterator[Batch], advance: Callable[[int], None]) -> None:
@@ -171,11 +178,12 @@ def _encoded(record: Record, asked: Asked, batch: Batch) -> dict[str, Array]:
 
 
 def _warn_dead(frozen: FrozenTeacher) -> None:
-    zero = frozen.store.zero_maps
-    if zero > 0.5 * len(frozen):
+    zero, count = frozen.store.zero_maps, frozen.store.record.map_count * len(frozen)
+    if zero > 0.5 * count:
         warnings.warn(
-            f"{zero} of {len(frozen)} cached maps are zero everywhere and teach nothing. Is the teacher trained, and "
-            "are the images normalised as it expects? Else name another layer or explainer.",
+            f"{zero} of {count} cached maps are zero everywhere and teach nothing. Is the teacher trained, and "
+            "are the images normalised as it expects? Else name another layer or explainer; for all classes, CAM() has "
+            "maps of classes that are not seen.",
             NoEffectWarning,
             stacklevel=3,
         )

@@ -33,6 +33,8 @@ NO_TEACHER = (
     "--frozen-cache DIR."
 )
 TWO_TEACHERS = "--frozen-cache holds the teacher: leave --kd-model-name and --teacher-checkpoint out."
+FROZEN_LAYER = "--frozen-cache holds the teacher's maps: leave --e2kd-teacher-layer out, or freeze again."
+UNNAMED = "The cache's maps were made by no explainer of e2kd's: say --e2kd-explainer beside --e2kd-layer."
 OTHER_TASK = "e2kd distills logits and explanations: leave --kd-distill-type out, but got {kind!r}."
 MIXED = (
     "The cache has no lesson for images that timm mixes or erases after they were read: leave {names} out, or use a "
@@ -164,11 +166,12 @@ def launch(args: argparse.Namespace, argv: list[str]) -> None:
     """Run the script `argv[0]` with timm's task, data sets and log as e2kd has them."""
     meet()
     data: Any = timm.data
-    given, frozen = settings(args), None
+    frozen = None
     if args.frozen_cache is not None:
         from e2kd.frozen.teacher import FrozenTeacher
 
         frozen = FrozenTeacher.open(args.frozen_cache)
+    given = settings(args, frozen)
     logs = Logs()
 
     def task(**of_script: Any) -> E2KDTask:
@@ -191,8 +194,8 @@ def launch(args: argparse.Namespace, argv: list[str]) -> None:
         raise SystemExit(NO_TASK.format(script=argv[0]))
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `E2KDTask` that the command line names."""
+def settings(args: argparse.Namespace, frozen: Any = None) -> dict[str, Any]:
+    """The settings of `E2KDTask` that the command line names; a layer alone is one of the cache's explainer."""
     found: dict[str, Any] = {
         "explanation_loss_weight": args.e2kd_weight,
         "fraction": args.e2kd_fraction,
@@ -202,11 +205,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.teacher_checkpoint is not None:
         found["teacher_pretrained_path"] = args.teacher_checkpoint
+    if frozen is not None and args.e2kd_teacher_layer is not None:
+        raise SystemExit(FROZEN_LAYER)
     name = args.e2kd_explainer or "gradcam"
+    if frozen is not None and args.e2kd_explainer is None and args.e2kd_layer is not None:
+        if frozen.explainer is None:
+            raise SystemExit(UNNAMED)
+        name = type(frozen.explainer).__name__
     chosen = args.e2kd_explainer is not None or args.e2kd_layer is not None
     if chosen:
         found["explainer"] = explainer_named(name, args.e2kd_layer)
-    if args.frozen_cache is None and (chosen or args.e2kd_teacher_layer is not None):
+    if frozen is None and (chosen or args.e2kd_teacher_layer is not None):
         found["teacher_explainer"] = explainer_named(name, args.e2kd_teacher_layer)
     return found
 

@@ -59,7 +59,9 @@ RECORDS = {
     "100 largest logits": Record(CLASSES, top=100),
     "logits, GradCAM 7 x 7": Record(CLASSES, map_shape=(1, 7, 7)),
     "100 largest logits, GradCAM 7 x 7 as uint8": Record(CLASSES, top=100, map_shape=(1, 7, 7), map_type="uint8"),
-    "logits, CAM 7 x 7 of every class": Record(CLASSES, map_shape=(CLASSES, 7, 7)),
+    "logits, CAM 7 x 7 of every class as int8": Record(
+        CLASSES, map_shape=(CLASSES, 7, 7), map_type="int8", map_count=CLASSES
+    ),
     "logits, GradCAM 14 x 14 (ViT-S/16)": Record(CLASSES, map_shape=(1, 14, 14)),
     "logits, input gradient 3 x 56 x 56 as int8": Record(CLASSES, map_shape=(3, 56, 56), map_type="int8"),
     "logits, B-cos weights 6 x 56 x 56 as int8": Record(CLASSES, map_shape=(6, 56, 56), map_type="int8"),

@@ -17,6 +17,7 @@ from benchmarks import (
     frozen,
     hosts,
     limited,
+    localisation,
     peers,
     right_reasons,
     shift_curves,
@@ -117,6 +118,11 @@ def cells_of_students() -> str:
     return cells.table(results("cells"))
 
 
+def guided() -> str:
+    """Students of teachers that were guided to look at the objects."""
+    return localisation.section(localisation.all_results())
+
+
 def limited_data() -> str:
     """CIFAR-10 with few images: accuracy and agreement of every family and number of images that was run."""
     return "\n\n".join(limited.section(found) for found in limited.all_results())
@@ -198,9 +204,9 @@ TABLES = {
     "demo": demo, "cost": cost, "coverage": coverage, "sizes": sizes, "hosts": trainers, "bcos": bcos_cost,
     "transfer": transfer_cost, "frozen": frozen_cost, "limited": limited_data, "peers": peers.table,
     "studies": studies, "sparing": explained_in_part, "every_class": all_classes, "shifts": shifts,
-    "misleading": misleading, "cells": cells_of_students,
+    "misleading": misleading, "cells": cells_of_students, "localisation": guided,
 }  # fmt: skip
-EVIDENCE = ("limited", "misleading", "cells", "sparing", "every_class", "shifts", "studies", "peers")
+EVIDENCE = ("limited", "misleading", "cells", "localisation", "sparing", "every_class", "shifts", "studies", "peers")
 PAGES = {README: [name for name in TABLES if name not in EVIDENCE], ROOT / "benchmarks" / "README.md": EVIDENCE}
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from e2kd.similarity import at_least_float32
-
 SIGNATURE = inspect.signature(F.batch_norm)
 
 
@@ -64,7 +62,7 @@ class Holding(TorchFunctionMode):
         return self._normalised(given["input"], given["weight"], given["bias"], given["eps"])
 
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        wide = at_least_float32(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
         variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
         found: Tensor = (wide - _Held.apply(mean, self)) * _Held.apply((variance + eps).rsqrt(), self)

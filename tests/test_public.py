@@ -26,7 +26,7 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught", "graph", "embeddings", "pictures"],
+    ["errors", "version", "taught", "graph", "embeddings", "pictures", "held"],
     ["similarity", "layout", "outputs", "modes", "objects", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb", "localization"],

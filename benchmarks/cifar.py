@@ -20,18 +20,22 @@ MEAN, STD = (torch.tensor(v)[:, None, None] for v in NORMALIZATION)
 
 
 class Block(nn.Module):
-    """Two convolutions and a parameter-free shortcut (He et al. 2016, option A)."""
+    """Two convolutions and a parameter-free shortcut (He et al. 2016, option A).
+
+    ReLUs are modules, so that methods can compare what enters them.
+    """
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
         self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
         self.stride, self.pad = stride, (outside - inside) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         short = x[:, :, :: self.stride, :: self.stride]
         short = F.pad(short, (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + short)
+        return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + short)
 
 
 class ResNet(nn.Module):
@@ -45,10 +49,10 @@ class ResNet(nn.Module):
             nn.Sequential(*(Block(i if n == 0 else o, o, s if n == 0 else 1) for n in range(blocks)))
             for i, o, s in ((w, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2))
         )
-        self.linear = nn.Linear(4 * w, classes)
+        self.relu, self.linear = nn.ReLU(), nn.Linear(4 * w, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
         x = F.avg_pool2d(x, x.size()[3])
         return self.linear(x.view(x.size(0), -1))
 

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.bcos.images import is_bcos
-from e2kd.classes import choose
+from e2kd.capture import Record
+from e2kd.classes import Chosen, choose
 from e2kd.errors import shape
 from e2kd.explainers import BcosContributions, Explainer, GradCAM
 from e2kd.guards import check_grid, check_module, check_not_empty
 from e2kd.localization import on_grid
 from e2kd.modes import unwrap
+from e2kd.objects import Boxes, box_masks
 from e2kd.outputs import logits_of
 from e2kd.similarity import at_least_float32, is_zero
 from e2kd.student import StudentExplainer
-from e2kd.tasks import task_input
+from e2kd.tasks import IGNORED, remove_hooks, reported, task_loss
+from e2kd.taught import labels_of
 
 Localization = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,7 +91,7 @@ class GuidanceLoss(nn.Module):
 
     Args:
         model: being trained.
-        criterion: (outputs, targets) -> [].
+        criterion: (outputs, targets) -> []; one of e2kd's as well.
         loss: (maps [B, 1, h, w], masks [B, H, W]) -> [B], such as `energy_loss` and `l1_loss`.
         weight: of the guidance, per sample; the paper's code sums over the batch.
         explainer: None is `GradCAM()`, or `BcosContributions()` for a B-cos network.
@@ -132,34 +135,39 @@ class GuidanceLoss(nn.Module):
         return dict(self._parts)
 
     def remove(self) -> None:
-        """Take every hook off the model. The criterion can't guide afterwards."""
+        """Take every hook off the model, those of an e2kd criterion inside too. It can't guide afterwards."""
         self.model.tap.remove()
+        remove_hooks(self.criterion)
 
-    def forward(self, outputs: Any, targets: Tensor, masks: Tensor | None = None) -> Tensor:
+    def forward(self, outputs: Any, targets: Any, masks: Tensor | Boxes | None = None) -> Tensor:
         """The loss [] for the model's outputs.
 
         Args:
             outputs: what the model returned: logits [B, K], or a tuple, dict or ModelOutput with them.
-            targets: class indices [B], or multi-hot [B, K].
-            masks: of the object [B, H, W], or of each class [B, K, H, W], bool or in [0, 1]. A sample or class whose
-                mask is empty was not annotated, and is not guided.
+            targets: class indices [B], of which -100 is not guided, or multi-hot [B, K]; for a criterion of e2kd's what
+                that takes.
+            masks: of the object [B, H, W], or of each class [B, K, H, W], bool or in [0, 1]; or a list with the boxes
+                [n, 4] of every image, in pixels (`e2kd.metrics.box_masks`). A sample or class whose mask is empty was
+                not annotated, and is not guided.
         """
         logits = logits_of(outputs)
-        task = self.criterion(task_input(outputs, logits), targets)
+        task = task_loss(self.criterion, outputs, targets, labels_of(targets))
         if masks is None or not (self.training and torch.is_grad_enabled() and self.model.student.training):
             return task
         check_not_empty(logits)
+        record = self.model.record(logits)
+        if not isinstance(masks, Tensor):
+            masks = box_masks(masks, (record.images.shape[-2], record.images.shape[-1])).to(logits.device)
         _check_masks(masks, logits)
-        guidance, zero = self._guide(logits, targets, masks)
+        guidance, zero = self._guide(record, logits, labels_of(targets), masks)
         loss = task + self.weight * guidance
-        found = {"loss": loss, "task": task, "guidance": guidance, "zero_maps": zero}
-        self._parts = {name: value.detach().clone() for name, value in found.items()}
+        found = {"task": task, "guidance": guidance, "zero_maps": zero}
+        self._parts = reported(self.criterion, found, loss)
         return loss
 
-    def _guide(self, logits: Tensor, targets: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def _guide(self, record: Record, logits: Tensor, labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of the explained classes, and how many samples have a map that is zero."""
-        record = self.model.record(logits)
-        classes, weights = choose("positives" if targets.ndim == 2 else "labels", logits.detach(), targets)
+        classes, weights = _guided(logits.detach(), labels)
         total = dead = torch.zeros((), device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
             view = self.model.view(record, logits)
@@ -167,9 +175,24 @@ class GuidanceLoss(nn.Module):
                 maps = view.explain(self.explainer, chosen)
                 check_grid(maps, f"model's (at {self.model.place})")
                 mine = masks if masks.ndim == 3 else masks[torch.arange(len(masks), device=masks.device), chosen]
-                counted = weight * mine.flatten(1).any(1)
+                annotated = mine.flatten(1).any(1)
+                counted, mine = weight * annotated, mine.where(annotated[:, None, None], torch.ones_like(mine))
                 total, dead = total + counted * self.loss(maps, mine), dead + counted * is_zero(maps)
         return total.mean(), (dead > 0).sum()
+
+
+def _guided(logits: Tensor, labels: Tensor) -> Chosen:
+    """The classes to look at, with their weights; none of a label that counts for nothing."""
+    if labels.ndim == 1:
+        known = labels != IGNORED
+        classes, weights = choose("labels", logits, labels.where(known, torch.zeros_like(labels)))
+        return classes, weights * known[:, None]
+    if labels.device.type == "cpu" and not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            "Expected targets as class indices or multi-hot, 0 or 1 for each class, but some are between: guidance "
+            "needs to know which objects are there. Guide batches that are not mixed, with hard labels."
+        )
+    return choose("positives", logits, labels)
 
 
 def _check_masks(masks: Tensor, logits: Tensor) -> None:

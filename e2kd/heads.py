@@ -317,9 +317,8 @@ def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
     Found by its numbers: what enters the linear layer that made the logits must be the mean of the maps. That other
     parameters and buffers of the head, as those of a norm, have no effect must hold for all values, not for the first.
     """
-    if head is None:
-        return None
-    captured = head.prologue(found.output_at(site.producers[0]).detach())
+    captured = found.output_at(site.producers[0]).detach()
+    captured = head.prologue(captured) if head else captured
     maps = site.layout.to_maps(captured, found.image_size)
     for call in reversed(found.calls):
         linear = call.module
@@ -332,14 +331,15 @@ def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
     return None
 
 
-def _has_no_more(head: Head, site: Site, found: Trace, linear: str, captured: Tensor) -> bool:
+def _has_no_more(head: Head | None, site: Site, found: Trace, linear: str, captured: Tensor) -> bool:
     """Whether a head's logits stay what they are when all of its parameters but the classifier's change."""
+    model = found.calls[-1].module if head is None else head.model
     path = site.made_by.name.split(".")
     names = {".".join(path[:n]) for n in range(len(path))} | {call.name for call in found.after(site.made_by)}
-    others = dict(_own_values(head.model, names - {linear}))
+    others = dict(_own_values(model, names - {linear}))
     if not others:
         return True
-    if any(map(is_sharded, others.values())):
+    if head is None or any(map(is_sharded, others.values())):
         return False
     running = Running(head.model, head)
     changed = noisy([(f"model.{name}", value) for name, value in others.items()], CHANGE)

@@ -24,7 +24,7 @@ from e2kd.guards import (
     warn_dead,
 )
 from e2kd.lessons import Lesson, Prepared, lesson_of
-from e2kd.logits import kd_loss
+from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.modes import unwrap
 from e2kd.outputs import logits_of
 from e2kd.similarity import cosine, pooled
@@ -239,7 +239,8 @@ class E2KDLoss(nn.Module):
         """
         logits = logits_of(outputs)
         if not is_teaching(self, self.student.student, logits):
-            return task_loss(self.criterion, outputs, targets, self._labels(targets))
+            multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
+            return task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel)
         loss = self._teach(outputs, logits, targets)
         if num_items_in_batch is None:
             return loss

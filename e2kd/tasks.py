@@ -20,14 +20,16 @@ def task_input(outputs: Any, logits: Tensor) -> Any:
 IGNORED = -100  # a label that counts for nothing, as in torch's and Hugging Face's losses
 
 
-def task_loss(criterion: Callable[..., Tensor] | None, outputs: Any, targets: Any, labels: Any) -> Tensor:
+def task_loss(
+    criterion: Callable[..., Tensor] | None, outputs: Any, targets: Any, labels: Any, *, multilabel: bool = False
+) -> Tensor:
     """The wrapped criterion's loss, or what stands in for it.
 
     A criterion of e2kd inside of another is given the targets as they came, any other the labels.
     """
     logits = logits_of(outputs)
     if criterion is None:
-        return default_task(logits, labels)
+        return default_task(logits, labels, multilabel=multilabel)
     return criterion(task_input(outputs, logits), targets if takes_lessons(criterion) else labels)
 
 
@@ -61,8 +63,10 @@ def reported(criterion: object, parts: dict[str, Tensor], loss: Tensor) -> dict[
     return {**inner, **{name: value.detach() for name, value in parts.items()}, "loss": loss.detach().clone()}
 
 
-def default_task(logits: Tensor, targets: Tensor | None) -> Tensor:
+def default_task(logits: Tensor, targets: Tensor | None, *, multilabel: bool = False) -> Tensor:
     """The validation loss of pure distillation: cross-entropy with class indices or probabilities, else BCE.
+
+    Values [B, K] are probabilities where each image's sum to 1 and they are floating-point, unless `multilabel`.
 
     >>> import torch
     >>> default_task(torch.zeros(2, 4), torch.tensor([0, 1]))
@@ -74,12 +78,13 @@ def default_task(logits: Tensor, targets: Tensor | None) -> Tensor:
             "the logits with. Pass targets, or don't call the criterion in eval mode or under no_grad."
         )
     if targets.shape == logits.shape[:1] and not targets.is_floating_point():
-        return F.cross_entropy(logits, targets)
+        return F.cross_entropy(logits, targets.long())
     if targets.shape != logits.shape:
         raise ValueError(
             f"Expected targets as class indices [{len(logits)}] or values {shape(logits.shape)}, "
             f"but got {shape(targets.shape)} of {targets.dtype}."
         )
+    whole = not targets.is_floating_point()
     targets = targets.to(logits.dtype)
-    is_distribution = bool((targets.sum(1) - 1).abs().max() < 1e-3)
+    is_distribution = not (multilabel or whole) and bool((targets.sum(1) - 1).abs().max() < 1e-3)
     return F.cross_entropy(logits, targets) if is_distribution else F.binary_cross_entropy_with_logits(logits, targets)

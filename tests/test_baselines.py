@@ -131,10 +131,10 @@ def check(criterion: Baseline, student: nn.Module, x: Tensor, expected: Tensor, 
     of = [*student.parameters(), *criterion.parameters()]
     wanted = torch.autograd.grad(expected, of, allow_unused=True)
     assert any(g is not None and g.abs().max() > 0 for g in wanted)
-    for got, want in zip(torch.autograd.grad(found, of, allow_unused=True), wanted, strict=True):
-        torch.testing.assert_close(
-            torch.zeros(()) if got is None else got, torch.zeros(()) if want is None else want, rtol=1e-7, atol=1e-10
-        )
+    got = torch.autograd.grad(found, of, allow_unused=True)
+    for parameter, *both in zip(of, got, wanted, strict=True):
+        mine, theirs = (torch.zeros_like(parameter) if g is None else g for g in both)
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
 
 
 def both(student: nn.Module, teacher: nn.Module, x: Tensor, mine: list[str], theirs: list[str]) -> Any:

@@ -49,7 +49,18 @@ NO_EXAMPLE = (
     "No usual image size runs through {name}, so its layers can't be found. Pass example=images, a batch [B, C, H, W] "
     "as the student will be given."
 )
-UNEQUAL = "Expected as many layers of the student as of the teacher, but got {student} and {teacher}."
+UNEQUAL = (
+    "Expected as many layers of the student as of the teacher, but got {student} and {teacher}. Name those of both, "
+    "layers= and teacher_layers=, where one of them has not as many stages."
+)
+SETTLED = (
+    "teacher_normalization, input_normalization and teacher_size were settled when the teacher was frozen. Leave them "
+    "out, or freeze again with other ones."
+)
+NO_PICKLE = (
+    "{name} listens to its student in this process, so it can't be pickled or copied. Save the student and "
+    "criterion.state_dict(), and build the criterion anew where they are loaded."
+)
 ELSEWHERE = (
     "The features are on {device} but the trainable parts of {name} on {where}. They belong to the criterion, so move "
     "it: criterion.to({device!r}), before the optimizer is made."
@@ -96,16 +107,14 @@ class Pair:
         Raises:
             ValueError: when other numbers of layers were named.
         """
+        count = len(layers or teacher_layers or ()) or count
         mine = self.student.stages(count) if layers is None else self.student.named(layers)
         theirs = self.teacher.stages(count) if teacher_layers is None else self.teacher.named(teacher_layers)
-        if layers is not None and teacher_layers is not None and len(mine) != len(theirs):
+        if len(mine) != len(theirs) and (layers is not None or teacher_layers is not None):
             raise ValueError(UNEQUAL.format(student=len(mine), teacher=len(theirs)))
         some = min(len(mine), len(theirs))
-        if len(mine) > some:
-            mine = self.student.stages(some) if layers is None else mine[-some:]
-        if len(theirs) > some:
-            theirs = self.teacher.stages(some) if teacher_layers is None else theirs[-some:]
-        return mine, theirs
+        mine = mine if len(mine) == some else self.student.stages(some)
+        return mine, theirs if len(theirs) == some else self.teacher.stages(some)
 
 
 class Baseline(nn.Module, ABC):
@@ -119,7 +128,7 @@ class Baseline(nn.Module, ABC):
     optimizer, `SGD([*student.parameters(), *criterion.parameters()])`, and save `criterion.state_dict()` with
     the checkpoint. They exist from the start, on the student's device. With several processes wrap the criterion as the
     student is wrapped: `DistributedDataParallel(criterion, broadcast_buffers=False)`, or `accelerator.prepare`. With
-    no criterion, layers of the student past the compared ones get no gradient: `find_unused_parameters=True`.
+    no criterion, layers of the student past the compared ones get a gradient of 0.
 
     Args:
         student: the module being trained, before or after it is wrapped by its trainer.
@@ -211,6 +220,8 @@ class Baseline(nn.Module, ABC):
         parts = {"task": zero, self.name: zero}
         if self.criterion is not None:  # first, so that this one hears what a criterion inside asks the teacher
             parts["task"] = task_loss(self.criterion, outputs, targets, self._labels(targets))
+        else:  # the graph of all that made the logits, whose gradients several processes wait for
+            parts["task"] = at_least_float32(logits).mean() * 0
         if self.weight != 0:
             with torch.autocast(logits.device.type, enabled=False):
                 parts[self.name] = self.term(self._batch(record, logits, targets))
@@ -219,6 +230,9 @@ class Baseline(nn.Module, ABC):
         return (
             loss if num_items_in_batch is None else loss * (items(logits, self._labels(targets)) / num_items_in_batch)
         )
+
+    def __reduce__(self) -> Any:
+        raise TypeError(NO_PICKLE.format(name=type(self).__name__))
 
     def beside_student(self, part: Module) -> Module:
         """A trainable part on the student's device, in its precision but no less than float32."""
@@ -251,6 +265,8 @@ class Baseline(nn.Module, ABC):
         if isinstance(teacher, Prepared):
             if self.takes_features:
                 raise UnsupportedModel(FROZEN.format(name=type(self).__name__))
+            if any(value is not None for value in settings):
+                raise ValueError(SETTLED)
             return teacher
         if not isinstance(teacher, str):
             check_module(teacher, "teacher")

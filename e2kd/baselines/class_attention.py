@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from e2kd.baselines.base import Settings
 
+ONE_CELL = (
+    "CAT-KD compares class activation maps, but those of {name} have one cell for these images, which says nothing "
+    "about where a class is. Use larger images, or a network that keeps more of their size."
+)
 NO_CAM = (
     "CAT-KD compares class activation maps, which need a network that ends in average pooling and one linear layer. "
     "{name} does not. For any pair of networks there is e²KD: E2KDLoss(student, teacher, ...)."
@@ -91,6 +95,8 @@ class CATKD(Baseline):
 
     def _maps(self, model: nn.Module, plan: Plan, features: Tensor) -> Tensor:
         assert plan.linear is not None
+        if features.shape[2] * features.shape[3] == 1:
+            raise UnsupportedModel(ONE_CELL.format(name=type(model).__name__))
         if plan.head is not None:  # which may begin with an activation that is no module
             features = plan.head.prologue(features)
         weight = model.get_submodule(plan.linear).weight

@@ -13,6 +13,7 @@ from e2kd.baselines.base import Baseline, Batch
 from e2kd.errors import shape
 from e2kd.lessons import Prepared
 from e2kd.similarity import at_least_float32
+from e2kd.tasks import IGNORED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,7 +36,7 @@ def dkd_loss(
 
     Args:
         student_logits, teacher_logits: [B, K], K >= 2.
-        labels: class indices [B].
+        labels: class indices [B]; samples of -100, which counts for nothing in torch's losses, are left out.
         alpha, beta, temperature: α, β and τ.
 
     Returns:
@@ -55,10 +56,12 @@ def dkd_loss(
             f"got {came}. For mixed or soft labels there is KD: E2KDLoss(student, teacher, criterion, weight=0)."
         )
     log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
-    labels = labels.long()
+    known = labels != IGNORED
+    labels = labels.long().where(known, 0)
     target = _kl(*(_binary(log_p, labels) for log_p in (log_s, log_t)))
     others = _kl(*(_others(log_p, labels).log_softmax(1) for log_p in (log_s, log_t)))
-    return (alpha * target + beta * others).mean() * temperature**2
+    each = torch.where(known, alpha * target + beta * others, 0.0)
+    return each.sum() / known.sum().clamp(min=1) * temperature**2
 
 
 def _kl(log_s: Tensor, log_t: Tensor) -> Tensor:

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from e2kd.baselines.attention import on_one_grid
 from e2kd.baselines.base import Baseline, Batch, Pair
 from e2kd.baselines.stages import Stage
+from e2kd.errors import shape
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from e2kd.baselines.base import Settings
+
+
+TOO_SMALL = (
+    "The regressor was made {kernel} for the images that the layers were found with, but the features of these images "
+    "are {grid}. Pass example=images, a batch [B, C, H, W] as the student will be given."
+)
 
 
 class FitNets(Baseline):
@@ -71,5 +78,12 @@ class FitNets(Baseline):
         self.regressor = self.beside_student(nn.Conv2d(mine.channels, theirs.channels, kernel))
 
     def term(self, batch: Batch) -> Tensor:
-        """The regressor's error -> []."""
+        """The regressor's error -> [].
+
+        Raises:
+            ValueError: for images on whose features the regressor does not fit.
+        """
+        grid, kernel = batch.student[0].shape[2:], self.regressor.kernel_size
+        if any(side < width for side, width in zip(grid, kernel, strict=True)):
+            raise ValueError(TOO_SMALL.format(kernel=shape(kernel), grid=shape(grid)))
         return F.mse_loss(*on_one_grid(self.regressor(batch.student[0]), batch.teacher[0]))

@@ -28,7 +28,7 @@ class IndexedDataset(Dataset[Any]):
         dataset: anything with `len` that gives (image, label).
 
     Raises:
-        TypeError: with the first sample, when those are dicts.
+        TypeError: with the first sample, when those are dicts or no pairs.
 
     >>> image, target = IndexedDataset([("a", 3), ("b", 1)])[1]
     >>> image, target.labels, target.indices, target.counts
@@ -45,6 +45,8 @@ class IndexedDataset(Dataset[Any]):
         sample = self.dataset[index]
         if isinstance(sample, dict):  # of two entries, its names would be taken for image and label
             raise TypeError(DICT.format(keys=sorted(sample)))
+        if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+            raise TypeError(f"Expected samples (image, label), but got {type(sample).__name__} {sample!r:.60}.")
         image, label = sample
         index = index + len(self) if index < 0 else index
         return image, Indexed(label, torch.tensor(index), torch.tensor(len(self)))

@@ -134,9 +134,10 @@ class ReviewKD(Baseline):
         if len(batch.student_logits) == 1:
             return self.no_term(batch)
         total, deeper = batch.student_logits.new_zeros(()), None
-        for fusion, mine, theirs in zip(
-            reversed(self.fusions), reversed(batch.student), reversed(batch.teacher), strict=True
-        ):
+        students, teachers = (  # a classifier of every cell is given a map in the place of its mean
+            [*maps[:-1], maps[-1].mean((2, 3), keepdim=True)] for maps in (batch.student, batch.teacher)
+        )
+        for fusion, mine, theirs in zip(reversed(self.fusions), reversed(students), reversed(teachers), strict=True):
             out, deeper = fusion(mine, deeper, (theirs.shape[2], theirs.shape[3]))
             total = total + hierarchical_context_loss(out, theirs)
         return total

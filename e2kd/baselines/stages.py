@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from e2kd.errors import UnsupportedModel, shape, unknown_layer
 from e2kd.layout import Layout
@@ -66,7 +68,9 @@ class Layers:
         with as_written(list(model.modules())):
             self.found: Trace = trace(model, images)
         self._number = {id(c): n for n, c in enumerate(self.found.calls)}
-        usable = (c for c in self.found.calls if is_feature(c) and may_be_site(c))
+        self._classifier = self._last_with_parameters()
+        before = self.found.calls if self._classifier is None else self.found.calls[: self._at_number(self._classifier)]
+        usable = (c for c in before if is_feature(c) and may_be_site(c))
         self._maps = [c for c in usable if layout_in(c, self.found, model) is not None]
         self._cuts: dict[int, bool] = {}
 
@@ -75,12 +79,14 @@ class Layers:
 
         A stage ends where the grid changes: of each of the last `count` grids, the last tensor through which alone the
         images reach the logits, that of a whole block or stage where there is one. Networks of one grid, such as ViTs,
-        give `count` of their blocks, evenly spaced.
+        give `count` of their blocks, evenly spaced. The classifier's own maps, of networks that classify every cell and
+        then pool, are none.
 
         Raises:
             UnsupportedModel: when there is none.
         """
         ends = [end for calls in self._by_grid().values() if (end := self._end(calls)) is not None]
+        ends.sort(key=self._at_number)  # a grid may appear first in a branch, long before its stage
         if len(ends) == 1 and len(blocks := self._blocks()) > 1:
             count = min(count, len(blocks))
             ends = [blocks[len(blocks) * (n + 1) // count - 1] for n in range(count)]
@@ -120,12 +126,34 @@ class Layers:
         return self._stage_at(call, self._at(call))
 
     def embedding(self) -> Stage:
-        """What enters the classifier, [B, C]; the last stage's map where that is no linear layer."""
-        for call in reversed(self.found.calls):
-            given = call.inputs[0] if call.inputs else None
-            if call.output is self.found.logits and isinstance(call.module, nn.Linear) and isinstance(given, Tensor):
-                return Stage(self._before(call), None, given.shape[1], (1, 1))
+        """What enters the classifier, the last layer with parameters: [B, C], or a map where it classifies every cell;
+        the last stage's map where it is given neither."""
+        call = self._classifier
+        given = None if call is None else call.inputs[0]
+        if call is not None and isinstance(given, Tensor) and given.ndim == 2:
+            return Stage(self._before(call), None, given.shape[1], (1, 1))
+        if (
+            call is not None
+            and isinstance(given, Tensor)
+            and given.ndim == 4
+            and not isinstance(call.module, nn.Linear)
+        ):
+            return Stage(self._before(call), Layout("NCHW"), given.shape[1], (given.shape[2], given.shape[3]))
         return self.stages(1)[0]
+
+    def _last_with_parameters(self) -> Call | None:
+        """The last layer of parameters that makes a tensor of the batch of another."""
+        for call in reversed(self.found.calls):
+            given, own = call.inputs[0] if call.inputs else None, next(call.module.parameters(recurse=False), None)
+            if own is None or _is_composite(call.module) or call.output is None or not isinstance(given, Tensor):
+                continue
+            if given.ndim and call.output.ndim and len(given) == len(call.output) == len(self.images):
+                return call
+        return None
+
+    def _at_number(self, call: Call) -> int:
+        """The place of a call among all."""
+        return self._number[id(call)]
 
     def before_activation(self, stages: list[Stage], *, strict: bool = True) -> list[Stage]:
         """The same features before the ReLUs that made them; a stage as it is where none did.
@@ -147,7 +175,7 @@ class Layers:
 
     def _by_grid(self) -> dict[tuple[int, int], list[Call]]:
         """The calls past the stem by their grids, in the order in which the grids appear."""
-        past = [c for c in self._maps if self._number[id(c)] / len(self.found.calls) >= STEM]
+        past = [c for c in self._maps if self._at_number(c) / len(self.found.calls) >= STEM]
         found: dict[tuple[int, int], list[Call]] = {}
         for call in past or self._maps:
             found.setdefault(self._stage(call).grid, []).append(call)
@@ -200,7 +228,7 @@ class Layers:
 
     def _stage(self, call: Call) -> Stage:
         """A call's tensor, heard under the outermost name that returns it."""
-        later = self.found.calls[self._number[id(call)] :]
+        later = self.found.calls[self._at_number(call) :]
         same = [c for c in later if c.output is call.output and c.made and c.name]
         return self._stage_at(call, self._at(min(same, key=lambda c: c.name.count("."))))
 
@@ -212,10 +240,16 @@ class Layers:
         return Stage(place, layout, maps.shape[1], (maps.shape[2], maps.shape[3]))
 
     def _at(self, call: Call) -> Place:
-        return Place(self.found.turn(call), copied=call.output_changes)
+        return Place(self.found.turn(call), copied=call.output_changes or self._is_dropped(call.output))
 
     def _before(self, call: Call) -> Place:
-        return Place(self.found.turn(call), before=True, copied=call.input_changes)
+        copied = call.input_changes or self._is_dropped(call.inputs[0])
+        return Place(self.found.turn(call), before=True, copied=copied)
+
+    def _is_dropped(self, tensor: Any) -> bool:
+        """Whether a dropout changes a tensor in place, which it does in train mode alone."""
+        drops = (c for c in self.found.calls if isinstance(c.module, _DropoutNd) and c.module.inplace)
+        return any(c.inputs and c.inputs[0] is tensor for c in drops)
 
 
 def _is_composite(module: nn.Module) -> bool:

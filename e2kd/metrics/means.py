@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from e2kd.metrics.host import Metric
+from e2kd.metrics.host import Apart
 
 SOUND, BLANK, EMPTY, NOT_FINITE = range(4)  # what may be wrong with a sample
 LEFT_OUT = {BLANK: "blank maps", EMPTY: "empty regions"}
 NOTHING = "no samples were given"
 NAN = float("nan")
-numbers = count()  # of metrics, for state names
 
 
 @dataclass(frozen=True)
@@ -67,32 +65,31 @@ def _listed(left_out: dict[str, int]) -> str:
     return ", ".join(f"{found} {name}" for name, found in left_out.items())
 
 
-class MeanMetric(Metric):
+class MeanMetric(Apart):
     """The means of `width` kinds of values over all batches and ranks; subclasses say what the values are.
 
-    The state is one float64 tensor of sums and counts. No two metrics give it one name, because a MetricCollection
-    takes metrics whose states are alike after the first batch for one.
+    The state is one float64 tensor of sums and counts.
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    sums: Tensor
 
     def __init__(self, width: int = 1, **settings: Any) -> None:
         super().__init__(**settings)
         self.means: list[Mean] = []
-        self.state = f"sums_{next(numbers)}"
-        self.add_state(self.state, torch.zeros(width, 2 + NOT_FINITE + 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(width, 2 + NOT_FINITE + 1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, flaws: Tensor | int = SOUND, rows: Tensor | int = 0) -> None:
         """Values [n], what is wrong with their samples [n], and which mean each counts in [n]."""
-        sums: Tensor = getattr(self, self.state)
+        sums = self.sums
         values = values.detach().to(sums)
         flaws, rows = (torch.as_tensor(x, device=sums.device).expand(len(values)) for x in (flaws, rows))
         flaws = torch.where((flaws == SOUND) & ~values.isfinite(), NOT_FINITE, flaws)
         values = torch.where(flaws == SOUND, values, 0.0)
         added = torch.cat([values[:, None], values[:, None] ** 2, F.one_hot(flaws, NOT_FINITE + 1)], 1)
-        setattr(self, self.state, sums.index_add(0, rows, added))
+        self.sums = sums.index_add(0, rows, added)
 
     def _summary(self, means: Sequence[Mean]) -> Mean:
         """What `compute` is of the means."""
@@ -100,7 +97,7 @@ class MeanMetric(Metric):
 
     def compute(self) -> Tensor:
         """The value, [] float64; NaN where there is none, and `score().reason` says why."""
-        self.means = [Mean.of(*row) for row in getattr(self, self.state).tolist()]
+        self.means = [Mean.of(*row) for row in self.sums.tolist()]
         return torch.tensor(self._summary(self.means).value, dtype=torch.float64, device=self.device)
 
     def score(self) -> Mean:

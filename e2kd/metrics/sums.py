@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from e2kd.distance import DistanceSums, Score
-from e2kd.metrics.host import Metric
-from e2kd.metrics.means import numbers
+from e2kd.metrics.host import Apart
 
 
-class DistanceMetric(Metric):
+class DistanceMetric(Apart):
     """Gathers `DistanceSums` of the features in `names`; subclasses say of which two or three the score is.
 
     States are flat float64 vectors, so that ranks with batches of other sizes, or with none, are gathered alike.
@@ -32,8 +31,6 @@ class DistanceMetric(Metric):
         self.found: Score | None = None
         for name in ("rows", "sizes", "flaws"):
             self.add_state(name, [], dist_reduce_fx="cat")
-        # a MetricCollection takes metrics whose states are alike after the first batch for one
-        self.add_state(f"own_{next(numbers)}", torch.zeros(()), dist_reduce_fx="sum")
 
     def _names(self, count: int) -> tuple[str, ...]:
         """The names of two or three feature sets, those of the score in its order."""

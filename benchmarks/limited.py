@@ -53,6 +53,7 @@ TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 10.0, 25.0, 50.0)
 MULTIPLES = (0.2, 1.0, 5.0)  # of a rival's own weight
 PER_CLASS = (50, 200, 4500)
 MEASURES = ("accuracy", "agreement")
+STUDIES = {"": "", "again": ", a teacher trained anew"}  # what their tables add to the title
 BASES = {arm: "frozen_kd" for arm in FROZEN}  # what an arm is compared with, if not KD
 WORK = Path(tempfile.gettempdir()) / "e2kd-limited"
 
@@ -93,19 +94,19 @@ def run(
     study.fill([case._replace(seed=seed) for seed, case in itertools.product(seeds, best)])
 
 
-def result_name(family: str, per_class: int, unrelated: bool) -> str:
+def result_name(family: str, per_class: int, unrelated: bool, study: str = "") -> str:
     """Of the JSON of one run.
 
-    >>> result_name("bcos", 50, unrelated=True)
-    'limited_bcos_50_unrelated'
+    >>> result_name("bcos", 50, unrelated=True), result_name("standard", 50, unrelated=False, study="again")
+    ('limited_bcos_50_unrelated', 'limited_standard_50_again')
     """
-    return f"limited_{family}_{per_class}" + ("_unrelated" if unrelated else "")
+    return "_".join(["limited", family, str(per_class), *["unrelated"] * unrelated, *([study] if study else [])])
 
 
 def all_results() -> list[Row]:
     """What was run: every family and number of images."""
-    every = itertools.product(FAMILIES, (False, True), PER_CLASS)
-    return existing(result_name(family, images, unrelated) for family, unrelated, images in every)
+    every = itertools.product(FAMILIES, PER_CLASS, (False, True), STUDIES)
+    return existing(result_name(*one) for one in every)
 
 
 def table(found: Row) -> str:
@@ -121,7 +122,13 @@ def table(found: Row) -> str:
             body.append([name, *cells, *gains(rows, arm, BASES.get(arm, "kd"), MEASURES), *chosen])
     images = found["settings"]["per_class"]
     seen = f"{10 * images} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
-    header = [f"{family.title}, {seen}", *MEASURES, *(f"{field}, gain" for field in MEASURES), "τ", "λ"]
+    header = [
+        f"{family.title}, {seen}{STUDIES[found.get('study', '')]}",
+        *MEASURES,
+        *(f"{field}, gain" for field in MEASURES),
+        "τ",
+        "λ",
+    ]
     return markdown_table(header, body)
 
 
@@ -157,6 +164,7 @@ def main() -> None:
     parser.add_argument("--family", choices=list(FAMILIES), default="standard")
     parser.add_argument("--per-class", type=int, choices=PER_CLASS, default=50, help="images of each class")
     parser.add_argument("--unrelated", action="store_true", help="students see photographs of other data sets instead")
+    parser.add_argument("--study", choices=list(STUDIES), default="", help="where the same was run once more")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS), metavar="ARM")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
@@ -165,7 +173,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    family, name = FAMILIES[args.family], result_name(args.family, args.per_class, args.unrelated)
+    family, name = FAMILIES[args.family], result_name(args.family, args.per_class, args.unrelated, args.study)
     settings = Settings(args.per_class, args.epochs, family.kind.epochs)
     if args.quick:
         settings = Settings(10, epochs=2, teacher_epochs=0, validation_per_class=20, test_per_class=50)
@@ -180,6 +188,7 @@ def main() -> None:
 
     found = {
         "settings": asdict(settings), "family": family.name, "unrelated": args.unrelated, "teacher": teacher,
+        **({"study": args.study} if args.study else {}),
     }  # fmt: skip
     if family.shifted:
         found["shift"] = shift_curve(data, data.teacher)

@@ -37,12 +37,15 @@ class Record:
         fresh: forgets what was found before.
 
     Raises:
-        SystemExit: when the file has rows with other settings.
+        SystemExit: when the file has rows with other settings, or of another teacher.
     """
 
     def __init__(self, name: str | None, head: Row, *, fresh: bool = False) -> None:
         self.path = None if name is None else path_of(name)
         before = {} if fresh or self.path is None else read_study(self.path, head["settings"])
+        apart = sorted(key for key in before.keys() & head.keys() if before[key] != json.loads(json.dumps(head[key])))
+        if apart:
+            raise SystemExit(f"{self.path} has rows with another {' and '.join(apart)}: move it away, or pass --fresh.")
         self.rows: list[Row] = before.get("rows", [])
         self.head = {key: value for key, value in before.items() if key not in GROWS} | head
         self.commands: list[str] = list(dict.fromkeys([*before.get("commands", []), command()]))

@@ -122,13 +122,8 @@ def table(found: Row) -> str:
             body.append([name, *cells, *gains(rows, arm, BASES.get(arm, "kd"), MEASURES), *chosen])
     images = found["settings"]["per_class"]
     seen = f"{10 * images} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
-    header = [
-        f"{family.title}, {seen}{STUDIES[found.get('study', '')]}",
-        *MEASURES,
-        *(f"{field}, gain" for field in MEASURES),
-        "τ",
-        "λ",
-    ]
+    seen += STUDIES[found.get("study", "")]
+    header = [f"{family.title}, {seen}", *MEASURES, *(f"{field}, gain" for field in MEASURES), "τ", "λ"]
     return markdown_table(header, body)
 
 

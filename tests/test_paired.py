@@ -99,9 +99,9 @@ def test_a_study_that_goes_on_keeps_rows_commands_and_notes(folder: Path, monkey
     assert len(found["rows"]) == 3
     with pytest.raises(SystemExit, match="other settings"):
         Record("study", {"settings": {"epochs": 6}})
+    taught = {"settings": {"epochs": 5}, "teacher": {"test": 0.8}}
+    Record("taught", taught).write([])
     with pytest.raises(SystemExit, match="rows with another teacher"):
-        taught = {"settings": {"epochs": 5}, "teacher": {"test": 0.8}}
-        Record("taught", taught).write([])
         Record("taught", taught | {"teacher": {"test": 0.9}})
     (folder / "taught.json").unlink()
     assert not Record("study", {"settings": {"epochs": 6}}, fresh=True).rows

@@ -15,6 +15,7 @@ from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 from e2kd.errors import shape
+from e2kd.held import HeldForward, Holding
 from e2kd.kernels import MathKernel
 from e2kd.listening import Place
 from e2kd.modes import rng_state
@@ -140,6 +141,15 @@ class Tap:
             module, kernel = self.student.get_submodule(name), MathKernel(self.student)
             self._add(self.site_handles, module, kernel.enter, pre=True)
             self._add(self.site_handles, module, kernel.leave, always=True)
+
+    def holding_statistics(self, names: tuple[str, ...]) -> Holding:
+        """Run these BatchNorms so that the returned `Holding` can hold their statistics fixed."""
+        holding = Holding()
+        for name in names:
+            module, held = self.student.get_submodule(name), HeldForward(self.student, holding)
+            self._add(self.site_handles, module, held.enter, pre=True)
+            self._add(self.site_handles, module, held.leave, always=True)
+        return holding
 
     def keep_passes(self, keeper: PassKeeper) -> None:
         """Run the forwards that are expected to be explained so that their dynamic weights can be read."""

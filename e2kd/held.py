@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -57,15 +57,22 @@ class Holding(TorchFunctionMode):
         call = SIGNATURE.bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        if not given["training"]:
+        x: Tensor = given["input"]
+        count = x.numel() // max(x.shape[1], 1)
+        if not given["training"] or count < 2:  # of one value torch says that it has no variance
             return func(*args, **kwargs)
-        return self._normalised(given["input"], given["weight"], given["bias"], given["eps"])
-
-    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
-        found: Tensor = (wide - _Held.apply(mean, self)) * _Held.apply((variance + eps).rsqrt(), self)
+        variance, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0, keepdim=True)
+        if given["running_mean"] is not None:
+            unbiased = variance * (count / (count - 1))
+            for running, new in ((given["running_mean"], mean), (given["running_var"], unbiased)):
+                running.lerp_(new.detach().flatten().to(running.dtype), given["momentum"])
+        return self._normalised(x, wide - _Held.apply(mean, self), variance, given)
+
+    def _normalised(self, x: Tensor, centred: Tensor, variance: Tensor, given: dict[str, Any]) -> Tensor:
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        found: Tensor = centred * _Held.apply((variance + given["eps"]).rsqrt(), self)
+        weight, bias = given["weight"], given["bias"]
         if weight is not None:
             found = found * weight.reshape(shape)
         if bias is not None:
@@ -82,12 +89,29 @@ class Holding(TorchFunctionMode):
         return found
 
 
+class HeldForward:
+    """Actions of two hooks between which a BatchNorm of a student runs in a `Holding`, in training forwards."""
+
+    def __init__(self, student: nn.Module, holding: Holding) -> None:
+        self.student, self.holding, self.stack = student, holding, ExitStack()
+
+    def enter(self, *_: Any) -> None:
+        """Before the module's forward."""
+        self.stack.close()  # an interrupted forward may have left it open
+        if self.student.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.stack.enter_context(self.holding)
+
+    def leave(self, *_: Any) -> None:
+        """After it, and when it raised."""
+        self.stack.close()
+
+
 _CURRENT: ContextVar[Holding | None] = ContextVar("batch statistics that can be held", default=None)
 
 
 @contextmanager
 def holding_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, passes can be explained by `current_gradient` with the statistics of every BatchNorm held fixed.
+    """Inside, passes can be explained by `current_holding` with the statistics of every BatchNorm held fixed.
 
     SyncBatchNorm, whose statistics are those of all processes, stays as it is.
     """
@@ -102,9 +126,9 @@ def holding_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
             _CURRENT.reset(token)
 
 
-def current_gradient() -> Any:
-    """What takes the gradient of a pass that runs now: as `torch.autograd.grad`, of one tensor."""
-    return (_CURRENT.get() or Holding()).gradient
+def current_holding() -> Holding:
+    """That of the passes that run now; one of its own where none need it."""
+    return _CURRENT.get() or Holding()
 
 
 def uses_batch(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2kd.bcos.images import check_range
 from e2kd.bcos.statistics import Kept, NotKept
@@ -19,7 +20,7 @@ from e2kd.capture import COMPILED, NO_RECORD, Record, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.heads import Head
-from e2kd.held import uses_batch
+from e2kd.held import Holding, uses_batch
 from e2kd.kernels import fused_attention_between
 from e2kd.modes import as_written, dtype_of, is_group, is_sharded, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
@@ -97,6 +98,7 @@ class StudentExplainer:
         self.student, self.explainer, self.fraction = student, explainer, fraction
         self.tap = Tap(student)
         self.plan: Plan | None = None
+        self.holding: Holding | None = None  # of BatchNorms in the trainer's own forward, where there is no other way
         self.failed: dict[bool, set[str]] = {True: set(), False: set()}  # in train and in eval mode
         self.last: str | None = None
         self.checks = 0
@@ -147,8 +149,10 @@ class StudentExplainer:
         with _outside_of_hosts(images.device), self.tap.silent(), as_written(list(self.student.modules())):
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.read(self.plan.site)
+        self.holding = None
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
             self.tap.under_math(self.plan.after)
+            self.holding = self.tap.holding_statistics(self._norms(self.plan))
         shared = shares_pass(self.explainer, self.fraction)
         if self.plan.dynamic and (shared or self.fraction < 1):
             self.tap.keep_passes(PassKeeper(self.student, self.plan.encoder, weights=shared))
@@ -306,13 +310,17 @@ class StudentExplainer:
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
         if record.features is None or not record.features.requires_grad or record.node is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
-        mixing = [name for name in plan.after if uses_batch(self.student.get_submodule(name))]
-        if mixing:
+        mixing = [name for name in self._norms(plan) if uses_batch(self.student.get_submodule(name))]
+        if mixing and self.holding is None:
             raise UnsupportedModel(MIXED.format(layer=layer, norm=mixing[0]))
         fused = fused_attention_between(logits, record.features)
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
-        return autograd_view(record.features, logits, plan, _size(record), create_graph=True)
+        return autograd_view(record.features, logits, plan, _size(record), create_graph=True, holding=self.holding)
+
+    def _norms(self, plan: Plan) -> tuple[str, ...]:
+        """The BatchNorms that run after the site."""
+        return tuple(name for name in plan.after if isinstance(self.student.get_submodule(name), _BatchNorm))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.statistics import Kept, using_statistics
 from e2kd.explainers import Explainer, weighs
-from e2kd.held import current_gradient
+from e2kd.held import Holding, current_holding
 from e2kd.modes import dtype_of
 from e2kd.outputs import first_tensor
 from e2kd.plans import Plan
@@ -89,10 +89,19 @@ def closed_view(captured: Tensor, logits: Tensor, plan: Plan, linear: nn.Module,
 
 
 def autograd_view(
-    captured: Tensor, logits: Tensor, plan: Plan, image_size: tuple[int, int], *, create_graph: bool
+    captured: Tensor,
+    logits: Tensor,
+    plan: Plan,
+    image_size: tuple[int, int],
+    *,
+    create_graph: bool,
+    holding: Holding | None = None,
 ) -> View:
-    """Any head: the gradient by autograd, differentiable once more with `create_graph`."""
-    take = current_gradient()
+    """Any head: the gradient by autograd, differentiable once more with `create_graph`.
+
+    Batch statistics are held fixed, of a pass that ran in `holding`, or runs in `holding_statistics` now.
+    """
+    take = (holding or current_holding()).gradient
 
     def gradient(classes: Tensor, again: bool) -> Tensor:
         found = take(_scores(logits, classes), captured, create_graph=create_graph, retain_graph=again or create_graph)

@@ -7,7 +7,8 @@ uses nothing of e2kd but its B-cos layers. Any host, wrapper or precision must g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,10 +134,17 @@ def to_maps(tokens: Tensor) -> Tensor:
 
 
 def gradcam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | None = None) -> tuple[Any, Tensor, Tensor]:
-    """The model's output, its logits and differentiable GradCAM maps of `classes` (its top class by default)."""
+    """The model's output, its logits and differentiable GradCAM maps of `classes` (its top class by default).
+
+    Where BatchNorm after the layer takes the statistics of the batch, the maps are those of a second pass that is given
+    the statistics of the first: they are no function of its features then, and each map is of its own image.
+    """
     kept: list[Tensor] = []
+    known_at: list[int] = []
+    statistics: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        known_at.append(len(statistics))
         features = output if isinstance(output, Tensor) else output[0]
         if features.requires_grad:
             kept.append(features)
@@ -144,15 +152,48 @@ def gradcam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | None
         kept.append(features.detach().requires_grad_())  # frozen trunk: the features' gradient exists all the same
         return kept[-1]
 
-    handle = model.get_submodule(layer).register_forward_hook(keep)
-    with sdpa_kernel(SDPBackend.MATH):
-        outputs = model(images)
+    handle, state = model.get_submodule(layer).register_forward_hook(keep), torch.get_rng_state()
+    with sdpa_kernel(SDPBackend.MATH), batch_norm_by(statistics, given=False):
+        outputs = again = model(images)
+    if len(statistics) > known_at[-1]:
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        with sdpa_kernel(SDPBackend.MATH), batch_norm_by(statistics, given=True):
+            again = model(images)
+        torch.set_rng_state(after)
     handle.remove()
     logits = logits_in(outputs)
     classes = logits.argmax(1) if classes is None else classes
-    (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1], create_graph=True)
+    scores = logits_in(again).gather(1, classes[:, None]).sum()
+    (gradient,) = torch.autograd.grad(scores, kept[-1], create_graph=True)
     features, gradient = to_maps(kept[-1]), to_maps(gradient)
     return outputs, logits, torch.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
+
+
+@contextmanager
+def batch_norm_by(statistics: list[tuple[Tensor, Tensor]], *, given: bool) -> Iterator[None]:
+    """Inside, every `batch_norm` in train mode adds its batch's variance and mean, or takes the next that are given."""
+    original, left = F.batch_norm, iter(statistics)
+
+    def batch_norm(
+        x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+        momentum: float = 0.1, eps: float = 1e-5,
+    ) -> Tensor:  # fmt: skip
+        if training and not given:
+            statistics.append(torch.var_mean(x, [0, *range(2, x.ndim)], correction=0))
+        if training and given:
+            var, mean = next(left)
+            shape = [1, -1] + [1] * (x.ndim - 2)
+            out = (x - mean.view(shape)) / (var.view(shape) + eps).sqrt()
+            out = out if weight is None else out * weight.view(shape)
+            return out if bias is None else out + bias.view(shape)
+        return original(x, mean, var, weight, bias, training, momentum, eps)
+
+    F.batch_norm = batch_norm
+    try:
+        yield
+    finally:
+        F.batch_norm = original
 
 
 def bcos_weights(

@@ -108,18 +108,42 @@ def test_held_statistics_are_those_of_batch_norm(shape: tuple[int, ...], dtype: 
     assert not alone[1:].any()
 
 
-def test_a_batch_norm_that_only_the_trainers_graph_knows_is_refused(x: Tensor) -> None:
-    class Normed(Branching):
-        def __init__(self, seed: int) -> None:
-            super().__init__(seed=seed)
-            self.out = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4)).double()
+class NormedBranching(Branching):
+    """BatchNorm in a head that only the trainer's own graph knows."""
 
-    student = Normed(seed=2)
-    criterion = e2kd.E2KDLoss(student, Branching(seed=1), example=x)
-    with pytest.raises(e2kd.UnsupportedModel, match=r"BatchNorm 'out\.0' makes every logit depend on all images"):
-        criterion(student(x))
-    student.out[0].eval()  # type: ignore[operator, index]
-    criterion(student(x)).backward()
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.out = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4)).double()
+
+
+@pytest.mark.parametrize("classes", ["all", "teacher"])
+def test_maps_through_the_trainers_own_graph_are_those_of_each_sample_alone(classes: Any, x: Tensor) -> None:
+    student, teacher, plain = NormedBranching(seed=2), Branching(seed=1), NormedBranching(seed=2)
+    criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, classes=classes, explainer=e2kd.CAM(), example=x)
+    assert_matches_finite_difference(lambda: criterion(student(x)), student)
+    assert criterion.student.way == "graph"
+    student.load_state_dict(plain.state_dict())
+    loss = criterion(student(x))
+    plain(x)
+    for own, host in zip(student.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(own, host, rtol=1e-12, atol=0)
+    fixed, found = with_fixed_statistics(student, x), []
+    for k in range(4) if classes == "all" else [None]:
+        chosen = e2kd.explain(teacher, x).classes if k is None else torch.full((len(x),), k)
+        alone = torch.cat(
+            [e2kd.explain(fixed, x[i : i + 1], chosen[i : i + 1], e2kd.CAM()).maps for i in range(len(x))]
+        )
+        found.append(1 - e2kd.cosine(alone, e2kd.explain(teacher, x, chosen, e2kd.CAM()).maps))
+    torch.testing.assert_close(loss.detach(), torch.stack(found).mean(), rtol=1e-8, atol=1e-8)
+
+
+def test_a_batch_norm_that_can_not_be_held_fixed_is_refused(x: Tensor) -> None:
+    """A head that could be run again when it was found, and not any more."""
+    student = normed(seed=1)
+    criterion = e2kd.E2KDLoss(student, cnn(seed=2), explainer=e2kd.CAM(), example=x)
+    logits = student(x) * 1.01
+    with pytest.raises((e2kd.UnsupportedModel, RuntimeError), match=r"BatchNorm '7' makes every logit depend"):
+        criterion(logits)
 
 
 class Scaled(nn.Module):

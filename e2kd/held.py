@@ -57,26 +57,21 @@ class Holding(TorchFunctionMode):
         call = SIGNATURE.bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        x: Tensor = given["input"]
-        count = x.numel() // max(x.shape[1], 1)
-        if not given["training"] or count < 2:  # of one value torch says that it has no variance
+        if not given["training"] or _values(given["input"]) < 2:  # of one value torch says that it has no variance
             return func(*args, **kwargs)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self._normalised(given)
+
+    def _normalised(self, given: dict[str, Any]) -> Tensor:
+        x: Tensor = given["input"]
+        wide, shape = x.to(torch.promote_types(x.dtype, torch.float32)), [1, -1] + [1] * (x.ndim - 2)
         variance, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0, keepdim=True)
         if given["running_mean"] is not None:
-            unbiased = variance * (count / (count - 1))
-            for running, new in ((given["running_mean"], mean), (given["running_var"], unbiased)):
-                running.lerp_(new.detach().flatten().to(running.dtype), given["momentum"])
-        return self._normalised(x, wide - _Held.apply(mean, self), variance, given)
-
-    def _normalised(self, x: Tensor, centred: Tensor, variance: Tensor, given: dict[str, Any]) -> Tensor:
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        found: Tensor = centred * _Held.apply((variance + given["eps"]).rsqrt(), self)
-        weight, bias = given["weight"], given["bias"]
-        if weight is not None:
-            found = found * weight.reshape(shape)
-        if bias is not None:
-            found = found + bias.reshape(shape)
+            _count(given, mean.detach().flatten(), variance.detach().flatten())
+        found: Tensor = (wide - _Held.apply(mean, self)) * _Held.apply((variance + given["eps"]).rsqrt(), self)
+        if given["weight"] is not None:
+            found = found * given["weight"].reshape(shape)
+        if given["bias"] is not None:
+            found = found + given["bias"].reshape(shape)
         return found.to(x.dtype)
 
     def gradient(self, scores: Tensor, inputs: Tensor, **options: Any) -> Tensor:
@@ -87,6 +82,18 @@ class Holding(TorchFunctionMode):
         finally:
             self.now = False
         return found
+
+
+def _values(x: Tensor) -> int:
+    """How many values each channel of [B, C, ...] has."""
+    return x.numel() // max(x.shape[1], 1)
+
+
+def _count(given: dict[str, Any], mean: Tensor, variance: Tensor) -> None:
+    """Running statistics go on as those of `batch_norm`, whose running variance is the unbiased one."""
+    count = _values(given["input"])
+    for running, new in ((given["running_mean"], mean), (given["running_var"], variance * (count / (count - 1)))):
+        running.lerp_(new.to(running.dtype), given["momentum"])
 
 
 class HeldForward:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,8 +15,7 @@ from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 from e2kd.errors import shape
-from e2kd.held import HeldForward, Holding
-from e2kd.kernels import MathKernel
+from e2kd.kernels import Within
 from e2kd.listening import Place
 from e2kd.modes import rng_state
 from e2kd.outputs import first_tensor, images_in, logits_of
@@ -135,21 +134,12 @@ class Tap:
             action = _InTurn(self, turn, action)
         self._add(handles, self.student.get_submodule(turn.name), action, pre=pre)
 
-    def under_math(self, names: tuple[str, ...]) -> None:
-        """Run these modules under the math kernel of attention, so that they can be differentiated twice."""
+    def run_within(self, names: tuple[str, ...], context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Run each of these modules inside of a context, in training forwards."""
         for name in names:  # every one, since a checkpoint may run a part again without what is around it
-            module, kernel = self.student.get_submodule(name), MathKernel(self.student)
-            self._add(self.site_handles, module, kernel.enter, pre=True)
-            self._add(self.site_handles, module, kernel.leave, always=True)
-
-    def holding_statistics(self, names: tuple[str, ...]) -> Holding:
-        """Run these BatchNorms so that the returned `Holding` can hold their statistics fixed."""
-        holding = Holding()
-        for name in names:
-            module, held = self.student.get_submodule(name), HeldForward(self.student, holding)
-            self._add(self.site_handles, module, held.enter, pre=True)
-            self._add(self.site_handles, module, held.leave, always=True)
-        return holding
+            module, within = self.student.get_submodule(name), Within(self.student, context)
+            self._add(self.site_handles, module, within.enter, pre=True)
+            self._add(self.site_handles, module, within.leave, always=True)
 
     def keep_passes(self, keeper: PassKeeper) -> None:
         """Run the forwards that are expected to be explained so that their dynamic weights can be read."""

@@ -56,7 +56,13 @@ def every_class(logits: Tensor) -> Chosen:
     (tensor([[0, 1]]), tensor([[0.5000, 0.5000]]))
     """
     classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-    return classes, torch.full_like(logits, 1 / max(logits.shape[1], 1), dtype=_wide(logits))
+    return classes, equal_weights(classes, logits)
+
+
+def equal_weights(classes: Tensor, logits: Tensor) -> Tensor:
+    """Weights [B, k] of classes [B, k] that all count alike, in the type of the logits but no less than float32."""
+    weight = 1 / max(classes.shape[1], 1)
+    return torch.full_like(logits[:, :1], weight, dtype=_wide(logits)).expand(classes.shape)
 
 
 def check_choice(choice: object) -> None:

@@ -152,17 +152,13 @@ def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
     assert isinstance(criterion.teacher, Teacher)
     assert criterion.teacher.explainer is not None
     prepared = criterion.teacher.prepared(images)
-    weights: list[Tensor] = []
-
-    def chosen(logits: Tensor) -> Tensor:
-        classes, of_classes = choose(criterion.classes, logits, None)
-        weights.append(of_classes)
-        return classes
-
-    theirs = explain_each(criterion.teacher.model, prepared, chosen, criterion.teacher.explainer)
+    theirs = explain_each(
+        criterion.teacher.model, prepared, lambda z: choose(criterion.classes, z, None)[0], criterion.teacher.explainer
+    )
+    weights = choose(criterion.classes, theirs.logits, None)[1]
     model = criterion.student.student
     report.teacher.classes = theirs.logits.shape[1]
-    _describe(report.teacher, criterion.teacher.model, criterion.teacher.explainer, prepared, theirs.maps, weights[0])
+    _describe(report.teacher, criterion.teacher.model, criterion.teacher.explainer, prepared, theirs.maps, weights)
     own = explain(model, images, explainer=criterion.explainer)
     report.student.classes = own.logits.shape[1]
     if report.student.classes != report.teacher.classes:
@@ -172,7 +168,7 @@ def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
         )
         return
     mine = explain_each(model, images, lambda logits: theirs.classes.to(logits.device), criterion.explainer)
-    _describe(report.student, model, criterion.explainer, images, mine.maps, weights[0])
+    _describe(report.student, model, criterion.explainer, images, mine.maps, weights)
     _read_maps(report)
 
 

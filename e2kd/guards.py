@@ -42,11 +42,7 @@ def check_prepared(
     teacher: Prepared, explainer: Explainer | None, classes: object, weight: float, settings: tuple[object, ...]
 ) -> None:
     """Raise a ValueError for settings that a frozen teacher decided when it was frozen."""
-    if any(value is not None for value in settings):
-        raise ValueError(
-            "teacher_explainer, teacher_normalization, input_normalization and teacher_size were settled when the "
-            "teacher was frozen. Leave them out, or freeze again with other ones."
-        )
+    check_settled(settings)
     if weight != 0 and not teacher.explains:
         raise ValueError(
             f"Expected explanations for weight={weight}, but the cache holds logits alone. Pass weight=0 for plain KD, "
@@ -61,6 +57,15 @@ def check_prepared(
         raise ValueError(
             f"The cached maps explain classes={teacher.choice!r}, but the criterion was asked for {classes!r}. Pass "
             f"classes={teacher.choice!r}, or freeze again with the other choice."
+        )
+
+
+def check_settled(settings: tuple[object, ...]) -> None:
+    """Raise a ValueError for settings that a frozen teacher decided when it was frozen."""
+    if any(value is not None for value in settings):
+        raise ValueError(
+            "teacher_explainer, teacher_normalization, input_normalization and teacher_size were settled when the "
+            "teacher was frozen. Leave them out, or freeze again with other ones."
         )
 
 

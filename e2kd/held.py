@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -94,23 +94,6 @@ def _count(given: dict[str, Any], mean: Tensor, variance: Tensor) -> None:
     count = _values(given["input"])
     for running, new in ((given["running_mean"], mean), (given["running_var"], variance * (count / (count - 1)))):
         running.lerp_(new.to(running.dtype), given["momentum"])
-
-
-class HeldForward:
-    """Actions of two hooks between which a BatchNorm of a student runs in a `Holding`, in training forwards."""
-
-    def __init__(self, student: nn.Module, holding: Holding) -> None:
-        self.student, self.holding, self.stack = student, holding, ExitStack()
-
-    def enter(self, *_: Any) -> None:
-        """Before the module's forward."""
-        self.stack.close()  # an interrupted forward may have left it open
-        if self.student.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.stack.enter_context(self.holding)
-
-    def leave(self, *_: Any) -> None:
-        """After it, and when it raised."""
-        self.stack.close()
 
 
 _CURRENT: ContextVar[Holding | None] = ContextVar("batch statistics that can be held", default=None)

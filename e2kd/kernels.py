@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -12,17 +13,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from e2kd.graph import between
 
 
-class MathKernel:
-    """Actions of two hooks between which a module of a student runs under the math kernel, in training forwards."""
+def math_kernel() -> AbstractContextManager[Any]:
+    """Inside, attention runs under the math kernel."""
+    return sdpa_kernel(SDPBackend.MATH)
 
-    def __init__(self, student: nn.Module) -> None:
-        self.student, self.stack = student, ExitStack()
+
+class Within:
+    """Actions of two hooks between which a module of a student runs inside of a context, in training forwards."""
+
+    def __init__(self, student: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.student, self.context, self.stack = student, context, ExitStack()
 
     def enter(self, *_: Any) -> None:
         """Before the module's forward."""
         self.stack.close()  # an interrupted forward may have left it open
         if self.student.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self.stack.enter_context(self.context())
 
     def leave(self, *_: Any) -> None:
         """After it, and when it raised."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.capture import Record
-from e2kd.classes import Choice, check_choice, choose
+from e2kd.classes import Choice, check_choice, choose, equal_weights
 from e2kd.comparing import Similarity, compare, compare_each
 from e2kd.explainers import Explainer, default_explainer, explainer_beside, explainers_of, reads_images
 from e2kd.guards import (
@@ -335,9 +335,7 @@ class E2KDLoss(nn.Module):
     def _choose(self, lesson: Lesson, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         if lesson.classes is None:
             return choose(self.classes, lesson.logits, labels)
-        count = lesson.classes.shape[1]
-        wide = torch.promote_types(lesson.logits.dtype, torch.float32)
-        return lesson.classes, torch.full_like(lesson.logits[:, :1], 1 / count, dtype=wide).expand(-1, count)
+        return lesson.classes, equal_weights(lesson.classes, lesson.logits)
 
     def _rows(self, batch: int, device: torch.device) -> Tensor | None:
         """Indices of the samples to explain, None for all; the trainer's own random numbers stay what they were."""

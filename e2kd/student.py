@@ -21,7 +21,7 @@ from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.heads import Head
 from e2kd.held import Holding, uses_batch
-from e2kd.kernels import fused_attention_between
+from e2kd.kernels import fused_attention_between, math_kernel
 from e2kd.modes import as_written, dtype_of, is_group, is_sharded, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.passes import PassKeeper, alone_in_batch
@@ -151,8 +151,9 @@ class StudentExplainer:
         self.tap.read(self.plan.site)
         self.holding = None
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
-            self.tap.under_math(self.plan.after)
-            self.holding = self.tap.holding_statistics(self._norms(self.plan))
+            holding = self.holding = Holding()
+            self.tap.run_within(self.plan.after, math_kernel)
+            self.tap.run_within(self._norms(self.plan), lambda: holding)
         shared = shares_pass(self.explainer, self.fraction)
         if self.plan.dynamic and (shared or self.fraction < 1):
             self.tap.keep_passes(PassKeeper(self.student, self.plan.encoder, weights=shared))

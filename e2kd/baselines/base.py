@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel
-from e2kd.guards import check_batch, check_module, check_not_empty, is_teaching
+from e2kd.guards import check_batch, check_module, check_not_empty, check_settled, is_teaching
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
 from e2kd.modes import device_of, dtype_of, unwrap
@@ -52,10 +52,6 @@ NO_EXAMPLE = (
 UNEQUAL = (
     "Expected as many layers of the student as of the teacher, but got {student} and {teacher}. Name those of both, "
     "layers= and teacher_layers=, where one of them has not as many stages."
-)
-SETTLED = (
-    "teacher_normalization, input_normalization and teacher_size were settled when the teacher was frozen. Leave them "
-    "out, or freeze again with other ones."
 )
 NO_PICKLE = (
     "{name} listens to its student in this process, so it can't be pickled or copied. Save the student and "
@@ -265,8 +261,7 @@ class Baseline(nn.Module, ABC):
         if isinstance(teacher, Prepared):
             if self.takes_features:
                 raise UnsupportedModel(FROZEN.format(name=type(self).__name__))
-            if any(value is not None for value in settings):
-                raise ValueError(SETTLED)
+            check_settled(settings)
             return teacher
         if not isinstance(teacher, str):
             check_module(teacher, "teacher")

@@ -53,7 +53,12 @@ TEMPERATURES, WEIGHTS = (1.0, 4.0), (1.0, 5.0, 10.0, 25.0, 50.0)
 MULTIPLES = (0.2, 1.0, 5.0)  # of a rival's own weight
 PER_CLASS = (50, 200, 4500)
 MEASURES = ("accuracy", "agreement")
-STUDIES = {"": "", "again": ", a teacher trained anew"}  # what their tables add to the title
+STUDIES = {  # what their tables add to the title
+    "": "",
+    "again": ", a teacher trained anew",
+    "third": ", a third teacher",
+    "longer": ", longer schedule",
+}
 BASES = {arm: "frozen_kd" for arm in FROZEN}  # what an arm is compared with, if not KD
 WORK = Path(tempfile.gettempdir()) / "e2kd-limited"
 

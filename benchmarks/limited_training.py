@@ -16,7 +16,7 @@ from benchmarks.cifar import NORMALIZATION
 from benchmarks.cifar_data import Images, few, orders, places
 from benchmarks.cifar_families import BCOS, Family, predictions
 from benchmarks.paired import Case, Row
-from e2kd.baselines import CRD, METHODS, Indexed
+from e2kd.baselines import AFD, AT, CRD, METHODS, Indexed
 from e2kd.metrics import ShiftEquivariance
 
 BATCH = 50
@@ -38,13 +38,15 @@ ARMS = (
     | {arm: method.__name__ for arm, method in RIVALS.items()}
     | {"crd_e2kd": "CRD + e²KD"}
     | EVERY_CLASS
+    | {"at_e2kd_all": "AT + e²KD of all classes, CAM", "afd_e2kd_all": "AFD + e²KD of all classes, CAM"}
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
+ON_TOP = {"crd_e2kd": (CRD, 1.0), "at_e2kd_all": (AT, 1.0), "afd_e2kd_all": (AFD, 5.0)}  # times a rival's own weight
 UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")
-EXPLAINED = ("e2kd", "frozen_e2kd", "crd_e2kd", *EVERY_CLASS, *SPARING, *STRETCHES)
+EXPLAINED = ("e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES)
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ def criterion_of(
     if case.arm in RIVALS:
         rival = RIVALS[case.arm](student, teacher)
         rival.weight, weight = rival.weight * weight, 0.0
-    elif case.arm == "crd_e2kd":
-        rival = CRD(student, teacher)
+    elif case.arm in ON_TOP:
+        method, multiple = ON_TOP[case.arm]
+        rival = method(student, teacher)
+        rival.weight *= multiple
     assert case.temperature is not None
     return e2kd.E2KDLoss(
         student, teacher, rival,
@@ -94,7 +98,7 @@ def settings_of(arm: str, steps: int) -> dict[str, Any]:
     >>> settings_of("stretch_20_50", 500), settings_of("every_4", 500), settings_of("kd", 500)
     ({'during': (100, 250)}, {'every': 4}, {})
     """
-    if arm in EVERY_CLASS:
+    if arm.endswith("_all"):
         return dict(SIGNED)
     if arm in STRETCHES:
         start, stop = STRETCHES[arm]

@@ -20,6 +20,7 @@ import itertools
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -142,21 +143,32 @@ def measured(case: Case, student: Student, teacher: nn.Module, parts: dict[str, 
 
 
 def all_results() -> list[Row]:
-    """What was run: every student."""
-    return existing(f"right_reasons_{name}" for name in STUDENTS)
+    """What was run: every student, those of one teacher together."""
+    found = existing(f"right_reasons_{name}" for name in STUDENTS)
+    teachers = [one["teacher"] for one in found]
+    return sorted(found, key=lambda one: teachers.index(one["teacher"]))
 
 
 def table(results: list[Row]) -> str:
-    """Students and arms with their means, as Markdown."""
-    body = [["teacher (ResNet-32)", "", *(f"{100 * results[0]['teacher'][field]:.1f}" for field in TITLES), "", ""]]
-    for found in results:
-        for arm, name in ARMS.items():
-            mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
-            if mine:
-                cells = [percent(list(paired.values(mine, arm, field).values())) for field in TITLES]
-                chosen = [plain(mine[0][setting]) for setting in ("temperature", "weight")]
-                body.append([STUDENTS[found["student"]].title, name, *cells, *chosen])
+    """Students and arms with their means, under their teacher's, as Markdown."""
+    body: list[list[str]] = []
+    for teacher, taught in itertools.groupby(results, key=itemgetter("teacher")):
+        title = "teacher (ResNet-32), trained anew" if body else "teacher (ResNet-32)"
+        body.append([title, "", *(f"{100 * teacher[field]:.1f}" for field in TITLES), "", ""])
+        body += [row for found in taught for row in arms_of(found)]
     return markdown_table(["", "", *TITLES.values(), "τ", "λ"], body)
+
+
+def arms_of(found: Row) -> list[list[str]]:
+    """A student's rows of the table."""
+    body = []
+    for arm, name in ARMS.items():
+        mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
+        if mine:
+            cells = [percent(list(paired.values(mine, arm, field).values())) for field in TITLES]
+            chosen = [plain(mine[0][setting]) for setting in ("temperature", "weight")]
+            body.append([STUDENTS[found["student"]].title, name, *cells, *chosen])
+    return body
 
 
 def gains_table(results: list[Row]) -> str:

@@ -70,6 +70,42 @@ def test_averages_are_means_over_the_training_calls_that_had_a_part() -> None:
     assert averages.take() == {}
 
 
+@pytest.mark.parametrize("order", ["AT", "e2kd(AT)", "AT(e2kd)", "e2kd(DKD(AT))"])
+def test_averages_have_the_terms_of_every_method(order: str) -> None:
+    made = case("cnn")
+    student, criterion = made.copy(), nn.CrossEntropyLoss()
+    makers = {"AT": e2kd.baselines.AT, "DKD": e2kd.baselines.DKD, "e2kd": e2kd.E2KDLoss}
+    for name in reversed(order.replace(")", "").split("(")):
+        criterion = makers[name](student, made.teacher, criterion)
+    averages, seen = Averages(criterion), []
+    for step in range(3):
+        criterion(student(made.images + step), made.targets)
+        seen.append(criterion.parts)
+    with torch.no_grad():
+        criterion(student(made.images), made.targets)
+    found = averages.take()
+    assert found.keys() == seen[0].keys() - {"loss"}
+    for name, value in found.items():
+        assert value == pytest.approx(sum(float(parts[name]) for parts in seen) / 3, rel=1e-5)
+    averages.resume(7)
+    assert averages.step == (7 if "e2kd" in order else 0)
+
+
+def test_averages_of_another_criterion_are_refused() -> None:
+    with pytest.raises(TypeError, match="around any other criterion, but got CrossEntropyLoss"):
+        Averages(nn.CrossEntropyLoss())
+
+
+def test_a_method_inside_that_is_not_asked_has_no_average() -> None:
+    made = case("cnn")
+    student = made.copy()
+    criterion = e2kd.E2KDLoss(student, made.teacher, e2kd.baselines.AT(student, made.teacher), task_weight=0)
+    averages = Averages(criterion)
+    criterion(student(made.images), made.targets)
+    assert "at" in averages.names
+    assert "at" not in averages.take()
+
+
 def test_averages_show_a_nan_of_the_training() -> None:
     made = case("cnn")
     student = made.copy()

@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from e2kd.baselines.base import Baseline
 from e2kd.losses import E2KDLoss
 from e2kd.trainers.averages import Averages
 
@@ -18,7 +19,7 @@ class Parts:
 
     Args:
         accelerator: whose trackers are used, once `init_trackers` was called.
-        criterion: an `E2KDLoss`.
+        criterion: an `E2KDLoss`, or a method of `e2kd.baselines`; the parts of a criterion inside are logged as well.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -33,7 +34,7 @@ class Parts:
     ['e2kd/agreement', 'e2kd/cosine', 'e2kd/explanation', 'e2kd/kd', 'e2kd/task', 'e2kd/zero_maps']
     """
 
-    def __init__(self, accelerator: Accelerator, criterion: E2KDLoss) -> None:
+    def __init__(self, accelerator: Accelerator, criterion: E2KDLoss | Baseline) -> None:
         self.accelerator, self.averages = accelerator, Averages(criterion)
 
     def log(self, step: int | None = None) -> dict[str, float]:
@@ -47,7 +48,7 @@ class Parts:
 
         A criterion with `every` or `fraction` then goes on after a resume as if it had not been interrupted.
         """
-        return {"step": self.averages.criterion.step}
+        return {"step": self.averages.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from e2kd.losses import E2KDLoss
+from e2kd.tasks import takes_lessons
 
-PARTS = ("task", "kd", "explanation", "cosine", "agreement", "zero_maps")
-ALWAYS = ("task", "kd", "explanation", "zero_maps")  # a nan in one of these is a nan of the training
+EXPLAINED = ("task", "kd", "explanation", "cosine", "agreement", "zero_maps")  # parts of an E2KDLoss
+SOMETIMES = ("cosine", "agreement")  # a nan in another part is a nan of the training
 
 
 class Averages:
     """Adds up `.parts` after every training call of a criterion; nothing waits for the device before it is read.
 
     A part counts in the calls that had it: `cosine` where something was explained, `agreement` where the teacher was
-    asked. `zero_maps` is the mean number of samples per call.
+    asked. `zero_maps` is the mean number of samples per call. `names` are those of all parts, of the criteria inside as
+    well.
+
+    Args:
+        criterion: an `E2KDLoss`, or a method of `e2kd.baselines`.
+
+    Raises:
+        TypeError: for another criterion.
 
     >>> _ = torch.manual_seed(0)
     >>> net = lambda: torch.nn.Sequential(
@@ -33,30 +44,42 @@ class Averages:
     {}
     """
 
-    def __init__(self, criterion: object) -> None:
-        if not isinstance(criterion, E2KDLoss):
-            raise TypeError(f"Expected the criterion to be an E2KDLoss, but got {type(criterion).__name__}.")
-        self.criterion = criterion
-        self.step = criterion.step
+    def __init__(self, criterion: Any) -> None:
+        self.inside = criteria(criterion)
+        if not self.inside:
+            raise TypeError(
+                "Expected the criterion to be an E2KDLoss or a method of e2kd.baselines, around any other criterion, "
+                f"but got {type(criterion).__name__}."
+            )
+        self.criterion, self.names = criterion, names_of(self.inside)
+        self.last = criterion.parts.get("loss")
         self.sums: Tensor | None = None
         criterion.register_forward_hook(self._add)
 
     def _add(self, *_: object) -> None:
-        if self.criterion.step == self.step:  # an evaluation
-            return
-        self.step = self.criterion.step
         parts = self.criterion.parts
-        missing = torch.full_like(parts["loss"], torch.nan)
-        values = torch.stack([parts.get(name, missing).to(missing) for name in PARTS])
+        if parts.get("loss") is self.last:  # an evaluation
+            return
+        self.last = parts["loss"]
+        missing = torch.full_like(self.last, torch.nan)
+        values = torch.stack([parts.get(name, missing).to(missing) for name in self.names])
         known = values.isnan().logical_not()
-        for name in ALWAYS:
-            known[PARTS.index(name)] = True
+        for place, name in enumerate(self.names):
+            if name in parts and name not in SOMETIMES:
+                known[place] = True
         new = torch.stack([torch.where(known, values, 0.0), known.to(values)])
         self.sums = new if self.sums is None else self.sums + new
 
+    @property
+    def step(self) -> int:
+        """Training calls of the criterion that explains; 0 where there is none."""
+        return max((one.step for one in self.inside if isinstance(one, E2KDLoss)), default=0)
+
     def resume(self, step: int) -> None:
         """The criterion goes on after so many training calls: what `every`, `during` and `fraction` depend on."""
-        self.criterion.step = self.step = step
+        for one in self.inside:
+            if isinstance(one, E2KDLoss):
+                one.step = step
 
     def sums_of_all(self) -> Tensor | None:
         """Sums and counts since the last call, [2, parts], over all processes; None where there was no call.
@@ -71,14 +94,29 @@ class Averages:
     def take(self) -> dict[str, float]:
         """Means since the last call, over steps and processes. Every process has to call it."""
         sums = self.sums_of_all()
-        return {} if sums is None else means(sums)
+        return {} if sums is None else means(self.names, sums)
 
 
-def means(sums: Tensor) -> dict[str, float]:
+def criteria(criterion: Any) -> list[Any]:
+    """The criteria of e2kd that are inside of one another, the outermost first."""
+    found = []
+    while takes_lessons(criterion):
+        found.append(criterion)
+        criterion = criterion.criterion
+    return found
+
+
+def names_of(inside: Sequence[Any]) -> tuple[str, ...]:
+    """What the parts of these criteria are called, but the loss itself."""
+    own = (EXPLAINED if isinstance(one, E2KDLoss) else ("task", one.name) for one in inside)
+    return tuple(dict.fromkeys(name for names in own for name in names))
+
+
+def means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
     """Every part's sum [0] over its count [1], of those that have any.
 
-    >>> means(torch.tensor([[6.0] * 6, [3.0] * 5 + [0.0]]))["kd"]
-    2.0
+    >>> means(("kd", "cosine"), torch.tensor([[6.0, 0.0], [3.0, 0.0]]))
+    {'kd': 2.0}
     """
     table = sums.double().cpu()
-    return {name: float(s / n) for name, s, n in zip(PARTS, table[0], table[1], strict=True) if n > 0}
+    return {name: float(s / n) for name, s, n in zip(names, table[0], table[1], strict=True) if n > 0}

@@ -16,7 +16,7 @@ from e2kd.trainers.averages import Averages
 
 
 class E2KDCallback(TrainerCallback):
-    """Logs the parts of the trainer's E2KDLoss wherever its loss is logged, as `e2kd/kd`, `e2kd/explanation` ...
+    """Logs the parts of the trainer's criterion wherever its loss is logged, as `e2kd/kd`, `e2kd/explanation` ...
 
     They are means over the steps since the last log and over all processes, and reach the log history and every
     integration (TensorBoard, W&B ...) through `Trainer.log`.
@@ -25,7 +25,7 @@ class E2KDCallback(TrainerCallback):
     their number: then the loss is divided here, so that its gradient is that of the mean.
 
     Args:
-        trainer: with an `E2KDLoss` as its `compute_loss_func`.
+        trainer: with an `E2KDLoss`, or a method of `e2kd.baselines`, as its `compute_loss_func`.
 
     Raises:
         TypeError: for a trainer with another loss.

@@ -12,7 +12,7 @@ import timm.utils
 import torch.distributed as dist
 from torch import Tensor
 
-from e2kd.trainers.averages import PARTS, Averages, means
+from e2kd.trainers.averages import Averages, means
 from e2kd.trainers.timm.replacing import replaced
 
 LINE = "Train: "  # how timm's train.py begins the line it logs while training
@@ -42,8 +42,9 @@ class Logs:
         """All parts, nan for those that there were none of: summary.csv has one header for all epochs."""
         if not (dist.is_available() and dist.is_initialized()):
             self.gather()
-        found = {} if self.epoch is None else means(self.epoch)
-        return {name: found.get(name, math.nan) for name in PARTS}
+        names = () if self.averages is None else self.averages.names
+        found = {} if self.epoch is None else means(names, self.epoch)
+        return {name: found.get(name, math.nan) for name in names}
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -132,7 +132,7 @@ class E2KDTask(ClassificationTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """How many steps there were: what `every` and `fraction` go on from after a resume."""
-        return {} if ema else {"step": self.averages.criterion.step}
+        return {} if ema else {"step": self.averages.step}
 
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False

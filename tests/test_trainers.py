@@ -91,6 +91,16 @@ def test_averages_have_the_terms_of_every_method(order: str) -> None:
     assert averages.step == (7 if "e2kd" in order else 0)
 
 
+def test_averages_of_a_wrapped_criterion_are_those_of_what_it_holds() -> None:
+    made = case("cnn")
+    student = made.copy()
+    criterion = e2kd.E2KDLoss(student, made.teacher, e2kd.baselines.FitNets(student, made.teacher))
+    wrapped = nn.DataParallel(criterion)
+    averages = Averages(wrapped)
+    wrapped(student(made.images), made.targets)
+    assert averages.take()["hint"] == pytest.approx(float(criterion.parts["hint"]))
+
+
 def test_averages_of_another_criterion_are_refused() -> None:
     with pytest.raises(TypeError, match="around any other criterion, but got CrossEntropyLoss"):
         Averages(nn.CrossEntropyLoss())

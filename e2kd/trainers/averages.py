@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2kd.losses import E2KDLoss
+from e2kd.modes import unwrap
 from e2kd.tasks import takes_lessons
 
 EXPLAINED = ("task", "kd", "explanation", "cosine", "agreement", "zero_maps")  # parts of an E2KDLoss
@@ -24,7 +25,7 @@ class Averages:
     well.
 
     Args:
-        criterion: an `E2KDLoss`, or a method of `e2kd.baselines`.
+        criterion: an `E2KDLoss`, or a method of `e2kd.baselines`, before or after it is wrapped for several processes.
 
     Raises:
         TypeError: for another criterion.
@@ -45,6 +46,8 @@ class Averages:
     """
 
     def __init__(self, criterion: Any) -> None:
+        if isinstance(criterion, nn.Module):
+            criterion = unwrap(criterion)
         self.inside = criteria(criterion)
         if not self.inside:
             raise TypeError(

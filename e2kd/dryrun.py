@@ -15,10 +15,10 @@ from e2kd.errors import REFUSALS, NoEffectWarning
 from e2kd.explainers import Explainer
 from e2kd.inspection import explain, explain_each
 from e2kd.losses import E2KDLoss
-from e2kd.modes import kept_statistics, rng_state, set_rng_state, unwrap
+from e2kd.modes import kept_statistics, undrawn, unwrap
 from e2kd.plans import Plan, plan_for
 from e2kd.similarity import is_zero
-from e2kd.teacher import Teacher
+from e2kd.teacher import Normalization, Teacher
 
 WAYS = {
     "closed": "closed form (pooling and one linear layer)",
@@ -104,10 +104,14 @@ def check(
     explainer: Explainer | None = None,
     teacher_explainer: Explainer | None = None,
     classes: Choice | None = None,
+    input_normalization: Normalization | None = None,
+    teacher_normalization: Normalization | None = None,
+    teacher_size: int | tuple[int, int] | None = None,
 ) -> Report:
     """Try one e²KD step on images [B, C, H, W] and report layers, grids, zero maps, double backward, compile and cost.
 
-    Explainers and classes as for `E2KDLoss`; classes that depend on targets ("labels", "positives") can't be tried.
+    Explainers, classes, normalisations and the teacher's size as for `E2KDLoss`; classes that depend on targets
+    ("labels", "positives") can't be tried.
 
     Models, gradients, BatchNorm statistics, modes and random state are left as they were. Never raises for what a
     model can't do: that is what `problems` is for.
@@ -130,8 +134,10 @@ def check(
         warnings.simplefilter("ignore", NoEffectWarning)
         try:
             criterion = E2KDLoss(
-                student, teacher, explainer=explainer, teacher_explainer=teacher_explainer, classes=classes
-            )
+                student, teacher, explainer=explainer, teacher_explainer=teacher_explainer, classes=classes,
+                input_normalization=input_normalization, teacher_normalization=teacher_normalization,
+                teacher_size=teacher_size,
+            )  # fmt: skip
         except REFUSALS as error:
             report.problems.append(f"student: {error}")
             return report
@@ -248,12 +254,10 @@ def _flops(criterion: E2KDLoss, images: Tensor, weight: float) -> int:
 def _borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Train mode inside; statistics, random state and mode as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    states = rng_state(device)
     model.train()
     try:
-        with torch.enable_grad(), kept_statistics(list(model.modules())):
+        with torch.enable_grad(), kept_statistics(list(model.modules())), undrawn(device):
             yield
     finally:
-        set_rng_state(states, device)
         for module, mode in modes:
             module.training = mode

@@ -166,4 +166,4 @@ def _encoder(folder: Path, pooled: bool) -> tuple[Any, Any]:
             f"The text encoder in {folder} has no trained weights for {', '.join(sorted(missing)[:3])}, which "
             f"would be random. {'Use pooled=False.' if pooled else 'Use another encoder.'}"
         )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.float().eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -70,6 +70,7 @@ def explain_each(
     with torch.inference_mode(False), torch.enable_grad():
         view = inspect(unwrap(model), images, explainer)
         classes = choose(view.logits.detach())
+        classes = classes.clone() if classes.is_inference() else classes
         maps = view.explain_each(explainer, classes)
     return Explanation(view.logits.detach(), maps.detach(), classes)
 
@@ -92,7 +93,7 @@ def _checked(classes: Any, logits: Tensor) -> Tensor:
 def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
     """The view of an eval-mode forward whose logits and gradients can be asked for any class."""
     with torch.inference_mode(False):
-        images = images.clone() if images.is_inference() else images.detach()
+        images = (images.clone() if images.is_inference() else images.detach()).to(dtype_of(model))
         with evaluating(model), as_written(list(model.modules())):
             plan = plan_for(model, explainer, images)
             if plan.dynamic:

@@ -29,7 +29,7 @@ from e2kd.modes import unwrap
 from e2kd.outputs import logits_of
 from e2kd.similarity import cosine, pooled
 from e2kd.student import StudentExplainer
-from e2kd.tasks import items, remove_hooks, reported, task_loss
+from e2kd.tasks import remove_hooks, reported, share, task_loss
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher, shared
 
@@ -238,13 +238,12 @@ class E2KDLoss(nn.Module):
                 loss is then this call's share of the batch's mean.
         """
         logits = logits_of(outputs)
-        if not is_teaching(self, self.student.student, logits):
+        if is_teaching(self, self.student.student, logits):
+            loss = self._teach(outputs, logits, targets)
+        else:
             multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
-            return task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel)
-        loss = self._teach(outputs, logits, targets)
-        if num_items_in_batch is None:
-            return loss
-        return loss * (items(logits, self._labels(targets)) / num_items_in_batch)
+            loss = task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel)
+        return loss if num_items_in_batch is None else loss * share(logits, self._labels(targets), num_items_in_batch)
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)

@@ -169,6 +169,16 @@ def set_rng_state(states: list[Tensor], device: torch.device) -> None:
 
 
 @contextmanager
+def undrawn(device: torch.device) -> Iterator[None]:
+    """The random generators are afterwards as they were, whatever is drawn inside."""
+    states = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(states, device)
+
+
+@contextmanager
 def replaying(modules: list[nn.Module], device: torch.device, states: list[Tensor] | None) -> Iterator[None]:
     """What a second run of a part of a model needs to give the same numbers and a double backward.
 

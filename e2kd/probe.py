@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e2kd.errors import UnsupportedModel
 from e2kd.graph import before, between
-from e2kd.modes import evaluating
+from e2kd.modes import evaluating, undrawn
 from e2kd.outputs import first_tensor, logits_of
+
+CHANGES_IMAGES = (
+    "{name} changes the images it is given in place, and everybody else who holds them would see others. Let its first "
+    "operation make new ones: Normalize(mean, std) without inplace=True, (x - mean) / std."
+)
+FSDP1 = (
+    "A module of {name} is a FullyShardedDataParallel, which does not survive that a part of it is differentiated "
+    "alone: its weights would no longer be trained. Use fully_shard (FSDP2; Accelerate: fsdp_version 2)."
+)
 
 
 @dataclass(frozen=True)
@@ -138,11 +148,14 @@ def _watching_head(model: nn.Module) -> Iterator[list[Any]]:
         given.append(features)
         return original(features, *args, **kwargs)
 
+    of_its_own = vars(model).get("forward_head")  # somebody's patch
     model.__dict__["forward_head"] = watched
     try:
         yield given
     finally:
         del model.__dict__["forward_head"]
+        if of_its_own is not None:
+            model.__dict__["forward_head"] = of_its_own
 
 
 def _version(value: Any) -> int | None:
@@ -191,11 +204,17 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
         jitter: standard deviation of noise on the parameters during the probe, which makes the gradients of
             zero-initialised heads visible; the gradient is that of the top logit of each sample.
     """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UnsupportedModel(FSDP1.format(name=type(model).__name__))
     calls: list[Call] = []
     images = images.detach().clone().requires_grad_()
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), undrawn(images.device):
+        passed = images.clone()
+        version = passed._version
         with _recording(model, calls), _watching_head(model) as given:
-            logits = logits_of(_run(model, images, jitter))
+            logits = logits_of(_run(model, passed, jitter))
+        if passed._version != version:
+            raise UnsupportedModel(CHANGES_IMAGES.format(name=type(model).__name__))
         head_input = first_tensor(given) if given and isinstance(given[-1], Tensor) else None
         found = Trace(images, logits, calls, head_input)
         _fill_gradients(found)  # still in eval mode: activation checkpointing runs parts of the forward again

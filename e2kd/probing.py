@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from e2kd.bcos.images import channels_of
 from e2kd.errors import REFUSALS
-from e2kd.modes import as_written, evaluating
+from e2kd.modes import as_written, evaluating, undrawn
 
 SIZES = (224, 256, 299, 384, 192, 160, 128, 96, 64, 32, 28)  # large first: small images hide late layers
 
@@ -39,7 +39,7 @@ def example_images(model: nn.Module) -> Tensor | None:
 
 def _runs(model: nn.Module, images: Tensor) -> bool:
     try:
-        with torch.no_grad(), evaluating(model), as_written(list(model.modules())):
+        with torch.no_grad(), evaluating(model), as_written(list(model.modules())), undrawn(images.device):
             model(images)
     except REFUSALS:
         return False

@@ -198,7 +198,7 @@ class StudentExplainer:
                 if error <= _tolerance(record, logits):
                     failed |= tried - {way}
                     self.last = way
-                    return view
+                    return self._gathering(view) if plan.site is None and self._is_sharded() else view
         view = self._graph_view(record, logits, plan, error)
         failed |= tried
         self.last = "graph"
@@ -295,6 +295,19 @@ class StudentExplainer:
         if groups or any(map(is_sharded, after)):
             raise UnsupportedModel(SHARDED.format(place=plan.place))
         return False
+
+    def _gathering(self, view: View) -> View:
+        """The view whose gradient leaves the parameters in place, which fully_shard takes back after any backward: that
+        of the explanation is still to be differentiated, before the student's own backward asks for them again."""
+
+        def gradient(classes: Tensor, again: bool) -> Tensor:
+            found = view.gradient(classes, again)
+            groups: Any = filter(is_group, self.student.modules())
+            for module in groups:
+                module.unshard()
+            return found
+
+        return replace(view, gradient=gradient)
 
     def _must_check(self, record: Record) -> bool:
         self.checks += 1

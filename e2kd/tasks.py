@@ -44,14 +44,14 @@ def remove_hooks(criterion: Any) -> None:
         criterion.remove()
 
 
-def items(logits: Tensor, labels: Any) -> Tensor | int:
-    """What Hugging Face counts in labels: class indices, or every entry of multi-hot ones.
+def share(logits: Tensor, labels: Any, items: Tensor | int) -> Tensor | float:
+    """Of a batch in all items that Hugging Face counts: class indices, or every entry of multi-hot labels.
 
     >>> import torch
-    >>> items(torch.zeros(3, 4), torch.tensor([1, IGNORED, 0]))
-    tensor(2)
+    >>> share(torch.zeros(3, 4), torch.tensor([1, IGNORED, 0]), 8)
+    tensor(0.2500)
     """
-    return labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else len(logits)
+    return (labels.ne(IGNORED).sum() if isinstance(labels, Tensor) else len(logits)) / items
 
 
 def reported(criterion: object, parts: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:

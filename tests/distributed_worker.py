@@ -140,14 +140,14 @@ def frozen_ddp(name: str) -> Result:
 # FSDP2
 
 
-def fsdp(name: str, shard: Callable[..., None], *, before: bool = True, math: bool = False) -> Result:
+def fsdp(name: str, shard: Callable[..., None], *, before: bool = True, math: bool = False, **settings: Any) -> Result:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     made = of_rank(joint_case(name))
     student = made.copy()
     fully = partial(fully_shard, mesh=init_device_mesh("cpu", (RANKS,)))
-    criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss()) if before else None
+    criterion = e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss(), **settings) if before else None
     shard(student, fully)
     criterion = criterion or e2kd.E2KDLoss(student, made.teacher, nn.CrossEntropyLoss())
     with sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext():
@@ -348,6 +348,7 @@ GROUPS: dict[str, dict[str, Callable[[], Result]]] = {
         "cnn-shard_kept": partial(fsdp, "cnn", shard_kept),
         "bcos-shard_root-default": partial(fsdp, "bcos", shard_root),
         "bcos-shard_root-reshard": partial(fsdp, "bcos", partial(shard_root, reshard_after_forward=True)),
+        "bcos-shard_root-separate": partial(fsdp, "bcos", shard_root, explainer=e2kd.BcosWeights(passes="separate")),
     },
     "fsdp_double": {  # torch dies of a double backward through parameters that were sharded in between
         "hidden-shard_root-reshard": partial(fsdp, "hidden", partial(shard_root, reshard_after_forward=True)),

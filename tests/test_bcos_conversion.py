@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import e2kd
 from e2kd.bcos import AddInverse, BatchNormUncentered2d, bcosify, explanation_mode, load_official
+from e2kd.errors import UnsupportedModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,6 +287,34 @@ def test_tells_what_it_changed() -> None:
     assert conversion.added == ("cls_token", "pos_embed")
     assert "2 parameters add to the logits: cls_token, pos_embed" in str(conversion)
     assert small("vit", bias=True).conversion.removed == ()
+
+
+def test_what_shapes_an_attention_adds_nothing_to_logits() -> None:
+    net = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5, qk_norm=True
+    )
+    model = bcosify(net, bias=True, mean=MEAN, std=STD).eval()
+    images = AddInverse()(torch.rand(2, 3, 32, 32)).requires_grad_()
+    with explanation_mode() as mode:
+        score = model(images)[:, 1].sum()
+    assert "blocks.0.attn.q_norm.bias" not in model.conversion.added
+    for name in model.conversion.added:
+        assert mode.weights(score, model.get_parameter(name), retain_graph=True).isfinite().all()
+
+
+@pytest.mark.parametrize("convert", [timm.layers.freeze_batch_norm_2d, timm.layers.convert_splitbn_model])
+def test_batch_norms_that_would_subtract_the_mean_are_refused(convert: Callable[[nn.Module], nn.Module]) -> None:
+    made = bcosify(timm.create_model("test_resnet", num_classes=5), bias=True)
+    with pytest.raises(UnsupportedModel, match="eval mode"):
+        convert(made)
+
+
+def test_means_folded_into_biases_are_not_there_to_be_subtracted_again() -> None:
+    net = timm.create_model("test_resnet", num_classes=5)
+    net(torch.rand(8, 3, 32, 32))
+    made = bcosify(net, bias=True)
+    assert made.bn1.running_mean.count_nonzero() == 0
+    assert net.bn1.running_mean.count_nonzero() > 0
 
 
 def test_takes_plain_images_from_now_on() -> None:

@@ -204,6 +204,26 @@ def test_a_compact_pass_is_ordinary_where_layers_have_hooks_or_are_run_again() -
     torch.testing.assert_close(mode.weights(y, x), wanted, **TIGHT)
 
 
+@pytest.mark.parametrize("layer", [BcosConv2d(6, 4, 3), BcosLinear(6, 4), BcosLinear(6, 4, b=1.5)])
+def test_jacobians_of_all_outputs_at_once_are_those_one_by_one(layer: nn.Module) -> None:
+    layer = layer.double().requires_grad_(False)
+    x = noise(2, 6, 5, 5) if isinstance(layer, BcosConv2d) else noise(2, 6)
+    wanted = torch.autograd.functional.jacobian(layer, x)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x), wanted, **TIGHT)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(layer, x, vectorize=True), wanted, **TIGHT)
+
+
+def test_a_linear_layer_takes_a_single_vector_in_a_compact_pass_too() -> None:
+    layer, x = BcosLinear(6, 4).double(), noise(6).requires_grad_()
+    gradients = []
+    for compact in (False, True):
+        with explanation_mode(compact=compact) as mode:
+            y = layer(x)
+        weights = mode.weights(y.sum(), x, create_graph=True)
+        gradients.append(torch.autograd.grad(weights.square().sum(), layer.parameters()))
+    torch.testing.assert_close(*gradients, **TIGHT)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_mode_changes_neither_outputs_nor_ordinary_gradients(name: str) -> None:
     layer, x = made(name)
@@ -392,7 +412,7 @@ class TestBatchNormUncentered:
 
     def test_is_never_made_a_centred_synchronised_norm(self) -> None:
         model = nn.Sequential(BcosConv2d(6, 4, 3), BatchNormUncentered2d(4))
-        with pytest.raises(UnsupportedModel, match="subtracts the mean"):
+        with pytest.raises(UnsupportedModel, match="subtract the mean"):
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         assert model[1].affine
         assert type(copy.deepcopy(model)[1]) is BatchNormUncentered2d

@@ -609,8 +609,12 @@ def test_a_bcos_teacher_is_frozen_and_checked_from_the_command_line(
     pair = ["--student", "bcos.resnet20", *teacher, "--num-classes", "2", "--size", "32", "--batch", "2"]
     assert main(["check", *pair]) == 0
     assert "its own forward" in capsys.readouterr().out
-    assert main(["check", *pair, "--student-layer", "1.layer2", "--images", str(tmp_path / "data")]) in (0, 1)
-    assert "1.layer2" in capsys.readouterr().out
+    assert main(["check", *pair, "--student-layer", "layer2", "--images", str(tmp_path / "data")]) in (0, 1)
+    assert "network.layer2" in capsys.readouterr().out
+    student = ["--student", "test_resnet", *teacher, "--num-classes", "2", "--size", "32", "--batch", "2"]
+    for images in ([], ["--images", str(tmp_path / "data")]):
+        main(["check", *student, *images])
+        assert "[0, 1]" not in capsys.readouterr().out  # the teacher gets colours, however the student sees them
     assert main(["check", *pair[2:], "--student", "bcos.Attention"]) == 2
     assert "has no network 'Attention'" in capsys.readouterr().err
 

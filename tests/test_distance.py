@@ -388,7 +388,8 @@ class TestDegenerateInput:
             ({"student": torch.full((12, 20), 3.3)}, "student is the same for every image"),
             ({"student": torch.full((12, 20), torch.nan)}, "student has values that are NaN"),
             ({"base": torch.full((12, 20), torch.inf)}, "base has values that are NaN or infinite"),
-            ({"labels": torch.eye(12)}, "labels is equally far apart for every two images"),
+            ({"labels": torch.eye(12)}, "labels has no distances beyond what single images are apart from all others"),
+            ({"labels": torch.eye(2)[torch.arange(12) // 11]}, "or all but one"),
             ({"student": 3 * three()["base"] + 1}, "student differs from base by nothing but scale"),
         ],
     )
@@ -399,6 +400,21 @@ class TestDegenerateInput:
         assert math.isnan(score.error)
         assert reason in score.reason
         assert torch.isnan(distance.semi_partial_dcor(t["student"], t["labels"], t["base"]))
+
+    def test_the_batch_whose_features_are_left_without_anything_is_named_by_them(self) -> None:
+        good, bad = three(), three(seed=7)
+        sums = DistanceSums.of(**good) + DistanceSums.of(**{**bad, "student": bad["base"]})
+        assert sums.score("student", "labels", "base").value == sums.score("student", "labels", "base").value
+        reason = sums.score("student", "labels", "base", mean=True).reason
+        assert reason == "student differs from base by nothing but scale"
+
+    def test_four_images_have_no_error(self) -> None:
+        score = DistanceSums.of(**three(4)).score("student", "base")
+        assert math.isfinite(score.value)
+        assert math.isnan(score.error)
+        assert math.isfinite(
+            (DistanceSums.of(**three(4)) + DistanceSums.of(**three(4, seed=1))).score("student", "base").error
+        )
 
     @pytest.mark.parametrize("n", [1, 2, 3])
     def test_fewer_than_four_images(self, n: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def test_padding_changes_nothing(bert: Path, pooled: bool, tmp_path: Path) -> No
     assert not found.requires_grad
     assert not found.is_inference()
     assert torch.equal(label_embeddings(NAMES, bert, pooled=pooled, cache=False), found)
+
+
+def test_an_encoder_saved_in_half_precision_runs_in_float32(bert: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    half, wide = tmp_path / "half", tmp_path / "wide"
+    model = transformers.BertModel.from_pretrained(bert).to(torch.bfloat16)
+    for folder, saved in ((half, model), (wide, copy.deepcopy(model).float())):
+        saved.save_pretrained(folder)
+        transformers.BertTokenizer.from_pretrained(bert).save_pretrained(folder)
+    found, wanted = (label_embeddings(NAMES, folder, cache=False) for folder in (half, wide))
+    torch.testing.assert_close(found, wanted)
 
 
 class TestCache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from nets import SharedActivation, TinyViT, cnn
@@ -149,6 +151,16 @@ class TestUntrained:
         control = untrained(vit, seed=3)
         assert not torch.equal(control.token, vit.token)
         assert control.position.std().item() == pytest.approx(vit.position.std().item(), rel=0.3)
+
+    @pytest.mark.parametrize(
+        "norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm]
+    )
+    def test_draws_weights_that_a_norm_keeps_elsewhere(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        trained = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.Flatten(), norm(nn.Linear(4, 2)))
+        x = torch.rand(4, 3, 3, 3)
+        control = untrained(trained.eval())
+        assert not torch.allclose(control[0](x), trained[0](x), atol=0.05)
+        assert control(x).isfinite().all()
 
     def test_is_not_what_the_same_seed_made(self) -> None:
         """A control with the student's own first weights would be alike to it for that reason."""

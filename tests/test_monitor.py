@@ -226,7 +226,7 @@ class TestWhatIsLeftAlone:
         plain, watched = trained(False), trained(True)
         assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
-    @pytest.mark.parametrize("change", [None, "weights", "statistics"])
+    @pytest.mark.parametrize("change", [None, "weights", "statistics", "signs", "order"])
     def test_fixed_models_are_asked_once_until_they_change(self, change: str | None) -> None:
         teacher, base, calls = net(4), Noisy(), list[str]()
         teacher.register_forward_hook(lambda *_: calls.append("teacher"))
@@ -239,6 +239,10 @@ class TestWhatIsLeftAlone:
             calls.clear()
             if change == "weights":
                 base.conv.weight.data.add_(torch.randn(6, 3, 3, 3))  # leaves no trace but the values
+            if change == "signs":
+                base.conv.weight.data.neg_()
+            if change == "order":
+                base.conv.weight.data.copy_(base.conv.weight.flip(2).clone())
             if change == "statistics":
                 base.norm.running_mean.fill_(-1)
             monitor(1)
@@ -256,6 +260,32 @@ class TestWhatIsLeftAlone:
         for step in range(3):
             monitor.measure(step)
         assert len(calls) == 3
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_a_student_of_another_precision_than_the_probe(self, dtype: torch.dtype) -> None:
+        tracker = Tracker()
+        watch(tracker, net(0).to(dtype)).measure(0)
+        whole = Tracker()
+        watch(whole).measure(0)
+        for name, value in whole.scalars[0][1].items():
+            assert tracker.scalars[0][1][name] == pytest.approx(value, abs=0.1) or name.endswith(("seconds", "share"))
+
+    def test_measures_inside_of_inference_mode(self) -> None:
+        tracker, model = Tracker(), net(0)
+        monitor = watch(tracker)
+        with torch.inference_mode():
+            monitor.measure(0)
+            found = e2kd.explain(model, images(), LABELS.clone())
+        assert tracker.scalars[0][1]["e2kd/agreement"] >= 0
+        assert torch.equal(found.maps, e2kd.explain(net(0), images(), LABELS).maps)
+
+    def test_says_why_a_student_that_is_nan_has_no_cosine(self) -> None:
+        student = net(0)
+        student[0].weight.data.fill_(torch.nan)
+        monitor = watch(Tracker(), student)
+        with pytest.warns(match="NaN or infinite"):
+            monitor.measure(0)
+        assert monitor.reasons["explanation_cosine"] == "one of the two has maps that are NaN or infinite"
 
     def test_works_around_a_compiled_student(self) -> None:
         student = torch.compile(net(0), backend="eager")
@@ -433,8 +463,9 @@ class TestTrackers:
 
         data = [{"pixel_values": image, "labels": label} for image, label in zip(images(), LABELS, strict=True)]
         arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, per_device_train_batch_size=8
-        )
+            str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, per_device_train_batch_size=8,
+            logging_steps=1,
+        )  # fmt: skip
         trainer = transformers.Trainer(Wrapped(), arguments, train_dataset=data)
         monitor = TransferMonitor(
             student, net(3), (images(), LABELS), *to_trainer(trainer), layers=["3"], every=2, max_share=None
@@ -443,6 +474,7 @@ class TestTrackers:
         trainer.train()
         logged = [(row["step"], row["e2kd/fss/3"]) for row in trainer.state.log_history if "e2kd/fss/3" in row]
         assert [step for step, _ in logged] == [1, 3]
+        assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3]
         assert logged[0] != logged[1]
 
     def test_timms_summary_has_the_same_columns_in_every_epoch(self, tmp_path: Path) -> None:

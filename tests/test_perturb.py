@@ -229,6 +229,16 @@ class TestMasks:
         assert torch.equal(most, ~zeros)
         assert torch.equal(least, zeros)
 
+    def test_all_and_nothing_are_kept_whatever_the_map(self) -> None:
+        maps = torch.rand(2, 1, 4, 4).sub(0.5).relu()
+        maps[1] = torch.nan
+        assert keep_most(maps, 100).all()
+        assert not keep_least(maps, 0).any()
+        image = torch.rand(2, 3, 4, 4)
+        found = road(image, maps, 100)
+        assert torch.equal(found.images, image)
+        assert found.blank.tolist() == [False, True]
+
     def test_scale_of_maps_does_not_matter(self) -> None:
         maps = torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(0))
         assert torch.equal(keep_most(1e-20 * maps, 30), keep_most(maps, 30))

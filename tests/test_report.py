@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -343,6 +344,99 @@ class TestCommand:
         }.items():
             with pytest.raises(ValueError, match=message):
                 make_model(name, 2, None, pretrained=False)
+
+    def test_a_network_that_does_not_say_how_it_expects_images(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Known of it is what the command line says; its numbers are those of a network that says it itself."""
+        from e2kd.cli import main
+
+        (tmp_path / "silent_networks.py").write_text(
+            "import timm\n"
+            "def small(num_classes):\n"
+            "    model = timm.create_model('resnet10t', num_classes=num_classes)\n"
+            "    del model.pretrained_cfg, model.default_cfg\n"
+            "    return model\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.path", list(sys.path))
+        arguments = self.arguments(folder, tmp_path / "known", "--count", "8", "--regions", "none")
+        assert main(arguments) == 0
+        arguments[arguments.index("resnet10t")] = "silent_networks:small"
+        arguments[arguments.index(str(tmp_path / "known"))] = str(tmp_path / "said")
+        assert main(arguments) == 2
+        assert "Pass --mean and --std" in capsys.readouterr().err
+        cfg = make_model("resnet10t", 2, None, pretrained=False).pretrained_cfg
+        said = [word for name in ("mean", "std") for word in (f"--{name}", *map(str, cfg[name]))]
+        assert main([*arguments, *said]) == 0
+        known, found = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("known", "said"))
+        assert found["networks"][0]["accuracy"] == known["networks"][0]["accuracy"]
+        assert found["pairs"] == known["pairs"]
+
+    def test_bcos_networks_by_name(self, folder: Path, tmp_path: Path) -> None:
+        from e2kd.cli import main
+
+        pair = ["--student", "bcos.resnet20", "--base", "bcos.resnet20", "--num-classes", "2"]
+        sizes = ["--student-size", "32", "--base-size", "32", "--student-layers", "layer2", "--base-layers", "layer2"]
+        images = ["--images", str(folder / "images"), "--count", "8"]
+        masks = ["--masks", str(folder / "masks"), "--mask-value", "1"]
+        assert main(["report", *pair, *sizes, *images, *masks, "--out", str(tmp_path)]) == 0
+        found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert found["networks"][0]["layers"] == ["network.layer2"]
+        assert 0 < found["networks"][0]["epg"] < 1
+
+    @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04cut"])
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_a_file_that_is_no_checkpoint(
+        self, folder: Path, tmp_path: Path, content: bytes, suffix: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from e2kd.cli import main
+
+        path = tmp_path / f"broken{suffix}"
+        path.write_bytes(content)
+        assert main([*self.arguments(folder, tmp_path), "--student-checkpoint", str(path)]) == 2
+        assert f"{path} could not be read as a state_dict" in capsys.readouterr().err
+
+    def test_a_whole_network_in_a_file_is_not_unpickled(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from e2kd.cli import main
+
+        path = tmp_path / "whole.pth"
+        torch.save(nn.Linear(2, 2), path)
+        assert main([*self.arguments(folder, tmp_path), "--student-checkpoint", str(path)]) == 2
+        assert "of tensors and plain values alone" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("said", [["--device", "gpu"], ["--count", "0"], ["--batch-size", "-1"]])
+    def test_words_that_are_no_device_or_number(
+        self, folder: Path, tmp_path: Path, said: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from e2kd.cli import main
+
+        with pytest.raises(SystemExit):
+            main([*self.arguments(folder, tmp_path), *said])
+        assert f"argument {said[0]}: expected" in capsys.readouterr().err
+
+    def test_masks_in_one_folder_are_not_taken_twice(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The photos of both classes have the same names."""
+        from e2kd.cli import main
+
+        arguments = self.arguments(folder, tmp_path, "--masks", str(folder / "masks" / "cat"), "--count", "4")
+        assert main(arguments) == 2
+        assert "Several photos are called 0" in capsys.readouterr().err
+
+    def test_a_photo_that_was_cut_short_is_named(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from e2kd.cli import main
+
+        photos = shutil.copytree(folder / "images", tmp_path / "images")
+        whole = (photos / "dog" / "3.jpg").read_bytes()
+        (photos / "dog" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+        assert main([*self.arguments(folder, tmp_path / "out"), "--images", str(photos)]) == 2
+        assert str(photos / "dog" / "3.jpg") in capsys.readouterr().err
 
     def test_one_network_is_not_enough(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         from e2kd.cli import main

@@ -1038,3 +1038,51 @@ def test_eager_forward_after_a_compiled_one_makes_the_first_refused() -> None:
     student(made.images.flip(0) * 2)
     with pytest.raises((RuntimeError, e2kd.UnsupportedModel), match=r"once per forward|two forwards"):
         criterion(outputs, made.targets)
+
+
+# What looking at a model must not change
+
+
+class DrawsInEval(nn.Module):
+    """Monte Carlo dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.3, training=True)
+
+
+def test_looking_for_a_layer_draws_no_random_numbers() -> None:
+    student, teacher = small(), small()
+    student.insert(len(student) - 1, DrawsInEval())
+    before = torch.get_rng_state()
+    e2kd.E2KDLoss(student, teacher)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_head_that_somebody_patched_stays_patched() -> None:
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    own = model.forward_head
+    model.forward_head = lambda x, pre_logits=False: 10 * own(x, pre_logits=pre_logits)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(images)
+        e2kd.explain(model, images)
+        e2kd.E2KDLoss(timm.create_model("test_resnet", num_classes=5), model)
+        assert torch.equal(model(images), before)
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), torchvision.transforms.Normalize([0.5], [0.5], inplace=True)])
+def test_a_model_that_changes_its_images_in_place_is_refused(first: nn.Module) -> None:
+    with pytest.raises(e2kd.UnsupportedModel, match="changes the images it is given in place"):
+        e2kd.E2KDLoss(nn.Sequential(first, *small()), small())
+    images = torch.rand(2, 3, 16, 16) - 0.5
+    before = images.clone()
+    with pytest.raises(e2kd.UnsupportedModel, match="changes the images it is given in place"):
+        e2kd.explain(nn.Sequential(first, *small()), images)
+    assert torch.equal(images, before)
+
+
+def test_a_student_wrapped_by_the_first_fsdp_is_refused() -> None:
+    """Told by the class's name: making one asks for a process group."""
+    wrapped = type("FullyShardedDataParallel", (nn.Sequential,), {})(*small())
+    with pytest.raises(e2kd.UnsupportedModel, match="fully_shard"):
+        e2kd.E2KDLoss(wrapped, small())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import logging
 import math
 import re
 import runpy
 import signal
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from e2kd.commands.models import read_state
 from e2kd.trainers.accelerate import Parts
 from e2kd.trainers.averages import Averages
 from e2kd.trainers.timm import E2KDTask
-from e2kd.trainers.timm.launching import main, meet, parser, prefetches_lessons, script_arguments
+from e2kd.trainers.timm.launching import loaded_images, main, meet, parser, prefetches_lessons, script_arguments
 from e2kd.trainers.transformers import E2KDCallback, FrozenCollator
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")]
@@ -425,6 +427,18 @@ def test_launcher_trains_once_in_a_process_of_several(monkeypatch: pytest.Monkey
     meet()
 
 
+def test_images_are_what_the_scripts_options_say(tmp_path: Path) -> None:
+    student = timm.create_model("test_resnet")
+    known = student.pretrained_cfg["mean"], student.pretrained_cfg["std"]
+    (tmp_path / "run.yaml").write_text("std: [1.0, 1.0, 1.0]")
+    for said, wanted in {
+        (): {},
+        ("--mean", "0.1"): {"input_normalization": ([0.1], known[1])},
+        ("-c", str(tmp_path / "run.yaml")): {"input_normalization": (known[0], [1.0, 1.0, 1.0])},
+    }.items():
+        assert loaded_images(["--epochs", "1", *said], student) == wanted
+
+
 # Hugging Face's Trainer
 
 
@@ -451,7 +465,8 @@ def hf_trainer(made: Case, folder: Path, loss: Any, data: Any = None, **settings
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, remove_unused_columns=False,
         max_grad_norm=0.0, **{"save_strategy": "no"} | settings,
     )  # fmt: skip
-    student = loss.student.student if isinstance(loss, e2kd.E2KDLoss) else hf_student()
+    student = getattr(loss, "student", None) or hf_student()
+    student = getattr(student, "student", student)  # an E2KDLoss holds it in another
     return hf.Trainer(
         student, arguments, train_dataset=data, eval_dataset=TensorDataset(made.images, made.targets),
         compute_loss_func=loss, data_collator=FrozenCollator(),
@@ -564,8 +579,44 @@ def test_a_call_weighs_its_share_of_the_labels_that_hugging_face_counts(labels: 
     loss = nn.BCEWithLogitsLoss() if labels.ndim == 2 else nn.CrossEntropyLoss()
     criterion = e2kd.E2KDLoss(student, made.teacher, loss)
     whole = criterion(student(made.images), labels)
-    shared = criterion(student(made.images), labels, num_items_in_batch=3 * labels.ne(-100).sum())
+    items = 3 * labels.ne(-100).sum()
+    shared = criterion(student(made.images), labels, num_items_in_batch=items)
     assert float(shared) == pytest.approx(float(whole) / 3, rel=1e-5)
+    around = e2kd.baselines.AT(student, made.teacher, criterion)
+    with torch.no_grad():  # an evaluation of several processes, whose losses the Trainer adds up
+        whole = loss(student.eval()(made.images), labels)
+        for evaluated in (criterion, around):
+            shared = evaluated(student(made.images), labels, num_items_in_batch=items)
+            assert float(shared) == pytest.approx(float(whole) / 3, rel=1e-5)
+
+
+def test_a_criterion_may_be_the_next_trainers(tmp_path: Path) -> None:
+    """Nothing of the first stays on it, which would divide accumulated batches twice."""
+    made, gradients, trainers = case("cnn", batch=8), [], []
+    criterion = e2kd.E2KDLoss(hf_convnext(), made.teacher)
+    for _ in range(2):
+        settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+        trainer = hf_trainer(made, tmp_path, criterion, max_steps=1, **settings)
+        trainer.data_collator = images_alone
+        trainer.add_callback(E2KDCallback(trainer))
+        trainer.add_callback(keep := KeepGradients())
+        trainer.train()
+        gradients += keep.found
+        assert sum("e2kd/kd" in entry for entry in trainer.state.log_history) == 1
+        trainers.append(weakref.ref(trainer))
+        del trainer
+    gc.collect()
+    assert trainers[0]() is None
+    assert error(gradients[1], gradients[0]) < 1e-4
+
+
+def test_a_method_alone_is_logged(tmp_path: Path) -> None:
+    made = case("cnn", batch=8)
+    trainer = hf_trainer(made, tmp_path, e2kd.baselines.DKD(hf_convnext(), made.teacher, nn.CrossEntropyLoss()))
+    trainer.add_callback(E2KDCallback(trainer))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "e2kd/dkd" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
 
 
 # Accelerate

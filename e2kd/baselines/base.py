@@ -21,7 +21,7 @@ from e2kd.modes import device_of, dtype_of, unwrap
 from e2kd.outputs import logits_of
 from e2kd.probing import example_images
 from e2kd.similarity import at_least_float32
-from e2kd.tasks import items, remove_hooks, reported, task_loss
+from e2kd.tasks import remove_hooks, reported, share, task_loss
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher, shared
 
@@ -208,8 +208,13 @@ class Baseline(nn.Module, ABC):
     ) -> Tensor:
         """The loss [] for the student's outputs; see `E2KDLoss.forward`."""
         logits = logits_of(outputs)
-        if not is_teaching(self, self.student, logits):
-            return task_loss(self.criterion, outputs, targets, self._labels(targets))
+        if is_teaching(self, self.student, logits):
+            loss = self._teach(outputs, logits, targets)
+        else:
+            loss = task_loss(self.criterion, outputs, targets, self._labels(targets))
+        return loss if num_items_in_batch is None else loss * share(logits, self._labels(targets), num_items_in_batch)
+
+    def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
         record = self.tap.record(logits)
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -223,9 +228,7 @@ class Baseline(nn.Module, ABC):
                 parts[self.name] = self.term(self._batch(record, logits, targets))
         loss = parts["task"] + self._weight() * parts[self.name]
         self._parts = reported(self.criterion, parts, loss)
-        return (
-            loss if num_items_in_batch is None else loss * (items(logits, self._labels(targets)) / num_items_in_batch)
-        )
+        return loss
 
     def __reduce__(self) -> Any:
         raise TypeError(NO_PICKLE.format(name=type(self).__name__))

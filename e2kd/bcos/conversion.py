@@ -30,6 +30,7 @@ WALKED = frozenset(
     }
 )
 ADDED = ("bias", "pos_embed", "cls_token", "reg_token")  # names of parameters that are added to something
+ATTENTION = {"q_norm", "k_norm"}  # what these add to is the attention, which explanations hold fixed
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def bcosify(
     if problems:
         raise _refusal(model, problems)
     removed = () if bias else tuple(name for name in _added(model) if name.endswith("bias"))
-    made.conversion = Conversion(type(model).__name__, b, tuple(walk.changes), removed, tuple(_added(made)))
+    added = tuple(name for name in _added(made) if ATTENTION.isdisjoint(name.split(".")))
+    made.conversion = Conversion(type(model).__name__, b, tuple(walk.changes), removed, added)
     _expect_plain_colours(made)
     return made  # type: ignore[no-any-return]
 

@@ -144,7 +144,7 @@ class _Aligned(Function):
 
     @staticmethod
     def forward(linear: Tensor, norm: Tensor, mode: ExplanationMode | None) -> Tensor:
-        return _cosine(linear, norm).mul_(linear).to(linear.dtype)
+        return (_cosine(linear, norm) * linear).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, ExplanationMode | None], output: Tensor) -> None:
@@ -169,7 +169,7 @@ class _Cosine(Function):
 
     @staticmethod
     def forward(g: Tensor, linear: Tensor, norm: Tensor) -> Tensor:
-        return _cosine(linear, norm).mul_(g).to(linear.dtype)
+        return (_cosine(linear, norm) * g).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -183,7 +183,7 @@ class _Cosine(Function):
         result, linear, norm = ctx.saved_tensors
         by_linear = result / torch.where(linear == 0, 1, linear) * v  # result is 0 where linear is
         by_norm = -(v * result).sum_to_size(norm.shape) / norm
-        return _cosine(linear, norm).mul_(v).to(ctx.type), by_linear.to(linear.dtype), by_norm
+        return (_cosine(linear, norm) * v).to(ctx.type), by_linear.to(linear.dtype), by_norm
 
 
 class _Attended(Function):

@@ -13,10 +13,12 @@ from e2kd.bcos.statistics import of_batch
 from e2kd.bcos.unit import full_precision
 from e2kd.errors import UnsupportedModel, shape
 
-SYNCHRONISED = (
-    "BatchNormUncentered2d can't be converted to SyncBatchNorm, which subtracts the mean and which explanations don't "
-    "hold fixed: the network would be another one. Leave the conversion out (Lightning: sync_batchnorm=False); every "
-    "process then normalises by its own part of the batch, as the papers' networks were trained."
+CONVERSIONS = ("convert_sync", "convert_splitbn", "freeze_batch_norm")  # torch's, timm's and apex's functions
+CONVERTED = (
+    "BatchNormUncentered2d can't be converted to another batch norm (SyncBatchNorm, timm's split or frozen ones): they "
+    "subtract the mean, and explanations don't hold their statistics fixed, so the network would be another one. Leave "
+    "the conversion out (Lightning: sync_batchnorm=False); every process then normalises by its own part of the batch, "
+    "as the papers' networks were trained. To freeze statistics put these layers into eval mode."
 )
 
 
@@ -75,9 +77,9 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
 
     @property
     def affine(self) -> bool:
-        """Whether there is a weight. What converts to synchronised batch norms asks for it, and is refused."""
-        if sys._getframe(1).f_code.co_name.startswith("convert_sync"):  # torch's, timm's and apex's
-            raise UnsupportedModel(SYNCHRONISED)
+        """Whether there is a weight. What converts to other batch norms asks for it, and is refused."""
+        if sys._getframe(1).f_code.co_name.startswith(CONVERSIONS):
+            raise UnsupportedModel(CONVERTED)
         return bool(self.__dict__["affine"])
 
     @affine.setter

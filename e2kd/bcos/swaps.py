@@ -122,6 +122,7 @@ def _uncentred(made: Any, norm: nn.BatchNorm2d) -> nn.Module:
         assert norm.running_var is not None
         shift = norm.running_mean * (norm.running_var + norm.eps).rsqrt()
         made.bias = parameter(norm.bias - shift * norm.weight, norm.bias)
+        made.running_mean = torch.zeros_like(norm.running_mean)  # now in the bias, should anybody else subtract it
     return made  # type: ignore[no-any-return]
 
 

@@ -124,7 +124,7 @@ class Product:
         if self._settings:
             found: Tensor = conv2d_weight(x, list(size), g, *self._settings)
             return found
-        return g.flatten(0, -2).T @ x.flatten(0, -2)
+        return g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
     def of_rows(self, vector: Tensor) -> Tensor:
         """One number for each row of the weight, such that it broadcasts to outputs."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from e2kd.bcos import AddInverse
-from e2kd.bcos.images import channels_of, colours_of, is_bcos
+from e2kd.bcos.images import is_bcos
 from e2kd.classes import choice_said
-from e2kd.commands.models import NAMES, make_model
-from e2kd.commands.photos import find_photos, normalized, read_photos
+from e2kd.commands.models import NAMES, count_said, make_model, taking_colours
+from e2kd.commands.photos import add_normalization, find_photos, normalization_of, normalized, read_photos
 from e2kd.explainers import NAMED
+from e2kd.teacher import Normalization, expected_normalization
 
 CLASSES = 1000
 
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-classes", type=int, default=CLASSES)
     parser.add_argument("--images", type=Path, help="folder of images to look at; noise if not given")
     parser.add_argument("--size", type=int, help="side of the images; the student's own by default")
-    parser.add_argument("--batch", type=int, default=8)
+    add_normalization(parser)
+    parser.add_argument("--batch", type=count_said, default=8)
     parser.add_argument("--explainer", choices=tuple(NAMED), help="of both; by the kind of model if not given")
     parser.add_argument("--student-layer", help="dotted name; found if not given")
     parser.add_argument("--teacher-layer", help="dotted name; found if not given")
@@ -47,24 +48,32 @@ def main(args: argparse.Namespace) -> int:
 
     student = make_model(args.student, args.num_classes, args.student_checkpoint, pretrained=False)
     teacher = make_model(args.teacher, args.num_classes, args.teacher_checkpoint, pretrained=args.pretrained)
-    if channels_of(student) != colours_of(student):
-        student = nn.Sequential(AddInverse(), student)
+    student, before = taking_colours(student)
+    own = at(args.student_layer and before + args.student_layer)
     theirs = at(args.teacher_layer) or (default_explainer(teacher) if args.student_layer else None)
-    images = _images(args, student)
+    images, normalization = _images(args, student, colours=is_bcos(student) or is_bcos(teacher))
+    if expected_normalization(teacher, None) is None:
+        normalization = None  # it gets the images as the student does
     report = check(
-        student, teacher, images, explainer=at(args.student_layer), teacher_explainer=theirs, classes=args.classes
-    )
+        student, teacher, images,
+        explainer=own, teacher_explainer=theirs, classes=args.classes, input_normalization=normalization,
+    )  # fmt: skip
     print(report)
     return 0 if report.ok else 1
 
 
-def _images(args: argparse.Namespace, student: nn.Module) -> Tensor:
+def _images(args: argparse.Namespace, student: nn.Module, *, colours: bool) -> tuple[Tensor, Normalization | None]:
+    """Photos, or noise, as the student expects them, and how that is; `colours` are in [0, 1] before."""
     from e2kd.probing import example_images
 
     example = example_images(student)
     side = args.size or (example.shape[-1] if example is not None else 224)
+    generator = torch.Generator().manual_seed(0)
+    if args.images is None and not colours:
+        return torch.randn(args.batch, 3, side, side, generator=generator), expected_normalization(student, None)
     if args.images is None:
-        noise = torch.rand if is_bcos(student) else torch.randn
-        return noise(args.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    photos = read_photos(find_photos(args.images, args.batch).paths, side)
-    return photos if is_bcos(student) else normalized(photos, student)
+        images = torch.rand(args.batch, 3, side, side, generator=generator)
+    else:
+        images = read_photos(find_photos(args.images, args.batch).paths, side)
+    how = normalization_of(student, args)
+    return normalized(images, how), how

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
+from e2kd.commands.photos import add_normalization, normalization_of
 from e2kd.explainers import NAMED, explainer_named
 
 
@@ -13,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `e2kd freeze`."""
     add_data(parser)
     add_teacher(parser)
+    add_normalization(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache; an unfinished one is completed")
     parser.add_argument("--view", type=int, default=256, help="side that images are brought to before anything random")
     parser.add_argument("--fit", choices=("crop", "squash"), default="crop", help="cut to a square, or squeeze")
@@ -37,14 +39,16 @@ def main(args: argparse.Namespace) -> int:
     asked = args.explainer if args.layer is None else args.explainer or "gradcam"
     explainer = None if asked in (None, "none") else explainer_named(asked, args.layer)
     dataset = make_dataset(args)
+    teacher = make_teacher(args, dataset)
     frozen = freeze(
-        make_teacher(args, dataset),
+        teacher,
         dataset,
         args.out,
         explainer=explainer,
         maps=args.explainer != "none",
         classes=args.classes,
         view=CanonicalView((args.view, args.view), args.fit),
+        normalization=normalization_of(teacher, args),
         teacher_size=args.teacher_size,
         top=args.top,
         map_type=args.map_type,

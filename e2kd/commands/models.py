@@ -9,13 +9,19 @@ import inspect
 import os
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
+from pickle import UnpicklingError
 from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from e2kd.bcos import AddInverse
+from e2kd.bcos.images import channels_of, colours_of
+
+UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, UnpicklingError)
 BCOS = "bcos."
 OWN = re.compile(r"(?!hf_hub:)[a-zA-Z_][\w.]*:[a-zA-Z_]\w*")  # not timm's hf-hub:owner/name
 NAMES = f"timm name, {BCOS}resnet18 and the like for networks of e2kd.bcos, or package.module:function for your own"
@@ -35,8 +41,9 @@ def make_model(
     else:
         model = _timm(name, classes, pretrained=pretrained, **settings)
     if checkpoint is not None:
+        state = read_state(checkpoint)
         try:
-            model.load_state_dict(read_state(checkpoint))
+            model.load_state_dict(state)
         except RuntimeError as error:  # names every key that does not fit
             said = shorten(" ".join(str(error).splitlines()[1:]), 160, placeholder=" ...")
             raise ValueError(f"{checkpoint} holds other weights than {name} has: {said}") from error
@@ -95,12 +102,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Nothing is unpickled but tensors and plain values.
     """
+    from safetensors import SafetensorError
     from timm.models import load_state_dict
 
     if not path.is_file():
         raise FileNotFoundError(f"Expected a checkpoint (.safetensors, .pth, .pth.tar), but there is no file {path}.")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # timm saves its arguments along
-        state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm saves its arguments along
+            state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+    except (*UNREADABLE, SafetensorError) as error:
+        said = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+        raise ValueError(
+            f"{path} could not be read as a state_dict, of tensors and plain values alone (.safetensors, .pth): {said}"
+        ) from error
     return state
 
 
@@ -128,8 +142,8 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, help=f"{NAMES}; {own}")
     parser.add_argument("--teacher-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the teacher")
     parser.add_argument("--num-classes", type=int, help="of the teacher; those of the data set for a checkpoint")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", type=device_said, help="cuda if there is one, else cpu")
+    parser.add_argument("--batch-size", type=count_said, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
 
 
@@ -145,10 +159,40 @@ def make_teacher(args: argparse.Namespace, dataset: Any) -> nn.Module:
     return model.to(device_for(args.device)).eval()
 
 
-def device_for(wanted: str | None) -> torch.device:
+def taking_colours(model: nn.Module) -> tuple[nn.Module, str]:
+    """A network that takes images of colours alone, and what stands before the names of its layers then."""
+    if channels_of(model) == colours_of(model):
+        return model, ""
+    return nn.Sequential(OrderedDict(inverse=AddInverse(), network=model)), "network."
+
+
+def count_said(text: str) -> int:
+    """A number from 1, for a command line.
+
+    >>> count_said("8")
+    8
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, but got {text!r}")
+    return int(text)
+
+
+def device_said(text: str) -> torch.device:
+    """A device of torch's, for a command line.
+
+    >>> device_said("cpu")
+    device(type='cpu')
+    """
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 or the like, but got {text!r}") from error
+
+
+def device_for(wanted: torch.device | None) -> torch.device:
     """The device that was asked for, else this process's GPU, else the CPU."""
     if wanted is not None:
-        return torch.device(wanted)
+        return wanted
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

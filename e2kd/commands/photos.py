@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from e2kd.teacher import Normalization, expected_normalization
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -50,12 +54,19 @@ def _some(folder: Path, paths: list[Path], count: int) -> list[Path]:
 
 def read_photos(paths: Sequence[Path], side: int) -> Tensor:
     """Images [n, 3, side, side] in [0, 1], cut to a square as validation transforms do."""
-    from PIL import Image
-
     from e2kd.frozen.views import CanonicalView
 
     view = CanonicalView((side, side))
-    return torch.stack([view(Image.open(path)) for path in paths]).float() / 255
+    return torch.stack([_read(path, view) for path in paths]).float() / 255
+
+
+def _read(path: Path, view: Callable[[Any], Tensor]) -> Tensor:
+    from PIL import Image
+
+    try:
+        return view(Image.open(path))
+    except OSError as error:  # PIL names no file where one is cut short
+        raise OSError(f"{path} could not be read: {error}") from error
 
 
 def read_masks(folder: Path, photos: Path, paths: Sequence[Path], side: int, value: int | None) -> Tensor:
@@ -74,8 +85,9 @@ def read_masks(folder: Path, photos: Path, paths: Sequence[Path], side: int, val
     from e2kd.frozen.views import CanonicalView
 
     view, found = CanonicalView((side, side)), []
+    shared = {stem for stem, count in Counter(path.stem for path in paths).items() if count > 1}
     for path in paths:
-        file = _mask_of(folder, path.relative_to(photos))
+        file = _mask_of(folder, path.relative_to(photos), flat=path.stem not in shared)
         with Image.open(file) as image:
             pixels = np.asarray(image if image.mode in ("L", "P", "1", "I", "I;16") else image.convert("L"))
         inside = pixels > 0 if value is None else pixels == value
@@ -83,16 +95,40 @@ def read_masks(folder: Path, photos: Path, paths: Sequence[Path], side: int, val
     return torch.stack(found)
 
 
-def _mask_of(folder: Path, name: Path) -> Path:
+def _mask_of(folder: Path, name: Path, *, flat: bool) -> Path:
+    """The file of a photo's mask: under the photo's name in the folder, or `flat`, without the photo's own folder."""
     for suffix in (name.suffix, *SUFFIXES):
-        for place in (folder / name.with_suffix(suffix), folder / f"{name.stem}{suffix}"):
+        for place in (folder / name.with_suffix(suffix), *([folder / f"{name.stem}{suffix}"] if flat else [])):
             if place.is_file():
                 return place
-    raise FileNotFoundError(f"Expected the mask of {name} in {folder}, named like the photo, but found none.")
+    several = "" if flat else f" Several photos are called {name.stem}: put masks into folders as the photos are."
+    raise FileNotFoundError(f"Expected the mask of {name} in {folder}, named like the photo, but found none.{several}")
 
 
-def normalized(images: Tensor, model: nn.Module) -> Tensor:
-    """Images [n, 3, H, W] in [0, 1] as a timm model expects them; others with mean and deviation 1/2."""
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (torch.tensor(configuration.get(name, (0.5,) * 3))[:, None, None] for name in ("mean", "std"))
+def add_normalization(parser: argparse.ArgumentParser) -> None:
+    """The options that say how networks expect images."""
+    for name in ("mean", "std"):
+        parser.add_argument(f"--{name}", type=float, nargs=3, help="of images, for networks that don't say theirs")
+
+
+def normalization_of(model: nn.Module, args: argparse.Namespace) -> Normalization:
+    """What a model says of itself, as those of timm and B-cos networks do, else what was said in `add_normalization`.
+
+    Raises:
+        ValueError: when neither is known.
+    """
+    found = expected_normalization(model, None)
+    if found is None and None not in (args.mean, args.std):
+        found = args.mean, args.std
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} doesn't say how it expects images to be normalised. Pass --mean and --std, three "
+            "numbers each: 0 0 0 and 1 1 1 where it takes images in [0, 1]."
+        )
+    return found
+
+
+def normalized(images: Tensor, how: Normalization) -> Tensor:
+    """Images [n, 3, H, W] in [0, 1] with this mean and standard deviation taken out."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in how)
     return (images - mean) / std

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from e2kd.commands.models import NAMES, device_for, make_model
-from e2kd.commands.photos import find_photos, normalized, read_masks, read_photos
+from e2kd.commands.models import NAMES, count_said, device_for, device_said, make_model, taking_colours
+from e2kd.commands.photos import (
+    add_normalization,
+    find_photos,
+    normalization_of,
+    normalized,
+    read_masks,
+    read_photos,
+)
 from e2kd.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -33,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images; with one folder for each class")
     parser.add_argument("--masks", type=Path, help="folder of masks named as the images: adds EPG and IoU")
     parser.add_argument("--mask-value", type=int, help="of the object's pixels; everything above 0 if not given")
-    parser.add_argument("--count", type=int, default=64, help="images, as many of every class")
+    add_normalization(parser)
+    parser.add_argument("--count", type=count_said, default=64, help="images, as many of every class")
     parser.add_argument("--num-classes", type=int, help="of the models; those of the folder for checkpoints")
     parser.add_argument(
         "--encoder", help="text encoder (folder or hub id) for the classes' names; one-hot if not given"
@@ -41,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooled", action="store_true", help="the encoder's pooler, as in the paper")
     parser.add_argument("--regions", choices=("unicam", "gradcam", "none"), default="unicam", help="perturbed scores")
     parser.add_argument("--keep", type=float, default=50.0, help="percentage of the pixels kept in them")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--batch-size", type=count_said, default=32)
+    parser.add_argument("--device", type=device_said, help="cuda if there is one, else cpu")
     parser.add_argument("--out", type=Path, required=True, help="folder of report.html, report.json and the PNGs")
 
 
@@ -96,9 +104,10 @@ def _subject(args: argparse.Namespace, role: str, paths: list[Path], classes: li
 
     name, checkpoint = str(getattr(args, role)), getattr(args, f"{role}_checkpoint")
     count = args.num_classes or (len(classes) or None if checkpoint is not None else None)
-    model = make_model(name, count, checkpoint, pretrained=checkpoint is None).to(device_for(args.device)).eval()
-    images = _as_expected(model, paths, told("size"))
-    layers = getattr(args, f"{role}_layers")
+    model, before = taking_colours(make_model(name, count, checkpoint, pretrained=checkpoint is None))
+    model = model.to(device_for(args.device)).eval()
+    images = _as_expected(args, model, paths, told("size"))
+    layers = [before + layer for layer in getattr(args, f"{role}_layers") or ()]
     try:
         layers = layers or stages(model, images)
     except UnsupportedModel as error:
@@ -108,10 +117,10 @@ def _subject(args: argparse.Namespace, role: str, paths: list[Path], classes: li
     return Subject(role, label, model, images, list(layers))
 
 
-def _as_expected(model: nn.Module, paths: list[Path], side: object) -> Tensor:
+def _as_expected(args: argparse.Namespace, model: nn.Module, paths: list[Path], side: object) -> Tensor:
     configuration = getattr(model, "pretrained_cfg", None) or {}
     size = side if isinstance(side, int) else int(configuration.get("input_size", (3, SIDE, SIDE))[-1])
-    images = normalized(read_photos(paths, size), model)
+    images = normalized(read_photos(paths, size), normalization_of(model, args))
     return images.to(next(model.parameters()).device)
 
 

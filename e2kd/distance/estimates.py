@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from e2kd.distance.centring import NOTHING_LEFT, residual, u_center
+from e2kd.distance.centring import FEWEST, NOTHING_LEFT, residual, u_center
 from e2kd.distance.correlation import check_batches, correlation, ratio
 from e2kd.distance.matrices import distance_matrix
 
@@ -61,11 +61,14 @@ def pooled(statistic: Statistic, rows: Tensor) -> tuple[float, float]:
 
     Args:
         rows: [N, m, m], sum_j P_ij Q_ij of every image.
+
+    Returns:
+        The error is NaN for the fewest images, whose U-centred matrices have two dimensions: it would be next to 0.
     """
     total, n = rows.sum(0), len(rows)
     deleted = statistic(total - 2 * rows)
     error = ((deleted - deleted.mean()).square().sum() * (n - 1) / n).sqrt()
-    return statistic(total).item(), error.item()
+    return statistic(total).item(), error.item() if n > FEWEST else math.nan
 
 
 def averaged(statistic: Statistic, rows: Tensor, sizes: list[int]) -> tuple[float, float]:

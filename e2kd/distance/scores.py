@@ -129,7 +129,8 @@ class DistanceSums:
         statistic = unbiased_of if given is None else partial_of if partial else semi_partial_of
         value, error = averaged(statistic, rows, sizes) if mean else pooled(statistic, rows)
         if value != value:
-            lost = x if semi_partial_of(rows.sum(0)).isnan() else y
+            sums = [batch.sum(0) for batch in rows.split(sizes)] if mean else [rows.sum(0)]
+            lost = x if any(semi_partial_of(one).isnan() for one in sums) else y
             return self._undefined(f"{lost} differs from {given} by nothing but scale", sizes)
         spread = null_spread(*sizes, partial=partial, mean=mean)
         return Score(value, error, spread, sum(sizes), len(sizes), len(self.sizes) - len(sizes))
@@ -171,6 +172,6 @@ def _say(flaws: Tensor, sizes: Tensor, names: list[str]) -> str:
         FEW: f"{sizes[batch]} images are too few, the statistics need at least {FEWEST}",
         NOT_FINITE: f"{names[which]} has values that are NaN or infinite",
         CONSTANT: f"{names[which]} is the same for every image (one class, or a dead layer)",
-        EQUIDISTANT: f"{names[which]} is equally far apart for every two images (as one-hot labels are "
-        "if no two images are of one class)",
+        EQUIDISTANT: f"{names[which]} has no distances beyond what single images are apart from all others (as one-hot "
+        "labels have if no two images are of one class, or all but one)",
     }[int(flaws[batch, which])]

@@ -14,6 +14,7 @@ from e2kd.localization import energy_on_mask
 from e2kd.similarity import cosine
 
 ALL_ZERO = "all maps are zero in one of the two"
+NOT_FINITE = "one of the two has maps that are NaN or infinite"
 NO_ENERGY = "every map is zero or its mask is empty"
 
 
@@ -72,6 +73,7 @@ def compared(student: Answers, reference: Answers) -> tuple[dict[str, float], di
         "zero_maps": _mean(dead.double()),
     }
     reasons = {"explanation_cosine": ALL_ZERO} if bool(dead.all()) else {}
+    reasons |= {"explanation_cosine": NOT_FINITE} if bool(values[~dead].isnan().any()) else {}
     for name, energy in {"epg_student": student.energy, "epg_reference": reference.energy}.items():
         if energy is not None:
             found[name] = energy.nanmean().item()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from e2kd.modes import is_sharded
 
 T = TypeVar("T")
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, without the whole part, are all different and evenly spread
 
 
 class Fixed(Generic[T]):
@@ -46,9 +47,10 @@ class Fixed(Generic[T]):
 
 
 def fingerprint(model: nn.Module) -> Tensor | None:
-    """Norms of all parameters and buffers, [m] float64 on their device; None if the parameters are sharded.
+    """Sums of all parameters and buffers, [m] float64 on their device; None if the parameters are sharded.
 
-    By content, since writing to `.data` leaves no other trace; the time of reading the weights once.
+    By content, since writing to `.data` leaves no other trace; the time of reading the weights once. Every value weighs
+    as its place does, so that another sign or order is another sum.
 
     >>> fingerprint(nn.Linear(2, 2)).shape
     torch.Size([2])
@@ -57,14 +59,14 @@ def fingerprint(model: nn.Module) -> Tensor | None:
     if any(is_sharded(t) for t in tensors):
         return None
     with torch.no_grad():
-        norms = [_norm(t).to(tensors[0].device) for t in tensors]
-    return torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)
+        sums = [_weighted(t).to(tensors[0].device) for t in tensors]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    found: Tensor = torch.linalg.vector_norm(real if real.is_floating_point() else real.double(), dtype=torch.float64)
-    return found
+def _weighted(tensor: Tensor) -> Tensor:
+    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().flatten().double()
+    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
+    return values @ (places * GOLDEN).frac_().add_(0.5)
 
 
 def _same(before: Tensor, now: Tensor) -> bool:

@@ -119,14 +119,18 @@ def to_folder(folder: str | Path) -> Sinks:
 def to_trainer(trainer: Any) -> Sinks:
     """Into the log of a Hugging Face `Trainer`, and with it into its reports. It has no place for pictures.
 
+    >>> from types import SimpleNamespace
     >>> class Trainer:
+    ...     control = SimpleNamespace(should_log=False)
     ...     def log(self, logs): print(logs)
     >>> to_trainer(Trainer()).log({"e2kd/n": 64.0}, 10)
     {'e2kd/n': 64.0}
     """
 
     def log(scalars: dict[str, float], step: int) -> None:
+        due = trainer.control.should_log  # a log says that nothing is due any more: the loss of this step would be lost
         trainer.log(dict(scalars))
+        trainer.control.should_log = due
 
     return Sinks(log)
 

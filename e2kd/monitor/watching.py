@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.errors import shape
 from e2kd.explainers import Explainer
-from e2kd.modes import device_of, rng_state, set_rng_state, unwrap
+from e2kd.modes import device_of, undrawn, unwrap
 from e2kd.monitor import ranks
 from e2kd.monitor.budget import Budget
 from e2kd.monitor.probed import Part, Probed
@@ -153,13 +153,12 @@ class TransferMonitor:
             together: several processes do this at once, because the student is sharded among them.
         """
         device = device_of(self.student, self._probed.images.device)
-        states = rng_state(device)
         self.budget.begin(step)
         try:
-            found = self._measured(device, together)
+            with undrawn(device):
+                found = self._measured(device, together)
         finally:
             self._probed.readings = None  # room for the training
-            set_rng_state(states, device)
             if together:
                 ranks.reshard(*self._models)
             self.budget.end()

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from e2kd.modes import evaluating
+from e2kd.modes import dtype_of, evaluating
 from e2kd.outputs import logits_of
-from e2kd.perturb.imputation import road
+from e2kd.perturb.imputation import ranks_nothing, road
 
 PERCENTAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 
@@ -63,6 +63,7 @@ def road_curves(
     (torch.Size([2, 2]), torch.Size([2]))
     """
     with torch.no_grad(), evaluating(model):
+        images = images.to(dtype_of(model))
         chosen = logits_of(model(images)).argmax(1) if classes is None else classes.to(images.device)
 
         def confidence(keep: float, least: bool) -> Tensor:
@@ -70,6 +71,5 @@ def road_curves(
             return logits_of(model(perturbed.images)).softmax(1).gather(1, chosen[:, None])[:, 0]
 
         most, least = (torch.stack([confidence(p, side) for p in percentages]) for side in (False, True))
-    blank = maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
-    score = torch.where(blank, torch.nan, (most - least).mean(0) / 2)
+    score = torch.where(ranks_nothing(maps), torch.nan, (most - least).mean(0) / 2)
     return RoadCurves(torch.tensor(percentages, dtype=torch.float64), most, least, score)

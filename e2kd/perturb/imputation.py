@@ -13,9 +13,9 @@ from e2kd.similarity import at_least_float32, resize
 
 
 class Perturbed(NamedTuple):
-    """Images [B, C, H, W], the pixels that were kept (bool [B, 1, H, W]), and whose map is constant (bool [B]).
+    """Images [B, C, H, W], the pixels that were kept (bool [B, 1, H, W]), and whose map ranks none (bool [B]).
 
-    A constant map ranks no pixel before another: `blank` images should not count in any score.
+    A map that is constant or not finite ranks no pixel before another: `blank` images should not count in any score.
     """
 
     images: Tensor
@@ -32,26 +32,28 @@ def keep_most(maps: Tensor, percent: float) -> Tensor:
     """The most relevant `percent` of the pixels of maps [B, 1, H, W]: bool, same shape.
 
     Pixels of equal relevance are never told apart, so fewer are kept where a tie crosses the threshold: of a map that
-    is half zeros at most half, of a constant map none. grad-cam's RemoveLeastRelevantFirst.
+    is half zeros at most half, of a constant map none; 100 keeps all. grad-cam's RemoveLeastRelevantFirst.
 
     >>> keep_most(torch.tensor([[[[0., 1.], [2., 3.]]]]), 50)
     tensor([[[[False, False],
               [ True,  True]]]])
     """
-    return maps > _quantile(maps, 100 - percent)
+    kept = maps > _quantile(maps, 100 - percent)
+    return kept if percent < 100 else torch.ones_like(kept)
 
 
 def keep_least(maps: Tensor, percent: float) -> Tensor:
     """The least relevant `percent` of the pixels of maps [B, 1, H, W]: bool, same shape.
 
-    Where a tie crosses the threshold more are kept: of a map that is half zeros at least half. grad-cam's
+    Where a tie crosses the threshold more are kept: of a map that is half zeros at least half; 0 keeps none. grad-cam's
     RemoveMostRelevantFirst removes the tie, and with it all of such a map.
 
     >>> keep_least(torch.tensor([[[[0., 0.], [0., 3.]]]]), 25)
     tensor([[[[ True,  True],
               [ True, False]]]])
     """
-    return maps <= _quantile(maps, percent)
+    kept = maps <= _quantile(maps, percent)
+    return kept if percent > 0 else torch.zeros_like(kept)
 
 
 def _quantile(maps: Tensor, percent: float) -> Tensor:
@@ -130,5 +132,14 @@ def road(
         )
     resized = resize(at_least_float32(maps.detach()), (images.shape[2], images.shape[3]))
     kept = keep_least(resized, keep) if least else keep_most(resized, keep)
-    blank = maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
-    return Perturbed(impute(images, kept, noise=noise, seed=seed, tolerance=tolerance), kept, blank)
+    return Perturbed(impute(images, kept, noise=noise, seed=seed, tolerance=tolerance), kept, ranks_nothing(maps))
+
+
+def ranks_nothing(maps: Tensor) -> Tensor:
+    """Whose map [B, 1, h, w] is constant or not finite, bool [B].
+
+    >>> ranks_nothing(torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, torch.nan]])[:, None, None])
+    tensor([ True, False,  True])
+    """
+    values = maps.flatten(1)
+    return (values.amax(1) == values.amin(1)) | ~values.isfinite().all(1)

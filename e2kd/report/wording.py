@@ -111,9 +111,14 @@ def _answers(measured: Measured) -> list[str]:
     for pair in measured.pairs:
         if pair.agreement == pair.agreement:
             first, second = pair.roles
+            cosine = (
+                f"their explanations of it have a mean cosine of {pair.cosine:.2f}"
+                if pair.cosine == pair.cosine
+                else "their explanations of it can't be compared, as one's are all zero or not finite"
+            )
+            alike = f"{pair.agreement:.0%}".replace("%", " %")
             said.append(
-                f"{first.capitalize()} and {second} put the same class first for {pair.agreement:.0%} of the images; "
-                f"their explanations of it have a mean cosine of {pair.cosine:.2f}.".replace("%", " %")
+                f"{first.capitalize()} and {second} put the same class first for {alike} of the images; {cosine}."
             )
     return said
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from e2kd.losses import E2KDLoss
 from e2kd.modes import unwrap
@@ -57,7 +58,18 @@ class Averages:
         self.criterion, self.names = criterion, names_of(self.inside)
         self.last = criterion.parts.get("loss")
         self.sums: Tensor | None = None
-        criterion.register_forward_hook(self._add)
+        self.hook: RemovableHandle | None = None
+        self.listen()
+
+    def listen(self) -> None:
+        """Add up from now on; from the beginning an `Averages` does."""
+        self.remove()
+        self.hook = self.criterion.register_forward_hook(self._add)
+
+    def remove(self) -> None:
+        """Take the hook off the criterion."""
+        if self.hook is not None:
+            self.hook.remove()
 
     def _add(self, *_: object) -> None:
         parts = self.criterion.parts

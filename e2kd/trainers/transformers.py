@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -36,7 +37,7 @@ class E2KDCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.averages = Averages(trainer.compute_loss_func)
-        self.averages.criterion.register_forward_hook(self._share, with_kwargs=True)
+        self.sharing: RemovableHandle | None = None
 
     def _share(self, criterion: Any, args: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor:
         """The loss as this batch's share of a step's."""
@@ -54,9 +55,18 @@ class E2KDCallback(TrainerCallback):
         train_dataloader: DataLoader[Any] | None = None,
         **_: Any,
     ) -> None:
-        """What `every` and `fraction` go on from after a resume."""
+        """What `every` and `fraction` go on from after a resume; the criterion is this trainer's until it ends."""
+        self.on_train_end()
+        self.averages.listen()
+        self.sharing = self.averages.criterion.register_forward_hook(self._share, with_kwargs=True)
         batches = len(train_dataloader) if has_length(train_dataloader) else None
         self.averages.resume(calls(state.global_step, args.gradient_accumulation_steps, batches))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """The criterion may be another trainer's."""
+        self.averages.remove()
+        if self.sharing is not None:
+            self.sharing.remove()
 
     def on_log(
         self,

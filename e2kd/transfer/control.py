@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from e2kd.modes import device_of, rng_state, set_rng_state, unwrap
+from e2kd.modes import device_of, undrawn, unwrap
 
 STREAM = 0x5EED0000  # far from the seeds people train with: a control with the student's own first weights is none
 
@@ -27,24 +27,23 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     (False, True)
     """
     made = copy.deepcopy(unwrap(model))
-    device = device_of(made, torch.device("cpu"))
-    before = rng_state(device)
-    torch.manual_seed(STREAM + seed)
-    try:
-        with torch.no_grad():
-            for module in made.modules():
-                _draw(module)
-    finally:
-        set_rng_state(before, device)
+    with undrawn(device_of(made, torch.device("cpu"))), torch.no_grad():
+        torch.manual_seed(STREAM + seed)
+        for module in made.modules():
+            _draw(module)
     return made.eval()
 
 
 def _draw(module: nn.Module) -> None:
     """New values for the parameters of a module itself, not of its children."""
-    own = list(module.parameters(recurse=False))
+    before = {name: parameter.clone() for name, parameter in module.named_parameters(recurse=False)}
     if callable(reset := getattr(module, "reset_parameters", None)):
         reset()
-        return
-    for parameter in own:
-        if parameter.is_floating_point() and parameter.numel() > 1:
+    for name, parameter in module.named_parameters(recurse=False):
+        # a reset draws `weight` alone, where spectral_norm of old computes that from another parameter
+        if parameter.equal(before[name]) and _varies(parameter):
             parameter.normal_(parameter.mean().item(), parameter.std().item())
+
+
+def _varies(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and bool((parameter != parameter.flatten()[:1]).any())

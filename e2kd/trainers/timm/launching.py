@@ -21,9 +21,13 @@ import timm.task
 import timm.utils
 import torch
 import yaml  # type: ignore[import-untyped]
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
 from e2kd.classes import choice_said
 from e2kd.explainers import NAMED, explainer_named
+from e2kd.modes import unwrap
+from e2kd.teacher import expected_normalization
 from e2kd.trainers.timm.logs import Logs
 from e2kd.trainers.timm.replacing import replaced
 from e2kd.trainers.timm.task import E2KDTask
@@ -175,8 +179,9 @@ def launch(args: argparse.Namespace, argv: list[str]) -> None:
     logs = Logs()
 
     def task(**of_script: Any) -> E2KDTask:
-        teacher = {} if frozen is None else {"teacher_model": frozen}
-        made = E2KDTask(**of_script | teacher | given)
+        student = of_script["student_model"]
+        taught_by = {"teacher_model": frozen} if frozen is not None else loaded_images(argv[1:], student)
+        made = E2KDTask(**of_script | taught_by | given)
         logs.watch(made.averages)
         return made
 
@@ -218,6 +223,23 @@ def settings(args: argparse.Namespace, frozen: Any = None) -> dict[str, Any]:
     if frozen is None and (chosen or args.e2kd_teacher_layer is not None):
         found["teacher_explainer"] = explainer_named(name, args.e2kd_teacher_layer)
     return found
+
+
+def loaded_images(rest: list[str], student: nn.Module) -> dict[str, Any]:
+    """How the script normalises images where that is not as the student's configuration says: --mean and --std.
+
+    >>> loaded_images(["--mean", "0", "0", "0", "--std", "1", "1", "1"], nn.Identity())
+    {'input_normalization': ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])}
+    """
+    told = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in ("--mean", "--std"):
+        told.add_argument(name, nargs="+", type=float)
+    told.set_defaults(**configured(rest))
+    found, _ = told.parse_known_args(rest)
+    if found.mean is None and found.std is None:
+        return {}
+    mean, std = expected_normalization(unwrap(student), None) or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return {"input_normalization": (found.mean or mean, found.std or std)}
 
 
 def taught_dataset(create: Any, frozen: Any, *args: Any, **kwargs: Any) -> Any:

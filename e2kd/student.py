@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,11 +23,12 @@ from e2kd.explainers import Explainer, shares_pass
 from e2kd.heads import Head
 from e2kd.held import Holding, uses_batch
 from e2kd.kernels import fused_attention_between, math_kernel
-from e2kd.modes import as_written, dtype_of, is_group, is_sharded, replaying
+from e2kd.modes import as_written, dtype_of, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.passes import PassKeeper, alone_in_batch
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
+from e2kd.sharding import gather, groups_of, is_any_sharded
 from e2kd.views import View, autograd_view, closed_view, dynamic_view, whole_view
 
 FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
@@ -54,11 +56,6 @@ MIXED = (
     "The head after layer {layer!r} can't be run again on its own, and in the student's graph BatchNorm {norm!r} makes "
     "every logit depend on all images of the batch: no map would be of its own image. Keep that norm in eval mode, or "
     "name a layer through layer=."
-)
-SHARDED = (
-    "A module after {place} is sharded by fully_shard in a group of its own, or its parameters are sharded when the "
-    "criterion is called; torch crashes when it differentiates twice through such a head. Leave what comes after "
-    "{place} to the root's fully_shard (which keeps its parameters until backward), or use DistributedDataParallel."
 )
 NO_PICKLE = (
     "An E2KDLoss listens to its student in this process, so it can't be pickled. Save the student and "
@@ -129,7 +126,7 @@ class StudentExplainer:
         few = images[:2].to(dtype_of(self.student))
         if self.plan is None:
             self.prepare(few)
-        elif self._outgrows_images((images.shape[-2], images.shape[-1])) and not self._is_sharded():
+        elif self._outgrows_images((images.shape[-2], images.shape[-1])) and not is_any_sharded(self.student):
             with suppress(UnsupportedModel):  # what can't be explained may still be distilled; `view` will say so
                 self.prepare(few)
                 self.noise = None
@@ -139,10 +136,6 @@ class StudentExplainer:
         site = self._plan().site
         found = self.noise is not None and self.explainer.layer is None
         return found and site is not None and site.may_be_one_cell(image_size)
-
-    def _is_sharded(self) -> bool:
-        """By fully_shard, whose modules can't run within their own run."""
-        return any(map(is_group, self.student.modules()))
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""
@@ -182,6 +175,12 @@ class StudentExplainer:
         if plan.dynamic and self._looks(record):
             check_range(record.images, "student")
         self._check_grid(record, plan)
+        groups = groups_of(self.student, plan.after)
+        gather(groups)
+        return _gathering(self._view(record, logits, plan, rows), groups)
+
+    def _view(self, record: Record, logits: Tensor, plan: Plan, rows: Tensor | None) -> View:
+        """By the first way whose logits are those that were given; what fails once is not tried again."""
         failed, error = self.failed[self.student.training], 0.0
         tried: set[str] = set()
         with self.tap.silent():
@@ -198,7 +197,7 @@ class StudentExplainer:
                 if error <= _tolerance(record, logits):
                     failed |= tried - {way}
                     self.last = way
-                    return self._gathering(view) if plan.site is None and self._is_sharded() else view
+                    return view
         view = self._graph_view(record, logits, plan, error)
         failed |= tried
         self.last = "graph"
@@ -236,7 +235,7 @@ class StudentExplainer:
         self, record: Record, logits: Tensor, plan: Plan, rows: Tensor | None
     ) -> Iterator[tuple[str, Callable[[], View]]]:
         """The ways that need no graph of the trainer's but that of an explained pass, cheapest first."""
-        if self._sharded(plan) or plan.head is None or not plan.head.follows():
+        if plan.head is None or not plan.head.follows():
             return
         if plan.site is None:
             yield from self._whole_ways(record, plan, rows)
@@ -266,10 +265,11 @@ class StudentExplainer:
 
     def _closed(self, features: Tensor, logits: Tensor, plan: Plan, head: Head, size: tuple[int, int]) -> View:
         assert plan.linear is not None
-        captured, linear = head.prologue(features), self.student.get_submodule(plan.linear)
+        captured, linear = head.prologue(features), cast(nn.Linear, self.student.get_submodule(plan.linear))
         view = closed_view(captured, logits, plan, linear, size)
         with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
-            pooled = linear(view.features.mean((2, 3)).to(dtype_of(linear)))
+            means = view.features.mean((2, 3)).to(dtype_of(linear))
+            pooled = F.linear(means, linear.weight, linear.bias)  # not the module, around which hosts have hooks
         return replace(view, logits=pooled)
 
     def _replay(self, record: Record, plan: Plan, run: Head | NarrowHead) -> View:
@@ -281,33 +281,6 @@ class StudentExplainer:
         with replaying(list(self.student.modules()), source.device, record.rng):
             captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
             return autograd_view(captured, run(captured), plan, _size(record), create_graph=True)
-
-    def _sharded(self, plan: Plan) -> bool:
-        """Whether the classifier of a pooled head is a shard now (FSDP2): then the trainer's own graph is used.
-
-        Other heads can't be run, or differentiated twice, while their parameters are sharded: torch crashes.
-        """
-        if plan.linear is not None:
-            return any(map(is_sharded, self.student.get_submodule(plan.linear).parameters()))
-        head = [self.student.get_submodule(name) for name in plan.after]
-        after = (p for module in head for p in module.parameters(recurse=False))
-        groups = any(is_group(module) for module in head if module is not self.student)
-        if groups or any(map(is_sharded, after)):
-            raise UnsupportedModel(SHARDED.format(place=plan.place))
-        return False
-
-    def _gathering(self, view: View) -> View:
-        """The view whose gradient leaves the parameters in place, which fully_shard takes back after any backward: that
-        of the explanation is still to be differentiated, before the student's own backward asks for them again."""
-
-        def gradient(classes: Tensor, again: bool) -> Tensor:
-            found = view.gradient(classes, again)
-            groups: Any = filter(is_group, self.student.modules())
-            for module in groups:
-                module.unshard()
-            return found
-
-        return replace(view, gradient=gradient)
 
     def _must_check(self, record: Record) -> bool:
         self.checks += 1
@@ -335,6 +308,23 @@ class StudentExplainer:
     def _norms(self, plan: Plan) -> tuple[str, ...]:
         """The BatchNorms that run after the site."""
         return tuple(name for name in plan.after if isinstance(self.student.get_submodule(name), _BatchNorm))
+
+
+def _gathering(view: View, groups: list[Any]) -> View:
+    """The view whose gradient leaves the parameters of all ranks where they are.
+
+    fully_shard takes them back after any backward, and that of the explanation is still to be differentiated, before
+    the student's own backward asks for them again.
+    """
+    if not groups:
+        return view
+
+    def gradient(classes: Tensor, again: bool) -> Tensor:
+        found = view.gradient(classes, again)
+        gather(groups)
+        return found
+
+    return replace(view, gradient=gradient)
 
 
 @contextmanager

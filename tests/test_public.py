@@ -28,7 +28,7 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 LAYERS = [
     ["errors", "version", "taught", "graph", "embeddings", "pictures", "held"],
     ["similarity", "layout", "outputs", "modes", "objects", "regions", "kernels", "bcos", "distance"],
-    ["warping", "kornia_stages"],
+    ["warping", "kornia_stages", "sharding"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],
     ["lessons", "listening"],

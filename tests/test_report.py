@@ -293,6 +293,7 @@ class TestCommand:
             (["--masks", "images"], "Expected the mask of"),
             (["--encoder", "nowhere/nothing"], "neither a folder nor in the hub's cache"),
             (["--student-layers", "nowhere"], "no layer named 'nowhere'"),
+            (["--student-layers", "layer1", "layer1"], "--student-layers to name every layer once"),
             (["--student", "resnet10tt"], "knows no model 'resnet10tt'. Did you mean resnet10t"),
             (["--student", "resnet14t"], "student.safetensors holds other weights than resnet14t has: "),
         ],

@@ -108,6 +108,8 @@ def _subject(args: argparse.Namespace, role: str, paths: list[Path], classes: li
     model = model.to(device_for(args.device)).eval()
     images = _as_expected(args, model, paths, told("size"))
     layers = [before + layer for layer in getattr(args, f"{role}_layers") or ()]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"Expected --{role}-layers to name every layer once, but got {' '.join(layers)}.")
     try:
         layers = layers or stages(model, images)
     except UnsupportedModel as error:

@@ -108,7 +108,7 @@ def _mask_of(folder: Path, name: Path, *, flat: bool) -> Path:
 def add_normalization(parser: argparse.ArgumentParser) -> None:
     """The options that say how networks expect images."""
     for name in ("mean", "std"):
-        parser.add_argument(f"--{name}", type=float, nargs=3, help="of images, for networks that don't say theirs")
+        parser.add_argument(f"--{name}", type=float, nargs="+", help="of images, for networks that don't say theirs")
 
 
 def normalization_of(model: nn.Module, args: argparse.Namespace) -> Normalization:
@@ -122,8 +122,8 @@ def normalization_of(model: nn.Module, args: argparse.Namespace) -> Normalizatio
         found = args.mean, args.std
     if found is None:
         raise ValueError(
-            f"{type(model).__name__} doesn't say how it expects images to be normalised. Pass --mean and --std, three "
-            "numbers each: 0 0 0 and 1 1 1 where it takes images in [0, 1]."
+            f"{type(model).__name__} doesn't say how it expects images to be normalised. Pass --mean and --std, a "
+            "number for each colour: 0 0 0 and 1 1 1 where it takes images in [0, 1]."
         )
     return found
 

@@ -36,7 +36,9 @@ from benchmarks.limited_training import (
     ARMS,
     EXPLAINED,
     FROZEN,
+    ON_TOP,
     RIVALS,
+    SIGNED_ARMS,
     UNTAUGHT,
     Data,
     Settings,
@@ -126,7 +128,7 @@ def table(found: Row) -> str:
             chosen = [plain(mine[0][setting]) for setting in ("temperature", "weight")]
             body.append([name, *cells, *gains(rows, arm, BASES.get(arm, "kd"), MEASURES), *chosen])
     images = found["settings"]["per_class"]
-    seen = f"{10 * images} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
+    seen = f"{10 * images:,} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
     seen += STUDIES[found.get("study", "")]
     header = [f"{family.title}, {seen}", *MEASURES, *(f"{field}, gain" for field in MEASURES), "τ", "λ"]
     return markdown_table(header, body)
@@ -145,6 +147,19 @@ def rivals_table(rows: list[Row]) -> str:
     return markdown_table(header, body) if body else ""
 
 
+def on_top_table(rows: list[Row]) -> str:
+    """What explanations and a rival together are ahead of each alone, as Markdown; empty without such arms."""
+    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    pairs = [
+        (arm, part)
+        for arm, (method, _) in ON_TOP.items()
+        for part in (method.__name__.lower(), "e2kd_all" if arm in SIGNED_ARMS else "e2kd")
+        if {arm, part} <= arms
+    ]
+    body = [[f"{ARMS[arm]} less {ARMS[part]}", *gains(rows, arm, part, MEASURES)] for arm, part in pairs]
+    return markdown_table(["", *MEASURES], body) if body else ""
+
+
 def section(found: Row) -> str:
     """A study's part of the page."""
     rows, settings = found["rows"], found["settings"]
@@ -155,6 +170,8 @@ def section(found: Row) -> str:
     rivals = rivals_table(rows)
     if rivals:
         note += f" A rival's λ is a multiple of its default weight. What e²KD is ahead of them:\n\n{rivals}"
+    if together := on_top_table(rows):
+        note += f"\n\n{together}"
     return f"{table(found)}\n\n{note}\n\n{made_by(found['commands'])}"
 
 

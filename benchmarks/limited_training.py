@@ -31,6 +31,8 @@ SPARING = {
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
+TOGETHER = {"at_e2kd_all": f"AT + {EVERY_CLASS['e2kd_all']}", "afd_e2kd_all": f"AFD + {EVERY_CLASS['e2kd_all']}"}
+SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER)
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
@@ -38,7 +40,7 @@ ARMS = (
     | {arm: method.__name__ for arm, method in RIVALS.items()}
     | {"crd_e2kd": "CRD + e²KD"}
     | EVERY_CLASS
-    | {"at_e2kd_all": "AT + e²KD of all classes, CAM", "afd_e2kd_all": "AFD + e²KD of all classes, CAM"}
+    | TOGETHER
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
@@ -98,7 +100,7 @@ def settings_of(arm: str, steps: int) -> dict[str, Any]:
     >>> settings_of("stretch_20_50", 500), settings_of("every_4", 500), settings_of("kd", 500)
     ({'during': (100, 250)}, {'every': 4}, {})
     """
-    if arm.endswith("_all"):
+    if arm in SIGNED_ARMS:
         return dict(SIGNED)
     if arm in STRETCHES:
         start, stop = STRETCHES[arm]

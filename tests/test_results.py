@@ -185,6 +185,7 @@ def test_few_images_teach_more_with_explanations(name: str) -> None:
         ("limited_standard_200", "e2kd_all", ("e2kd", "kd")),
         ("limited_vit_50", "e2kd_all", ("e2kd", "kd")),
         ("limited_standard_200_unrelated", "e2kd_all", ("e2kd", "kd")),
+        ("limited_turned_50", "e2kd_all", ("e2kd", "kd")),
     ],
 )
 def test_signed_maps_of_all_classes_teach_more_than_the_teachers_class(

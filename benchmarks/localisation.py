@@ -42,7 +42,6 @@ from e2kd.guidance import GuidanceLoss, energy_loss, l1_loss
 SEEDS, TUNING_SEEDS = range(5), range(100, 101)
 WEIGHTS = (1.0, 5.0, 25.0)
 TEACHER_BLOCKS, STUDENT_BLOCKS = 5, 3  # in each stage: ResNet-32, ResNet-20
-PEAK = 1e-3  # of the schedules
 GUIDANCE = {"energy": energy_loss, "l1": l1_loss, "none": None}
 TITLES = {"energy": "guided for EPG", "l1": "guided for IoU", "none": "not guided"}
 WORK = Path(tempfile.gettempdir()) / "e2kd-localisation"
@@ -71,7 +70,7 @@ def trained_teacher(task: Task, guidance: str, objects: Objects, settings: Setti
             labels, masks = targets
             return criterion(logits, labels, None if loss is None else masks)
 
-        train(network, guided, objects.feed(), plan(objects, settings.teacher_epochs, 0), 0, learning_rate=PEAK)
+        train(network, guided, objects.feed(), plan(objects, settings.teacher_epochs, 0), 0, learning_rate=task.peak)
         criterion.remove()
 
     return trained_once(path, teacher, fit)
@@ -87,7 +86,7 @@ def trained_student(case: Case, task: Task, objects: Objects, teacher: nn.Module
         return criterion(logits, targets[0])
 
     crops = plan(objects, settings.epochs, case.seed)
-    train(student, distilled, objects.feed(), crops, case.seed, learning_rate=PEAK)
+    train(student, distilled, objects.feed(), crops, case.seed, learning_rate=task.peak)
     criterion.remove()
     return student
 
@@ -146,7 +145,7 @@ def result_of(name: str, guidance: str, args: Namespace) -> Row:
     """A teacher's study, run or gone on with."""
     task = TASKS[name]
     epochs = 1 if args.quick else args.epochs or task.epochs
-    settings = Settings(epochs, epochs)
+    settings = Settings(epochs, epochs, args.guidance_weight)
     parts = {part: task.load(part) for part in ("train", "validation", "test")}
     weights = args.work / f"{name}-{guidance}-{settings.teacher_epochs}-{settings.guidance_weight:g}.safetensors"
     teacher = trained_teacher(task, guidance, parts["train"], settings, weights)
@@ -172,6 +171,7 @@ def main() -> None:
     parser.add_argument("--tasks", choices=list(TASKS), nargs="+", default=list(TASKS), metavar="TASK")
     parser.add_argument("--guidance", choices=list(GUIDANCE), nargs="+", default=list(GUIDANCE), metavar="GUIDANCE")
     parser.add_argument("--arms", choices=("kd", "e2kd"), nargs="+", default=("kd", "e2kd"), metavar="ARM")
+    parser.add_argument("--guidance-weight", type=float, default=Settings.guidance_weight, help="of the teacher's loss")
     parser.add_argument("--epochs", type=int, help="of teachers and students; each task has its own")
     args = parser.parse_args()
     torch.set_num_threads(1)

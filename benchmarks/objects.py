@@ -57,6 +57,7 @@ class Task:
         distilled: settings of `E2KDLoss` beside weight and temperature.
         temperatures: to choose from; multi-label distillation has none.
         epochs: of teachers and students; some 180 steps of either task.
+        peak: of their schedules.
     """
 
     title: str
@@ -68,6 +69,7 @@ class Task:
     distilled: dict[str, Any]
     temperatures: tuple[float | None, ...]
     epochs: int
+    peak: float
 
     def scores(self, model: nn.Module, objects: Objects) -> dict[str, float]:
         """What a network is worth, with EPG and IoU of its explanations of the classes that are there."""
@@ -123,10 +125,12 @@ def load_coco(part: str) -> Objects:
 
 TASKS = {
     "pets": Task(
-        "Pets, 3 breeds", load_pets, len(pets.BREEDS), F.cross_entropy, "accuracy", accuracy, {}, (1.0, 4.0), 30
+        "Pets, 3 breeds", load_pets, len(pets.BREEDS), F.cross_entropy, "accuracy", accuracy, {}, (1.0, 4.0), 30,
+        peak=1e-3,
     ),
     "coco": Task(
         "COCO, 7 groups", load_coco, len(coco.GROUPS), F.binary_cross_entropy_with_logits, "f1", f1,
         {"classes": "positives", "distillation": e2kd.MultiLabelKDLoss()}, (None,), 90,
+        peak=3e-3,
     ),
 }  # fmt: skip

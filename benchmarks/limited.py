@@ -3,7 +3,7 @@
     python -m benchmarks.limited                               # standard networks, 50 images of each class
     python -m benchmarks.limited --family bcos --per-class 200 --epochs 15
     python -m benchmarks.limited --family turned --epochs 13   # 40 classes: what an image shows and how it is turned
-    python -m benchmarks.limited --unrelated --per-class 200   # on images of other data sets (Table 5, right)
+    python -m benchmarks.limited --unrelated --per-class 200 --epochs 13   # images of other data sets (Table 5, right)
     python -m benchmarks.limited --arms kd e2kd                # some arms alone; rows of others stay
     python -m benchmarks.limited --quick                       # a minute, to see that it runs; writes nothing
 
@@ -58,7 +58,6 @@ MEASURES = ("accuracy", "agreement")
 STUDIES = {  # what their tables add to the title
     "": "",
     "again": ", a teacher trained anew",
-    "third": ", a third teacher",
     "longer": ", longer schedule",
 }
 BASES = {arm: "frozen_kd" for arm in FROZEN}  # what an arm is compared with, if not KD

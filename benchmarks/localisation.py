@@ -1,7 +1,7 @@
 """Does a student look where a teacher looks that was guided to look at the objects? (e²KD, Table 5, left)
 
     python -m benchmarks.localisation                                  # pets, then COCO; energy, L1 and no guidance
-    python -m benchmarks.localisation --tasks coco --guidance energy
+    python -m benchmarks.localisation --tasks coco --guidance energy --guidance-weight 0.3    # as the table's
     python -m benchmarks.localisation --quick                          # to see that it runs; writes nothing
 
 Teachers are ResNet-32s, students ResNet-20s, both beginning with CIFAR-10's weights. Teachers are guided by the

@@ -144,7 +144,7 @@ class _Aligned(Function):
 
     @staticmethod
     def forward(linear: Tensor, norm: Tensor, mode: ExplanationMode | None) -> Tensor:
-        return (_cosine(linear, norm) * linear).to(linear.dtype)
+        return _cosine(linear, norm).mul_(linear).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, ExplanationMode | None], output: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 SIGNATURE = inspect.signature(F.batch_norm)
 
@@ -21,17 +21,25 @@ class _Held(torch.autograd.Function):
     """The same tensor, through which no gradient goes while it is held fixed."""
 
     @staticmethod
-    def forward(ctx: Any, statistic: Tensor, holding: Holding) -> Tensor:
+    def forward(ctx: Any, value: Tensor, holding: Holding) -> Tensor:
         ctx.holding = holding
-        return statistic.view_as(statistic)
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         return None if ctx.holding.now else gradients[0], None
 
 
+def statistic(value: Tensor) -> Tensor:
+    """A statistic of a batch [C] that a norm of its own computes; inside `Holding` it can be held fixed."""
+    if has_torch_function_unary(value):
+        found: Tensor = handle_torch_function(statistic, (value,), value)
+        return found
+    return value
+
+
 class Holding(TorchFunctionMode):
-    """Inside, `batch_norm` by the statistics of a batch is written so that `gradient` can hold these fixed.
+    """Inside, `batch_norm` and `statistic`, of a batch, are written so that `gradient` can hold statistics fixed.
 
     Differentiated plainly, a sample's logit depends on all samples of the batch; and the sum over the batch of one
     class's logits after BatchNorm and a linear layer is a constant, whose gradient is nothing but rounding. All other
@@ -50,8 +58,10 @@ class Holding(TorchFunctionMode):
         self.now = False  # whether a gradient is taken that must leave the statistics out
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation as it is, but `batch_norm`."""
+        """Every operation as it is, but `batch_norm` and `statistic`."""
         kwargs = kwargs or {}
+        if func is statistic:
+            return _Held.apply(*args, self)
         if func is not F.batch_norm:
             return func(*args, **kwargs)
         call = SIGNATURE.bind(*args, **kwargs)

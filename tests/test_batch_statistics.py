@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Branching, cnn
+from nets import Branching, bcos_cnn, cnn
 from properties import assert_matches_finite_difference
 from torch import Tensor, nn
 
@@ -43,7 +43,8 @@ def with_fixed_statistics(student: nn.Module, x: Tensor) -> nn.Module:
     for module in student.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None:
             count = x.shape[0] * (64 if isinstance(module, nn.BatchNorm2d) else 1)
-            module.running_var *= (count - 1) / count  # torch keeps the unbiased one
+            if not isinstance(module, e2kd.bcos.BatchNormUncentered2d):
+                module.running_var *= (count - 1) / count  # torch keeps the unbiased one
     return student.eval()
 
 
@@ -106,6 +107,18 @@ def test_held_statistics_are_those_of_batch_norm(shape: tuple[int, ...], dtype: 
     alone = holding.gradient(found[0].sum(), x)
     assert alone[0].all()
     assert not alone[1:].any()
+
+
+@pytest.mark.parametrize("explainer", [e2kd.CAM("1.layer1.0.conv1"), e2kd.InputGradient()], ids=repr)
+def test_gradients_of_bcos_networks_are_those_of_each_sample_alone(explainer: e2kd.Explainer, x: Tensor) -> None:
+    student, teacher = bcos_cnn(seed=1), bcos_cnn(seed=2)
+    criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, explainer=explainer, example=x)
+    loss, classes = criterion(student(x)), e2kd.explain(teacher, x).classes
+    fixed = with_fixed_statistics(student, x)
+    alone = torch.cat([e2kd.explain(fixed, x[i : i + 1], classes[i : i + 1], explainer).maps for i in range(len(x))])
+    expected = 1 - e2kd.cosine(alone, e2kd.explain(teacher, x, classes, explainer).maps)
+    torch.testing.assert_close(loss.detach(), expected.mean(), rtol=1e-8, atol=1e-8)
+    assert_matches_finite_difference(lambda: criterion(student.train()(x)), student)
 
 
 class NormedBranching(Branching):

@@ -428,16 +428,17 @@ class TestCommand:
         assert main(arguments) == 2
         assert "Several photos are called 0" in capsys.readouterr().err
 
-    def test_a_photo_that_was_cut_short_is_named(
-        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("kind", ["images", "masks"])
+    def test_a_photo_or_mask_that_was_cut_short_is_named(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
     ) -> None:
         from e2kd.cli import main
 
-        photos = shutil.copytree(folder / "images", tmp_path / "images")
-        whole = (photos / "dog" / "3.jpg").read_bytes()
-        (photos / "dog" / "3.jpg").write_bytes(whole[: len(whole) // 2])
-        assert main([*self.arguments(folder, tmp_path / "out"), "--images", str(photos)]) == 2
-        assert str(photos / "dog" / "3.jpg") in capsys.readouterr().err
+        pictures = shutil.copytree(folder / kind, tmp_path / kind)
+        cut = next((pictures / "dog").glob("3.*"))
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+        assert main([*self.arguments(folder, tmp_path / "out", "--count", "12"), f"--{kind}", str(pictures)]) == 2
+        assert str(cut) in capsys.readouterr().err
 
     def test_one_network_is_not_enough(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         from e2kd.cli import main

@@ -12,6 +12,7 @@ from e2kd.bcos.dynamic import scaled
 from e2kd.bcos.statistics import of_batch
 from e2kd.bcos.unit import full_precision
 from e2kd.errors import UnsupportedModel, shape
+from e2kd.held import statistic
 
 CONVERSIONS = ("convert_sync", "convert_splitbn", "freeze_batch_norm")  # torch's, timm's and apex's functions
 CONVERTED = (
@@ -90,7 +91,7 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
         """[B, C, H, W] -> [B, C, H, W]."""
         self._check_input_dim(input)
         if self.training or self.running_var is None:
-            variance = of_batch(lambda: full_precision(input).var((0, 2, 3), correction=0))
+            variance = of_batch(lambda: statistic(full_precision(input).var((0, 2, 3), correction=0)))
             self._remember(variance.detach())
         else:
             variance = self.running_var

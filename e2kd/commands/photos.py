@@ -64,7 +64,8 @@ def _read(path: Path, view: Callable[[Any], Tensor]) -> Tensor:
     from PIL import Image
 
     try:
-        return view(Image.open(path))
+        with Image.open(path) as image:
+            return view(image)
     except OSError as error:  # PIL names no file where one is cut short
         raise OSError(f"{path} could not be read: {error}") from error
 
@@ -78,21 +79,23 @@ def read_masks(folder: Path, photos: Path, paths: Sequence[Path], side: int, val
 
     Raises:
         FileNotFoundError: when a photo has no mask.
+        OSError: when a mask can't be read.
     """
     import numpy as np
     from PIL import Image
 
     from e2kd.frozen.views import CanonicalView
 
-    view, found = CanonicalView((side, side)), []
+    view = CanonicalView((side, side))
+
+    def inside(image: Any) -> Tensor:
+        pixels = np.asarray(image if image.mode in ("L", "P", "1", "I", "I;16") else image.convert("L"))
+        chosen = pixels > 0 if value is None else pixels == value
+        return view(Image.fromarray(chosen.astype(np.uint8) * 255))[0] >= 128
+
     shared = {stem for stem, count in Counter(path.stem for path in paths).items() if count > 1}
-    for path in paths:
-        file = _mask_of(folder, path.relative_to(photos), flat=path.stem not in shared)
-        with Image.open(file) as image:
-            pixels = np.asarray(image if image.mode in ("L", "P", "1", "I", "I;16") else image.convert("L"))
-        inside = pixels > 0 if value is None else pixels == value
-        found.append(view(Image.fromarray(inside.astype(np.uint8) * 255))[0] >= 128)
-    return torch.stack(found)
+    files = [_mask_of(folder, path.relative_to(photos), flat=path.stem not in shared) for path in paths]
+    return torch.stack([_read(file, inside) for file in files])
 
 
 def _mask_of(folder: Path, name: Path, *, flat: bool) -> Path:

@@ -276,6 +276,12 @@ class TestAnyModel:
         parts = unicam(small(0), small(1), batch(), LABELS, ["3"], batch_size=5).layers["3"]
         torch.testing.assert_close(parts.distilled.maps, whole.distilled.maps, rtol=0, atol=1e-4)
 
+    def test_a_shared_layer_goes_by_each_of_its_names(self) -> None:
+        model = small(0)
+        model.get_submodule("1").other = model.get_submodule("0")
+        mine, again = (read(model, batch(), [name]).layers[0].maps for name in ("0", "1.other"))
+        assert torch.equal(mine, again)
+
     def test_a_later_layer_that_works_in_place_does_not_change_what_was_read(self) -> None:
         def make(inplace: bool) -> nn.Module:
             torch.manual_seed(0)

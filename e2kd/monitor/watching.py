@@ -138,7 +138,11 @@ class TransferMonitor:
         )
 
     def __call__(self, step: int) -> None:
-        """Probe if it is time to. Call it at every step, in every process."""
+        """Probe if it is time to. Call it at every step, in every process.
+
+        Args:
+            step: of the whole training, not of an epoch: one that is smaller than before begins a new training.
+        """
         together = ranks.takes_all(*self._models)
         if not together and not ranks.is_main():
             return

@@ -154,7 +154,7 @@ def _forward(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Te
 def _listening(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Collects copies of what the named modules return: a later module may change the tensor in place."""
     heard: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a shared module goes by each of its names
     handles: list[Any] = []
 
     def listen(name: str) -> Any:

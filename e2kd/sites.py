@@ -151,19 +151,39 @@ def suggest(model: nn.Module, found: Trace) -> str:
     return f"Name one through layer=, for instance {', '.join(repr(n) for n in dict.fromkeys(names[:3]))}."
 
 
+def first_name(model: nn.Module, layer: str) -> str:
+    """The name under which a trace has a layer: a module that others share has several.
+
+    Raises:
+        UnsupportedModel: when there is no such layer.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> model[0].itself_again = model[0].also = nn.ReLU()
+    >>> first_name(model, "0.itself_again"), first_name(model, "0.also")
+    ('0.also', '0.also')
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if layer not in modules:
+        raise unknown_layer(layer, modules)
+    return next(name for name, module in model.named_modules() if module is modules[layer])
+
+
+def no_map(model: nn.Module, layer: str, output: Tensor | None, found: Trace, advice: str) -> UnsupportedModel:
+    """The error for a layer whose output holds no map; None is that of one that did not run."""
+    came = "did not run, or returned no tensor,"
+    if output is not None:
+        came = f"returned a tensor {shape(output.shape)}, which holds no map of more than one cell,"
+    return UnsupportedModel(
+        f"Layer {layer!r} of {type(model).__name__} {came} for images {shape(found.images.shape)}. {advice}"
+    )
+
+
 def _named(model: nn.Module, found: Trace, layer: str) -> Call:
-    if layer not in dict(model.named_modules()):
-        raise unknown_layer(layer, (name for name, _ in model.named_modules()))
-    calls = [call for call in found.calls if call.name == layer]
-    if not calls:
-        raise UnsupportedModel(f"Layer {layer!r} did not run in the forward pass. {suggest(model, found)}")
-    call = next((c for c in reversed(calls) if layout_in(c, found, model)), calls[-1])
-    if call.output is None or layout_in(call, found, model) is None:
-        came = "no tensor" if call.output is None else f"a tensor {shape(call.output.shape)}"
-        raise UnsupportedModel(
-            f"Layer {layer!r} returned {came}, which holds no map of more than one cell for images "
-            f"{shape(found.images.shape)}. {suggest(model, found)}"
-        )
+    name = first_name(model, layer)
+    calls = [call for call in found.calls if call.name == name]
+    call = next((c for c in reversed(calls) if layout_in(c, found, model)), calls[-1] if calls else None)
+    if call is None or layout_in(call, found, model) is None:
+        raise no_map(model, layer, None if call is None else call.output, found, suggest(model, found))
     if call.gradient is None or not _has_gradient(call, found, model):
         raise UnsupportedModel(
             f"The logits have no gradient with respect to the map of layer {layer!r}, as after the last token mixing "

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from e2kd.errors import UnsupportedModel, shape, unknown_layer
+from e2kd.errors import UnsupportedModel
 from e2kd.layout import Layout
 from e2kd.listening import Place
 from e2kd.modes import as_written
 from e2kd.probe import Call, Trace, Turn, trace
-from e2kd.sites import is_feature, layout_in, may_be_site
+from e2kd.sites import first_name, is_feature, layout_in, may_be_site, no_map
 
 STEM = 0.1  # share of a network's calls that is its stem
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
@@ -112,7 +112,7 @@ class Layers:
             UnsupportedModel: when a module does not exist, did not run or returns no map, and when one that runs
                 several times was named more often than it runs.
         """
-        names = list(names)
+        names = [first_name(self.model, name) for name in names]
         left = Counter(names)
         found = []
         for name in names:
@@ -208,23 +208,15 @@ class Layers:
 
     def _named(self, name: str, last: int) -> Call:
         """The call of a module that comes last, second to last, ...; its only one, if it has one."""
-        modules = dict(self.model.named_modules())
-        if name not in modules:
-            raise unknown_layer(name, modules)
         calls = [c for c in self.found.calls if c.name == name]
         if 1 < len(calls) < last:
             raise UnsupportedModel(TOO_OFTEN.format(layer=name, calls=len(calls), times=last))
         call = calls[-min(last, len(calls))] if calls else None
-        if call is not None and layout_in(call, self.found, self.model) is not None:
-            return call
-        came = "did not run" if call is None else "returned no tensor"
-        if call is not None and (output := call.output) is not None:
-            came = f"returned a tensor {shape(output.shape)}, which holds no map of more than one cell"
-        others = ", ".join(repr(c.name) for c in self._maps[-3:])
-        raise UnsupportedModel(
-            f"Layer {name!r} of {type(self.model).__name__} {came}, for images {shape(self.images.shape)}. Name a "
-            f"layer with spatial output, for instance {others}."
-        )
+        if call is None or layout_in(call, self.found, self.model) is None:
+            others = ", ".join(repr(c.name) for c in self._maps[-3:])
+            advice = f"Name a layer with spatial output, for instance {others}."
+            raise no_map(self.model, name, None if call is None else call.output, self.found, advice)
+        return call
 
     def _stage(self, call: Call) -> Stage:
         """A call's tensor, heard under the outermost name that returns it."""

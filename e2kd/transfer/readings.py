@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from e2kd.distance import distance_matrix
-from e2kd.errors import UnsupportedModel, shape, unknown_layer
 from e2kd.explainers import GradCAM
+from e2kd.listening import Place, hearing
 from e2kd.modes import as_written, dtype_of, evaluating, unwrap
-from e2kd.outputs import first_tensor, logits_of
+from e2kd.outputs import logits_of
 from e2kd.plans import plan_for
-from e2kd.probe import Call, Trace
+from e2kd.probe import Call, Trace, Turn
 from e2kd.similarity import at_least_float32
-from e2kd.sites import layout_in
+from e2kd.sites import first_name, layout_in, no_map
 
 
 @dataclass(frozen=True)
@@ -137,56 +135,25 @@ def _measure(name: str, maps: Tensor, pooled: bool, eps: float) -> LayerReading:
 
 
 def _forward(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and the named layers' maps."""
+    """Logits and the named layers' maps, copied: a later module may change the tensor in place."""
+    places = {name: Place(Turn(first_name(model, name)), copied=True) for name in names}
     with (
         torch.no_grad(),
         torch.autocast(images.device.type, enabled=False),
         evaluating(model),
         as_written(list(model.modules())),
-        _listening(model, names) as heard,
+        hearing(model, set(places.values())) as heard,
     ):
         logits = logits_of(model(images))
     found = Trace(images, logits)
-    return at_least_float32(logits), {name: _maps(model, name, heard.get(name), found) for name in names}
-
-
-@contextmanager
-def _listening(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects copies of what the named modules return: a later module may change the tensor in place."""
-    heard: dict[str, Tensor] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))  # a shared module goes by each of its names
-    handles: list[Any] = []
-
-    def listen(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is not None:
-                heard[name] = tensor.detach().clone()
-
-        return hook
-
-    try:
-        for name in dict.fromkeys(names):
-            if name not in modules:
-                raise unknown_layer(name, modules)
-            handles.append(modules[name].register_forward_hook(listen(name)))
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+    return at_least_float32(logits), {
+        name: _maps(model, name, heard.get(place.key), found) for name, place in places.items()
+    }
 
 
 def _maps(model: nn.Module, name: str, output: Tensor | None, found: Trace) -> Tensor:
     """A layer's output as maps [n, C, h, w]."""
-    if output is None:
-        raise UnsupportedModel(
-            f"Layer {name!r} of {type(model).__name__} did not run, or returned no tensor, for images "
-            f"{shape(found.images.shape)}. Name another through layers=."
-        )
-    layout = layout_in(Call(name, model.get_submodule(name), (), output), found, model)
-    if layout is None:
-        raise UnsupportedModel(
-            f"Layer {name!r} of {type(model).__name__} returned a tensor {shape(output.shape)}, which holds no map of "
-            f"more than one cell for images {shape(found.images.shape)}. Name one with spatial output through layers=."
-        )
+    layout = None if output is None else layout_in(Call(name, model.get_submodule(name), (), output), found, model)
+    if output is None or layout is None:
+        raise no_map(model, name, output, found, "Name one with spatial output through layers=.")
     return at_least_float32(layout.to_maps(output, found.image_size)).contiguous()

@@ -139,7 +139,7 @@ def check(
                 teacher_size=teacher_size,
             )  # fmt: skip
         except REFUSALS as error:
-            report.problems.append(f"student: {error}")
+            report.problems.append(str(error))
             return report
         noise = criterion.student.plan
         try:

@@ -114,12 +114,12 @@ def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
                 )
 
 
-def check_grid(maps: Tensor, whose: str) -> None:
+def check_grid(maps: Tensor, whose: str, option: str = "explainer") -> None:
     """Raise when a map has one cell, where any two positive maps look alike."""
     if maps.shape[-2] * maps.shape[-1] == 1:
         raise UnsupportedModel(
             f"The {whose} maps have one cell, which says nothing about where it looks. Use larger images, or name an "
-            "earlier layer: explainer=GradCAM(layer=...) for the student, teacher_explainer= for the teacher."
+            f"earlier layer: {option}=GradCAM(layer=...)."
         )
 
 

@@ -319,7 +319,7 @@ class E2KDLoss(nn.Module):
             theirs = lesson.explain(classes, rows)  # first: the teacher's graph is gone when the student's is made
             mine = self.student.view(record, logits, rows).explain_each(self.explainer, classes, rows)
             check_grid(mine, f"student's (at {self.student.place})")
-            check_grid(theirs, "teacher's")
+            check_grid(theirs, "teacher's", "teacher_explainer")
             if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged
                 mine = pooled(mine.flatten(1, 2), (theirs.shape[-2], theirs.shape[-1])).unflatten(1, mine.shape[1:3])
             alike, zero = compare_each(self.similarity, mine, theirs, size, valid)

@@ -351,7 +351,7 @@ def test_map_of_one_cell_in_the_teacher_is_refused_or_named() -> None:
 
     made = case("cnn")
     trainer = Trainer(made, teacher_explainer=OneCell())
-    with trainer.refuses(e2kd.UnsupportedModel, "teacher", "one cell"):
+    with trainer.refuses(e2kd.UnsupportedModel, "teacher.s maps have one cell", "teacher_explainer="):
         trainer.step(made.images, made.targets)
 
 

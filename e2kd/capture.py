@@ -30,8 +30,8 @@ COMPILED = (
 NO_RECORD = (
     "The criterion was called without a training forward of the student before it. Expected "
     "`loss = criterion(student(images), targets)` with the student in train() mode and gradients enabled, once per "
-    "forward. If the trainer runs a copy or another wrapper of the model, build the criterion with the module it trains. "
-    + COMPILED
+    "forward. If the trainer runs a copy or another wrapper of the model, build the criterion with the module it "
+    "trains. " + COMPILED
 )
 
 

@@ -256,7 +256,7 @@ def _borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
-        with torch.enable_grad(), kept_statistics(list(model.modules())), undrawn(device):
+        with torch.enable_grad(), kept_statistics(model), undrawn(device):
             yield
     finally:
         for module, mode in modes:

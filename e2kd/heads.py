@@ -122,7 +122,7 @@ class TracedHead(_OfModel):
     def _graphs(self) -> tuple[fx.Graph, fx.Graph | None]:
         training = self.model.training
         if training not in self.graphs:
-            with as_written(list(self.model.modules())):
+            with as_written(self.model):
                 self.graphs[training] = _split(_Logits(self.model), self.site)
         return self.graphs[training]
 

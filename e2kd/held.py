@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -110,12 +110,12 @@ _CURRENT: ContextVar[Holding | None] = ContextVar("batch statistics that can be 
 
 
 @contextmanager
-def holding_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+def holding_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, passes can be explained by `current_holding` with the statistics of every BatchNorm held fixed.
 
     SyncBatchNorm, whose statistics are those of all processes, stays as it is.
     """
-    if not any(map(uses_batch, modules)):
+    if not any(map(uses_batch, model.modules())):
         yield
         return
     with Holding() as holding:

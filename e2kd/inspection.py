@@ -94,7 +94,7 @@ def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
     """The view of an eval-mode forward whose logits and gradients can be asked for any class."""
     with torch.inference_mode(False):
         images = (images.clone() if images.is_inference() else images.detach()).to(dtype_of(model))
-        with evaluating(model), as_written(list(model.modules())):
+        with evaluating(model), as_written(model):
             plan = plan_for(model, explainer, images)
             if plan.dynamic:
                 check_range(images, "model")
@@ -106,7 +106,7 @@ def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
 def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
     assert plan.head is not None
     if plan.site is None:
-        with torch.enable_grad(), untrained(model), replaying(list(model.modules()), images.device, None):
+        with torch.enable_grad(), untrained(model), replaying(model, images.device, None):
             return whole_view(model, plan, images, create_graph=False)
     size = (images.shape[-2], images.shape[-1])
     with torch.no_grad(), captured_from(model, plan.site.producers[0].name) as kept:
@@ -115,7 +115,7 @@ def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
     if plan.linear is not None:
         return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
     captured = captured.to(dtype_of(model)).requires_grad_()
-    with torch.enable_grad(), replaying(list(model.modules()), images.device, None):
+    with torch.enable_grad(), replaying(model, images.device, None):
         return autograd_view(captured, _logits(plan, captured), plan, size, create_graph=False)
 
 

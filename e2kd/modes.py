@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from e2kd.held import holding_statistics
+from e2kd.kernels import math_kernel
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -69,14 +69,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def as_written(modules: list[nn.Module]) -> Iterator[None]:
+def as_written(model: nn.Module) -> Iterator[None]:
     """Modules run as their authors wrote them: not compiled, no activation checkpointing, no autocast put around.
 
     A compiled part has no second derivative and can't be traced; a checkpointed one is recomputed outside of the
     contexts of its first run. Knows torch.compile in all its forms, torch's checkpoint_wrapper and the flags of timm
     and Hugging Face models.
     """
-    changes = [(vars(m), name, value) for m in modules for name, value in _written(m).items()]
+    changes = [(vars(m), name, value) for m in model.modules() for name, value in _written(m).items()]
     before = [space[name] for space, name, _ in changes]
     for space, name, value in changes:
         space[name] = value
@@ -111,9 +111,9 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def kept_statistics(modules: list[nn.Module]) -> Iterator[None]:
+def kept_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm normalises as before but does not update its running statistics."""
-    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -179,7 +179,7 @@ def undrawn(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def replaying(modules: list[nn.Module], device: torch.device, states: list[Tensor] | None) -> Iterator[None]:
+def replaying(model: nn.Module, device: torch.device, states: list[Tensor] | None) -> Iterator[None]:
     """What a second run of a part of a model needs to give the same numbers and a double backward.
 
     Full precision, the math kernel of attention (the fused ones have no second derivative),
@@ -188,10 +188,10 @@ def replaying(modules: list[nn.Module], device: torch.device, states: list[Tenso
     outer = rng_state(device) if states is not None else None
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(kept_statistics(modules))
-        stack.enter_context(holding_statistics(modules))
-        stack.enter_context(as_written(modules))
+        stack.enter_context(math_kernel())
+        stack.enter_context(kept_statistics(model))
+        stack.enter_context(holding_statistics(model))
+        stack.enter_context(as_written(model))
         if states is not None:
             set_rng_state(states, device)
         try:

@@ -140,7 +140,7 @@ def find_narrow(head: Head | None, site: Site, found: Trace, after: tuple[str, .
 def _probed(running: Running, features: Tensor, parameters: list[tuple[str, nn.Parameter]]) -> tuple[Tensor, Tensor]:
     """Logits [B, K] and the gradient of a random combination of them with respect to the features."""
     model, features = running.model, features.clone().requires_grad_()
-    with torch.enable_grad(), evaluating(model), replaying(list(model.modules()), features.device, None):
+    with torch.enable_grad(), evaluating(model), replaying(model, features.device, None):
         logits = torch.func.functional_call(running, noisy(parameters, JITTER), (features,))
     along = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
     (gradient,) = torch.autograd.grad((logits * along).sum(), features)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.norms import BatchNormUncentered2d
 from e2kd.bcos.statistics import Kept, is_checkpointed, keeping_statistics
+from e2kd.held import uses_batch
 from e2kd.modes import is_compiled
 from e2kd.views import differentiable
 
@@ -112,5 +112,5 @@ def alone_in_batch(model: nn.Module, *, kept: bool) -> bool:
     >>> alone_in_batch(nn.BatchNorm2d(3), kept=False), alone_in_batch(nn.BatchNorm2d(3).eval(), kept=False)
     (False, True)
     """
-    mixing = [m for m in model.modules() if isinstance(m, _BatchNorm) and (m.training or m.running_var is None)]
+    mixing = filter(uses_batch, model.modules())
     return all(kept and isinstance(m, BatchNormUncentered2d) for m in mixing)

@@ -39,7 +39,7 @@ def example_images(model: nn.Module) -> Tensor | None:
 
 def _runs(model: nn.Module, images: Tensor) -> bool:
     try:
-        with torch.no_grad(), evaluating(model), as_written(list(model.modules())), undrawn(images.device):
+        with torch.no_grad(), evaluating(model), as_written(model), undrawn(images.device):
             model(images)
     except REFUSALS:
         return False

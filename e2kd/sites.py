@@ -157,15 +157,15 @@ def first_name(model: nn.Module, layer: str) -> str:
     Raises:
         UnsupportedModel: when there is no such layer.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> model[0].itself_again = model[0].also = nn.ReLU()
-    >>> first_name(model, "0.itself_again"), first_name(model, "0.also")
-    ('0.also', '0.also')
+    >>> act = nn.ReLU()
+    >>> first_name(nn.Sequential(nn.Linear(2, 2), act, act), "2")
+    '1'
     """
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if layer not in modules:
         raise unknown_layer(layer, modules)
-    return next(name for name, module in model.named_modules() if module is modules[layer])
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[modules[layer]]
 
 
 def no_map(model: nn.Module, layer: str, output: Tensor | None, found: Trace, advice: str) -> UnsupportedModel:

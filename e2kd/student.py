@@ -139,7 +139,7 @@ class StudentExplainer:
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""
-        with _outside_of_hosts(images.device), self.tap.silent(), as_written(list(self.student.modules())):
+        with _outside_of_hosts(images.device), self.tap.silent(), as_written(self.student):
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.read(self.plan.site)
         self.holding = None
@@ -259,7 +259,7 @@ class StudentExplainer:
 
     def _again(self, record: Record, plan: Plan, rows: Tensor | None, kept: Kept | None) -> View:
         images = record.images if rows is None else record.images[rows]
-        with replaying(list(self.student.modules()), images.device, record.rng):
+        with replaying(self.student, images.device, record.rng):
             view = whole_view(self.student, plan, images, create_graph=True, kept=kept, rows=rows)
         return replace(view, rows=rows)
 
@@ -278,7 +278,7 @@ class StudentExplainer:
         source = record.features.to(dtype_of(self.student))
         if not source.requires_grad:  # the features of a frozen trunk
             source = source.detach().requires_grad_()
-        with replaying(list(self.student.modules()), source.device, record.rng):
+        with replaying(self.student, source.device, record.rng):
             captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
             return autograd_view(captured, run(captured), plan, _size(record), create_graph=True)
 

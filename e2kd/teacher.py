@@ -80,7 +80,7 @@ class Teacher:
         if not places:
             yield {}
             return
-        with as_written(list(self.model.modules())), hearing(self.model, places) as tensors:
+        with as_written(self.model), hearing(self.model, places) as tensors:
             yield tensors
 
     def _tell(self, images: Tensor, prepared: Tensor, logits: Tensor, tensors: dict[str, Tensor]) -> None:

@@ -212,7 +212,7 @@ def test_logits_of_another_model_are_refused(made: Case) -> None:
     trainer = Trainer(made)
     other = made.copy()
     trainer.student(made.images)
-    with trainer.refuses(RuntimeError, "without a training forward", "build E2KDLoss with the module it trains"):
+    with trainer.refuses(RuntimeError, "without a training forward", "build the criterion with the module it trains"):
         trainer.criterion(other(made.images), made.targets)
 
 

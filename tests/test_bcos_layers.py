@@ -404,7 +404,7 @@ class TestBatchNormUncentered:
     def test_statistics_can_be_kept(self) -> None:
         norm = BatchNormUncentered2d(4).double()
         before = {k: v.clone() for k, v in norm.state_dict().items()}
-        with kept_statistics([norm]):
+        with kept_statistics(norm):
             y = norm(noise(*MAPS))
         assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
         assert torch.equal(y, norm(noise(*MAPS)))

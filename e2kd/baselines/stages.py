@@ -65,7 +65,7 @@ class Layers:
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.model, self.images = model, images
-        with as_written(list(model.modules())):
+        with as_written(model):
             self.found: Trace = trace(model, images)
         self._number = {id(c): n for n, c in enumerate(self.found.calls)}
         self._classifier = self._last_with_parameters()

@@ -114,7 +114,7 @@ def read(
 
 
 def _default(model: nn.Module, images: Tensor) -> str:
-    with torch.enable_grad(), evaluating(model), as_written(list(model.modules())):
+    with torch.enable_grad(), evaluating(model), as_written(model):
         site = plan_for(model, GradCAM(), images).site
     assert site is not None
     return site.heard_by_name()
@@ -141,7 +141,7 @@ def _forward(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Te
         torch.no_grad(),
         torch.autocast(images.device.type, enabled=False),
         evaluating(model),
-        as_written(list(model.modules())),
+        as_written(model),
         hearing(model, set(places.values())) as heard,
     ):
         logits = logits_of(model(images))

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from e2kd.modes import as_written, evaluating, is_sharded
+from e2kd.modes import as_written, evaluating
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.probe import Trace, Turn, noisy
+from e2kd.sharding import is_sharded
 from e2kd.sites import Site
 
 ACTIVATIONS: tuple[Any, ...] = (

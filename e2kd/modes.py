@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from e2kd.held import holding_statistics
 from e2kd.kernels import math_kernel
+from e2kd.sharding import is_sharded
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -30,24 +31,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The type a module computes in: that of its first floating-point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether fully_shard holds only a part of a parameter here, at this moment.
-
-    >>> is_sharded(torch.zeros(3))
-    False
-    """
-    return hasattr(parameter, "placements")
-
-
-def is_group(module: nn.Module) -> bool:
-    """Whether fully_shard shards a module's parameters in a group of their own.
-
-    >>> is_group(nn.Linear(2, 2))
-    False
-    """
-    return hasattr(module, "reshard")
 
 
 def device_of(module: nn.Module, other: torch.device) -> torch.device:

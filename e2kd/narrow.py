@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from e2kd.heads import Head, Running
-from e2kd.modes import evaluating, is_sharded, replaying
+from e2kd.modes import evaluating, replaying
 from e2kd.probe import Trace, noisy
+from e2kd.sharding import is_sharded
 from e2kd.sites import JITTER, Site
 
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)  # (query, key, value, ...)

@@ -1,13 +1,29 @@
-"""What fully_shard (FSDP2) takes back after a forward or a backward, kept for as long as an explanation needs it."""
+"""fully_shard (FSDP2): what is sharded, and what it takes back before an explanation has used it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from e2kd.modes import is_group
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether fully_shard holds only a part of a parameter here, at this moment.
+
+    >>> is_sharded(torch.zeros(3))
+    False
+    """
+    return hasattr(parameter, "placements")
+
+
+def is_group(module: nn.Module) -> bool:
+    """Whether fully_shard shards a module's parameters in a group of their own.
+
+    >>> is_group(nn.Linear(2, 2))
+    False
+    """
+    return hasattr(module, "reshard")
 
 
 def is_any_sharded(model: nn.Module) -> bool:
@@ -31,6 +47,13 @@ def gather(groups: Iterable[Any]) -> None:
     """The parameters of all ranks, until the next backward has used them. Every rank has to ask."""
     for group in groups:
         group.unshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward without a backward has gathered: the root's parameters are kept for a backward."""
+    groups: Iterable[Any] = filter(is_group, model.modules())
+    for group in groups:
+        group.reshard()
 
 
 def _holder(model: nn.Module, path: list[str]) -> nn.Module | None:

@@ -26,9 +26,10 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught", "graph", "embeddings", "pictures", "held"],
-    ["similarity", "layout", "outputs", "modes", "objects", "regions", "kernels", "bcos", "distance"],
-    ["warping", "kornia_stages", "sharding"],
+    ["errors", "version", "taught", "graph", "embeddings", "pictures", "held", "sharding"],
+    ["kernels"],
+    ["similarity", "layout", "outputs", "modes", "objects", "regions", "bcos", "distance"],
+    ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],
     ["lessons", "listening"],

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from e2kd.modes import is_sharded
+from e2kd.sharding import is_sharded
 
 T = TypeVar("T")
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, without the whole part, are all different and evenly spread

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from e2kd.modes import device_of, is_sharded
+from e2kd.modes import device_of
+from e2kd.sharding import is_sharded
 
 
 def is_main() -> bool:
@@ -32,14 +33,6 @@ def agreed(said: bool, like: nn.Module) -> bool:
     told = torch.tensor(int(said), device=device_of(like, torch.device("cpu")))
     dist.broadcast(told, 0)
     return bool(told.item())
-
-
-def reshard(*models: nn.Module) -> None:
-    """Give back what a forward without a backward has gathered: FSDP keeps the root's parameters for a backward."""
-    for model in models:
-        for module in model.modules():
-            if callable(give_back := getattr(module, "reshard", None)):
-                give_back()
 
 
 def _many() -> bool:

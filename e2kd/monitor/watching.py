@@ -15,6 +15,7 @@ from e2kd.monitor import ranks
 from e2kd.monitor.budget import Budget
 from e2kd.monitor.probed import Part, Probed
 from e2kd.monitor.sinks import Log, LogImages
+from e2kd.sharding import reshard
 from e2kd.transfer import Regions
 from e2kd.transfer.contrasting import label_rows
 
@@ -164,7 +165,8 @@ class TransferMonitor:
         finally:
             self._probed.readings = None  # room for the training
             if together:
-                ranks.reshard(*self._models)
+                for model in self._models:
+                    reshard(model)
             self.budget.end()
         scalars = found.scalars | {"seconds": self.budget.last, "share": self.budget.share}
         missing = dict.fromkeys(self.latest, float("nan"))  # what this probe had no time for

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from e2kd.explainers import BcosContributions, BcosWeights, Explainer
+from e2kd.explainers import KNOWN, BcosContributions, BcosWeights, Explainer, explainer_named
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.records import Record
@@ -74,3 +75,16 @@ def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:
         "layer": None if site is None else site.layer,
         "map_size": list(asked.map_size),
     }
+
+
+def explainer_said(said: Mapping[str, Any]) -> Explainer:
+    """The explainer that a cache's plan names, with the layer or the resolution that it says.
+
+    >>> explainer_said({"name": "BcosWeights", "layer": None, "resolution": [28, 28]})
+    BcosWeights(resolution=(28, 28), passes=None)
+    """
+    if "resolution" not in said:
+        return explainer_named(said["name"], said["layer"])
+    size = said["resolution"]
+    explainer: Explainer = KNOWN[said["name"]](tuple(size) if isinstance(size, list) else size)
+    return explainer

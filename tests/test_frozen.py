@@ -24,6 +24,7 @@ import e2kd
 from e2kd.cli import main
 from e2kd.frozen.errors import CacheError
 from e2kd.frozen.samples import names_of, transformed
+from e2kd.probing import example_images
 from e2kd.taught import labels_of
 
 Shared = Callable[[str], Path]
@@ -808,6 +809,15 @@ def test_verify_rates_every_augmentation(tmp_path: Path) -> None:
     assert "faithful" in str(report)
     with pytest.raises(ValueError, match="Leave Normalize out"):
         cache.verify(teacher, dataset, augmentations={"wrong": lambda i, t: (i / 64 - 2, t)})
+
+
+def test_a_teacher_whose_configuration_is_not_timms_is_one_without(tmp_path: Path) -> None:
+    """`pretrained_cfg` is an attribute that other networks may have for something of their own."""
+    teacher: Any = net()
+    teacher.pretrained_cfg = "resnet.yaml"
+    cache = frozen(tmp_path, teacher=teacher)
+    assert cache.plan["teacher"]["name"] == type(teacher).__name__
+    assert example_images(teacher) is not None
 
 
 def test_verify_takes_a_single_row_and_leaves_random_numbers_alone(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught", "graph", "embeddings", "pictures", "held"],
-    ["similarity", "layout", "outputs", "modes", "objects", "regions", "kernels", "bcos", "distance"],
+    ["modes"],
+    ["similarity", "layout", "outputs", "objects", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages", "sharding"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],

@@ -14,7 +14,7 @@ from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.records import Record
 from e2kd.frozen.samples import class_names_of, thumbnail, transformed
 from e2kd.frozen.sources import Source
-from e2kd.modes import dtype_of
+from e2kd.modes import dtype_of, timm_configuration
 from e2kd.plans import plan_for
 
 
@@ -55,8 +55,7 @@ def teacher_of(asked: Asked) -> dict[str, Any]:
 
 def name_of(model: nn.Module) -> str:
     """timm's name of a model, else its class."""
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    return str(configuration.get("architecture") or type(model).__name__)
+    return str(timm_configuration(model).get("architecture") or type(model).__name__)
 
 
 def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:

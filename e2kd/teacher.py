@@ -228,6 +228,13 @@ def expected_normalization(model: nn.Module, given: Normalization | None) -> Nor
     return mean, std
 
 
+def told_to(
+    teacher: nn.Module, given: Normalization | None, wanted: Normalization | None = None
+) -> Normalization | None:
+    """(mean, std) that images come in, where it is known what the teacher expects; else it gets them as they are."""
+    return None if expected_normalization(teacher, wanted) is None else given
+
+
 def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization | None) -> Tensor:
     """Images from one normalisation to another; as they are where one is not known."""
     if given is None or wanted is None:

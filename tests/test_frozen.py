@@ -845,6 +845,7 @@ def test_a_url_is_brought_here_once_and_only_what_belongs_to_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec = pytest.importorskip("fsspec")
+    monkeypatch.delenv("E2KD_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     local = frozen(tmp_path / "cache")
     memory = fsspec.filesystem("memory")
@@ -853,7 +854,7 @@ def test_a_url_is_brought_here_once_and_only_what_belongs_to_a_cache(
     cache = e2kd.FrozenTeacher.open("memory://somewhere/cache")
     assert torch.equal(cache.rows([3, 1]).logits, local.rows([3, 1]).logits)
     brought = cache.store.folder
-    assert brought.is_relative_to(tmp_path / "home")
+    assert brought.parent == tmp_path / "home" / "e2kd"
     assert {p.name for p in brought.iterdir()} == {p.name for p in (tmp_path / "cache").iterdir()}
     stamp = {p.name: p.stat().st_mtime_ns for p in brought.glob("shard-*")}
     e2kd.FrozenTeacher.open("memory://somewhere/cache")
@@ -870,6 +871,15 @@ def memory_with(folder: Path) -> Any:
         memory.rm("/there", recursive=True)
     memory.put(str(folder), "/there", recursive=True)
     return memory
+
+
+def test_what_a_url_brings_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen(tmp_path / "cache")
+    memory_with(tmp_path / "cache")
+    monkeypatch.setenv("E2KD_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "everybodys"))
+    assert e2kd.FrozenTeacher.open("memory://there").store.folder.parent == tmp_path / "own"
+    assert not (tmp_path / "everybodys").exists()
 
 
 @pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")

@@ -26,8 +26,8 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught", "graph", "embeddings", "pictures", "held"],
-    ["modes"],
+    ["errors", "version", "taught", "graph", "folders", "pictures", "held"],
+    ["embeddings", "modes"],
     ["similarity", "layout", "outputs", "objects", "regions", "kernels", "bcos", "distance"],
     ["warping", "kornia_stages", "sharding"],
     ["logits", "comparing", "augment", "perturb", "localization"],

@@ -59,7 +59,7 @@ class FrozenTeacher:
         Args:
             path: a folder, or the URL of one that fsspec knows (`s3://`, `gs://`, `hf://`, `https://`): it is first
                 brought to local disk and verified.
-            download_to: where to; a folder of the user's cache directory if None.
+            download_to: where to; a folder in $E2KD_CACHE, else in e2kd of $XDG_CACHE_HOME or ~/.cache, if None.
 
         Raises:
             ValueError, FileNotFoundError: for a cache that is unfinished, damaged or of a later version.

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -818,6 +819,42 @@ def test_a_teacher_whose_configuration_is_not_timms_is_one_without(tmp_path: Pat
     cache = frozen(tmp_path, teacher=teacher)
     assert cache.plan["teacher"]["name"] == type(teacher).__name__
     assert example_images(teacher) is not None
+
+
+@dataclass(frozen=True)
+class Energy:
+    """An explainer that is not one of e2kd's."""
+
+    layer: str | None = None
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        return features.square().sum(1, keepdim=True)
+
+
+def test_verify_takes_the_names_and_the_explainer_that_freeze_was_given(tmp_path: Path) -> None:
+    dataset, teacher = pixels(), net()
+    names = [f"photo {i}" for i in range(len(dataset))]
+    cache = frozen(tmp_path, dataset, teacher, ids=names, explainer=Energy())
+    asked: dict[str, Any] = {"augmentations": {}, "ids": names, "explainer": Energy()}
+    report = cache.verify(teacher, dataset, **asked)
+    assert report.ok, str(report)
+    with pytest.raises(ValueError, match=r"no names to find their rows by\. Pass ids="):
+        cache.verify(teacher, dataset, **asked | {"ids": None})
+    with pytest.raises(ValueError, match="same 40 samples in another order"):
+        cache.verify(teacher, dataset, **asked | {"ids": names[::-1]})
+    with pytest.raises(ValueError, match=r"made by Energy\. Pass it as explainer="):
+        cache.verify(teacher, dataset, **asked | {"explainer": None})
+    assert "live maps differ" in str(cache.verify(teacher, dataset, **asked | {"explainer": e2kd.GradCAM()}))
+
+
+def test_channels_that_are_refused_are_those_that_the_sentence_leaves_out() -> None:
+    for channels in range(1, 9):
+        image = torch.zeros(channels, 4, 4)
+        if channels in (1, 3, 4, 6):
+            assert e2kd.CanonicalView()(image).shape == image.shape
+        else:
+            with pytest.raises(ValueError, match=r"C one of \(1, 3, 4, 6\)"):
+                e2kd.CanonicalView()(image)
 
 
 def test_verify_takes_a_single_row_and_leaves_random_numbers_alone(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ import e2kd
 from benchmarks.common import RESULTS, ROOT, between, markdown_table, read_rows, write_results
 from e2kd.frozen.forecast import Forecast, readable
 from e2kd.frozen.records import Record
-from e2kd.frozen.store import Store, Writer
+from e2kd.frozen.store import Store
+from e2kd.frozen.writer import Writer
 
 Row = dict[str, Any]
 PHOTOS = Path(os.environ.get("E2KD_SHARED", ROOT.parent / "shared")) / "data" / "imagenet-samples" / "all"

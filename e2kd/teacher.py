@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from e2kd.explainers import Explainer, reads_images
 from e2kd.inspection import inspect
 from e2kd.lessons import Lesson
 from e2kd.listening import Ear, Heard, Place, hearing
-from e2kd.modes import as_written, device_of, dtype_of, evaluating, unwrap
+from e2kd.modes import as_written, device_of, dtype_of, evaluating, timm_configuration, unwrap
 from e2kd.outputs import logits_of
 
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -207,11 +206,6 @@ def _from_timm(name: str) -> nn.Module:
     return model.eval()
 
 
-def _configuration(model: nn.Module) -> dict[str, Any]:
-    found = getattr(model, "pretrained_cfg", None)
-    return found if isinstance(found, dict) else {}
-
-
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """The size of a timm model that takes no other."""
     patches = getattr(model, "patch_embed", None)
@@ -227,11 +221,18 @@ def expected_normalization(model: nn.Module, given: Normalization | None) -> Nor
         return given
     if is_bcos(model):
         return (0.0,) * colours_of(model), (1.0,) * colours_of(model)
-    configuration = _configuration(model)
+    configuration = timm_configuration(model)
     mean, std = configuration.get("mean"), configuration.get("std")
     if mean is None or std is None or len(mean) != channels_of(model):  # timm changes in_chans, not the configuration
         return None
     return mean, std
+
+
+def told_to(
+    teacher: nn.Module, given: Normalization | None, wanted: Normalization | None = None
+) -> Normalization | None:
+    """(mean, std) that images come in, where it is known what the teacher expects; else it gets them as they are."""
+    return None if expected_normalization(teacher, wanted) is None else given
 
 
 def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -118,6 +120,23 @@ def test_classes_that_ask_for_targets_are_a_problem_in_words() -> None:
     student, teacher = pair("closed")
     report = e2kd.check(student, teacher, torch.rand(4, 3, 16, 16, dtype=torch.float64), classes="labels")
     assert any("needs targets" in problem for problem in report.problems)
+
+
+def test_the_teacher_is_asked_as_it_will_be_in_training() -> None:
+    """Its own normalisation and size make other maps, which are those that the criterion compares."""
+    student, teacher = pair("closed")
+    images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    settings: dict[str, Any] = {
+        "input_normalization": ((0.5,) * 3, (0.5,) * 3),
+        "teacher_normalization": ((0.4,) * 3, (0.2,) * 3),
+        "teacher_size": 24,
+    }
+    plain, report = e2kd.check(student, teacher, images), e2kd.check(student, teacher, images, **settings)
+    assert (plain.teacher.grid, report.teacher.grid) == ((4, 4), (6, 6))
+    assert report.explanation != plain.explanation
+    criterion = e2kd.E2KDLoss(student, teacher, **settings)
+    criterion(student.train()(images))
+    assert report.explanation == pytest.approx(float(criterion.parts["explanation"]), abs=1e-9)
 
 
 def test_zero_maps_are_those_of_the_classes_that_are_explained() -> None:

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
+from e2kd.errors import NoEffectWarning, UnsupportedModel, check_temperature, check_weight, shape
 from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
 
@@ -24,13 +24,11 @@ def check_settings(
 ) -> None:
     """Raise a ValueError for settings outside their range."""
     for name, value in (("weight", weight), ("kd_weight", kd_weight), ("task_weight", task_weight or 0.0)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"Expected {name} >= 0, but got {value}.")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"Expected a finite temperature > 0, but got {temperature}.")
+        check_weight(name, value)
+    check_temperature(temperature)
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected fraction in (0, 1], but got {fraction}. weight=0 switches explanations off.")
-    if every < 1 or every != int(every):
+    if not every >= 1 or every % 1:
         raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
     if during is not None and (len(during) != 2 or any(step % 1 for step in during) or not 0 <= during[0] < during[1]):
         raise ValueError(f"Expected during to be (start, stop) in steps, 0 <= start < stop, but got {during}.")

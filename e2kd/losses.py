@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from e2kd.capture import Record
 from e2kd.classes import Choice, check_choice, choose, equal_weights
 from e2kd.comparing import Similarity, compare, compare_each
+from e2kd.errors import check_reduction
 from e2kd.explainers import Explainer, default_explainer, explainer_beside, explainers_of, reads_images
 from e2kd.guards import (
     check_batch,
@@ -54,6 +55,9 @@ class ExplanationLoss(nn.Module):
             None compares them on the student's grid.
         reduction: "mean" -> [], "none" -> [B].
 
+    Raises:
+        ValueError: for an unknown reduction.
+
     >>> ExplanationLoss()(torch.ones(2, 1, 7, 7), torch.ones(2, 1, 14, 14))
     tensor(0.)
     """
@@ -62,8 +66,7 @@ class ExplanationLoss(nn.Module):
         self, similarity: Similarity = cosine, *, size: tuple[int, int] | None = None, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"Expected reduction to be 'mean' or 'none', but got {reduction!r}.")
+        check_reduction(reduction)
         self.similarity, self.size, self.reduction = similarity, size, reduction
 
     def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:

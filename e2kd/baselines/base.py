@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.capture import Record, Tap
-from e2kd.errors import UnsupportedModel
+from e2kd.errors import UnsupportedModel, check_weight
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled, is_teaching
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
@@ -158,9 +158,8 @@ class Baseline(nn.Module, ABC):
     ) -> None:
         super().__init__()
         check_module(student, "student")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"Expected weight >= 0, but got {weight}.")
-        if warmup < 0 or warmup != int(warmup):
+        check_weight("weight", weight)
+        if not warmup >= 0 or warmup % 1:
             raise ValueError(f"Expected warmup to be a number of steps >= 0, but got {warmup}.")
         self.criterion, self.weight, self.warmup = criterion, weight, warmup
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=_device(student)), warmup > 0)

@@ -133,21 +133,25 @@ def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
         )
 
 
-def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor) -> bool:
-    """Whether a criterion is asked to distill by these logits, or for the plain task loss."""
+def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor, role: str = "student") -> bool:
+    """Whether a criterion is asked to teach a network by these logits, or for the plain task loss.
+
+    Args:
+        role: what the network is called where it is in eval mode although gradients are on, of which a warning tells.
+    """
     if not (criterion.training and torch.is_grad_enabled() and logits.requires_grad):
         return False
     if not student.training:
-        warn_eval()
+        warn_eval(role)
     return student.training
 
 
-def warn_eval() -> None:
-    """Warn that a loss with gradients was asked for while the student is in eval mode."""
+def warn_eval(role: str) -> None:
+    """Warn that a loss with gradients was asked for while the network that learns is in eval mode."""
     warnings.warn(
-        "The criterion returns the plain task loss because the student is in eval mode, although gradients are on: no "
-        "distillation happens. Call student.train() to distill (BatchNorm layers may stay in eval mode), or evaluate "
-        "under torch.no_grad().",
+        f"The criterion returns the plain task loss because the {role} is in eval mode, although gradients are on: it "
+        f"is taught nothing else. Call {role}.train() to teach it (BatchNorm layers may stay in eval mode), or "
+        "evaluate under torch.no_grad().",
         NoEffectWarning,
         stacklevel=4,
     )

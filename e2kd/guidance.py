@@ -17,7 +17,7 @@ from e2kd.capture import Record
 from e2kd.classes import Chosen, choose
 from e2kd.errors import check_weight, shape
 from e2kd.explainers import BcosContributions, Explainer, GradCAM
-from e2kd.guards import check_grid, check_module, check_not_empty
+from e2kd.guards import check_grid, check_module, check_not_empty, is_teaching
 from e2kd.localization import on_grid
 from e2kd.modes import unwrap
 from e2kd.objects import Boxes, box_masks
@@ -151,7 +151,7 @@ class GuidanceLoss(nn.Module):
         """
         logits = logits_of(outputs)
         task = task_loss(self.criterion, outputs, targets, labels_of(targets))
-        if masks is None or not (self.training and torch.is_grad_enabled() and self.model.student.training):
+        if masks is None or not is_teaching(self, self.model.student, logits, "model"):
             return task
         check_not_empty(logits)
         record = self.model.record(logits)

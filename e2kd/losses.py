@@ -30,7 +30,7 @@ from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
 from e2kd.tasks import reported, task_loss
 from e2kd.taught import Taught, labels_of
-from e2kd.teacher import Normalization, Teacher, shared
+from e2kd.teacher import Normalization, Teacher
 from e2kd.wrapping import Wrapping
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
@@ -192,8 +192,7 @@ class E2KDLoss(Wrapping):
         self.student = StudentExplainer(unwrap(student), self.explainer, example, fraction)
         self.tap = self.student.tap
         self.seed, self.step = torch.initial_seed(), 0
-        if isinstance(self.teacher, Teacher):
-            self.teacher = shared(self.teacher, criterion)
+        self._share_teacher()
 
     @property
     def step(self) -> int:

@@ -70,6 +70,28 @@ class Wrapping(nn.Module):
             loss = self._task(outputs, targets)
         return loss if num_items_in_batch is None else loss * share(logits, self._labels(targets), num_items_in_batch)
 
+    def adopt(self, teacher: Teacher) -> Teacher:
+        """Have one teacher with the criterion around this one, which brings its own; the one that answers for both.
+
+        A criterion that says nothing of how the teacher is to be asked follows the one that does.
+        """
+        own = self.teacher
+        if not isinstance(own, Teacher) or own is teacher:
+            return teacher
+        if teacher.serves(own):
+            teacher.answer_for(own)
+            self.teacher = teacher
+        elif own.serves(teacher):
+            own.answer_for(teacher)
+            return own
+        return teacher
+
+    def _share_teacher(self) -> None:
+        """One teacher for all criteria inside of one another, where one can answer for all: it runs once a step."""
+        for module in self.modules():
+            if isinstance(module, Wrapping) and isinstance(self.teacher, Teacher):
+                self.teacher = module.adopt(self.teacher)
+
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         """The loss [] of a training step, whose `_parts` it leaves."""
         raise NotImplementedError

@@ -21,7 +21,7 @@ from e2kd.modes import device_of, dtype_of, unwrap
 from e2kd.probing import example_images
 from e2kd.similarity import at_least_float32
 from e2kd.tasks import reported
-from e2kd.teacher import Normalization, Teacher, shared
+from e2kd.teacher import Normalization, Teacher
 from e2kd.wrapping import Wrapping
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Baseline(Wrapping, ABC):
         self.ear: Ear | None = None
         if isinstance(self.teacher, Teacher):
             self.ear = self.teacher.listen(stage.place for stage in self.teacher_stages)
-            self.teacher = shared(self.teacher, criterion)
+        self._share_teacher()
         self.tap = Tap(self.student)
         weakref.finalize(self, self.tap.remove)
         self.tap.listen(stage.place for stage in self.student_stages)
@@ -192,7 +192,7 @@ class Baseline(Wrapping, ABC):
         """
         super().remove()
         if isinstance(self.teacher, Teacher):
-            self.teacher.ears = [ear for ear in self.teacher.ears if ear is not self.ear]
+            self.teacher.dismiss(self.ear)
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)

@@ -93,6 +93,8 @@ class E2KDLoss(Wrapping):
     the cross-entropy with the targets. `.parts` holds detached scalars of the last training call: loss, task, kd,
     explanation, cosine, agreement (share of equal top classes) and zero_maps (samples whose map is
     zero in student or teacher, which therefore teach nothing; of several classes, for more than half of their weight).
+    task is all that `criterion` returned: with another method inside, such as AT, that method's whole loss, whose terms
+    are parts too, under their own names.
     Reading a value is what waits for the device. In a step that explains nothing (`every`, `during`), explanation and
     zero_maps are 0 and cosine is nan; agreement is nan where the teacher was not asked either.
 

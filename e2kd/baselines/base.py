@@ -115,10 +115,15 @@ class Pair:
 class Baseline(Wrapping, ABC):
     """A distillation method around any criterion: loss = criterion(outputs, targets) + weight * term.
 
-    Called and built as `E2KDLoss` is, and it may stand in the place of its criterion, which gives the method with e²KD
-    on top: `E2KDLoss(student, teacher, CRD(student, teacher, criterion))`. The teacher then runs once a step, and the
-    student's forward is always the trainer's own. In eval mode or under `no_grad` it is the plain task loss. `.parts`
-    holds detached scalars of the last training call: loss, task and the method's term, without its weight.
+    Called as `E2KDLoss` is, and it may stand in the place of its criterion, which gives the method with e²KD on top:
+    `E2KDLoss(student, teacher, CRD(student, teacher, criterion))`. The teacher then runs once a step, and the student's
+    forward is always the trainer's own. In eval mode or under `no_grad` it is the plain task loss. `.parts` holds
+    detached scalars of the last training call: loss, task (all of the criterion's loss) and the method's term, without
+    its weight.
+
+    A method of your own says which layers it compares, by `choose`, and computes its `term` from a `Batch` of what they
+    returned; `name` is the term's in `.parts`. One that compares logits alone leaves `choose` out, and takes frozen
+    teachers if it sets `takes_features = False`.
 
     Trainable parts, where a method has them, are its parameters, beside those of `criterion`: give them to the
     optimizer, `SGD([*student.parameters(), *criterion.parameters()])`, and save `criterion.state_dict()` with
@@ -131,10 +136,38 @@ class Baseline(Wrapping, ABC):
         teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode.
         criterion: the criterion you had; None for the term alone.
         weight: of the term.
+        choose: function of a pair of networks that returns the stages of both to compare, (student's, teacher's), in
+            whose order `Batch` has their maps: `pair.stages(layers, teacher_layers)` are the named modules, or up to
+            four of each network where None is named; `pair.student` and `pair.teacher` have `named`, `stages`,
+            `blocks`, `embedding` and `before_activation`. None compares no features.
         warmup: steps over which the weight grows linearly from 0 to its value.
         input_normalization, teacher_normalization, teacher_size: as of `E2KDLoss`. Without any of them a criterion
             inside of another asks the teacher as the outer one does.
         example: images [B, C, H, W] to find layers with; None makes noise of a usual size.
+
+    Raises:
+        UnsupportedModel: when a layer is not there or returns no map, and for a frozen teacher, which has no features,
+            unless the method takes none.
+        TypeError: for networks that are no modules.
+        ValueError: for settings outside their range, unequal numbers of named layers, and a student that no usual image
+            size runs through; its message says what to do.
+
+    >>> class Means(Baseline):
+    ...     name = "means"
+    ...
+    ...     def __init__(self, student, teacher, criterion=None, weight=1.0, **settings):
+    ...         super().__init__(student, teacher, criterion, weight, lambda pair: pair.stages(None, None), **settings)
+    ...
+    ...     def term(self, batch):
+    ...         pairs = zip(batch.student, batch.teacher)
+    ...         return sum((mine.mean(1) - theirs.mean(1)).square().mean() for mine, theirs in pairs)
+    >>> net = lambda width: nn.Sequential(
+    ...     nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+    >>> student, teacher = net(4), net(8)
+    >>> criterion = Means(student, teacher, nn.CrossEntropyLoss())
+    >>> criterion(student(torch.rand(2, 3, 32, 32)), torch.tensor([0, 3])).backward()
+    >>> sorted(criterion.parts)
+    ['loss', 'means', 'task']
     """
 
     name: ClassVar[str]  # of the term, in `.parts`

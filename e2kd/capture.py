@@ -51,6 +51,10 @@ class Record:
     explained: Pass | None = None  # of a B-cos network
     heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
 
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """The precision that the forward ran in, for a teacher that is asked in the same."""
+        return torch.autocast(self.images.device.type, self.autocast, enabled=self.autocast is not None)
+
 
 def _inert(*_: Any) -> None:
     """What a copied or unpickled hook does."""

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
+from e2kd.errors import NoEffectWarning, UnsupportedModel, check_temperature, check_weight, shape
 from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
 
@@ -24,13 +24,11 @@ def check_settings(
 ) -> None:
     """Raise a ValueError for settings outside their range."""
     for name, value in (("weight", weight), ("kd_weight", kd_weight), ("task_weight", task_weight or 0.0)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"Expected {name} >= 0, but got {value}.")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"Expected a finite temperature > 0, but got {temperature}.")
+        check_weight(name, value)
+    check_temperature(temperature)
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected fraction in (0, 1], but got {fraction}. weight=0 switches explanations off.")
-    if every < 1 or every != int(every):
+    if not every >= 1 or every % 1:
         raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
     if during is not None and (len(during) != 2 or any(step % 1 for step in during) or not 0 <= during[0] < during[1]):
         raise ValueError(f"Expected during to be (start, stop) in steps, 0 <= start < stop, but got {during}.")
@@ -135,21 +133,25 @@ def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
         )
 
 
-def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor) -> bool:
-    """Whether a criterion is asked to distill by these logits, or for the plain task loss."""
+def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor, role: str = "student") -> bool:
+    """Whether a criterion is asked to teach a network by these logits, or for the plain task loss.
+
+    Args:
+        role: what the network is called where it is in eval mode although gradients are on, of which a warning tells.
+    """
     if not (criterion.training and torch.is_grad_enabled() and logits.requires_grad):
         return False
     if not student.training:
-        warn_eval()
+        warn_eval(role)
     return student.training
 
 
-def warn_eval() -> None:
-    """Warn that a loss with gradients was asked for while the student is in eval mode."""
+def warn_eval(role: str) -> None:
+    """Warn that a loss with gradients was asked for while the network that learns is in eval mode."""
     warnings.warn(
-        "The criterion returns the plain task loss because the student is in eval mode, although gradients are on: no "
-        "distillation happens. Call student.train() to distill (BatchNorm layers may stay in eval mode), or evaluate "
-        "under torch.no_grad().",
+        f"The criterion returns the plain task loss because the {role} is in eval mode, although gradients are on: it "
+        f"is taught nothing else. Call {role}.train() to teach it (BatchNorm layers may stay in eval mode), or "
+        "evaluate under torch.no_grad().",
         NoEffectWarning,
         stacklevel=4,
     )

@@ -63,15 +63,23 @@ class Teacher:
         return logits
 
     def listen(self, places: Iterable[Place]) -> Ear:
-        """An ear that will hear these places whenever the teacher is asked, until it is taken out of `ears`."""
+        """An ear that will hear these places whenever the teacher is asked, until it is dismissed."""
         self.ears.append(Ear(places))
         return self.ears[-1]
+
+    def dismiss(self, ear: Ear | None) -> None:
+        """Tell this ear nothing any more."""
+        self.ears = [one for one in self.ears if one is not ear]
 
     def serves(self, other: Teacher) -> bool:
         """Whether this one may answer in another's place: for the same model, asked in the same way."""
         unset = all(setting is None for setting in other.settings)
         same = other.model is self.model and (unset or other.settings == self.settings)
         return same and (other.explainer is None or other.explainer == self.explainer)
+
+    def answer_for(self, other: Teacher) -> None:
+        """Tell what another's ears want to hear, in whose place this one will be asked."""
+        self.ears += other.ears
 
     @contextmanager
     def _hearing(self) -> Iterator[dict[str, Tensor]]:
@@ -175,24 +183,6 @@ class Teacher:
                 f"so move it yourself: teacher.to({str(device)!r})."
             )
         self.model.to(device)
-
-
-def shared(teacher: Teacher, criterion: object) -> Teacher:
-    """The teacher that will answer in this one's place, for all criteria inside of one another: it runs once a step.
-
-    A criterion that says nothing of how the teacher is to be asked follows the one that does.
-    """
-    for module in criterion.modules() if isinstance(criterion, nn.Module) else ():
-        other = getattr(module, "teacher", None)
-        if not isinstance(other, Teacher) or other is teacher:
-            continue
-        if teacher.serves(other):
-            teacher.ears += other.ears
-            module.teacher = teacher  # type: ignore[assignment]
-        elif other.serves(teacher):
-            other.ears += teacher.ears
-            teacher = other
-    return teacher
 
 
 def _from_timm(name: str) -> nn.Module:

@@ -45,6 +45,7 @@ LAYERS = [
     ["passes"],
     ["capture", "inspection"],
     ["student", "teacher", "answers"],
+    ["wrapping"],
     ["losses", "guidance", "frozen", "transfer", "baselines"],
     ["dryrun", "metrics", "monitor", "report"],
     ["demo", "commands"],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from e2kd.errors import NoEffectWarning, UnsupportedModel, check_temperature, check_weight, shape
 from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
+from e2kd.logits import KDLoss, MultiLabelKDLoss
 
 
 def check_settings(
@@ -105,11 +106,43 @@ def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
         )
     if logits.device.type == "cpu":
         for name, values in (("student", logits), ("teacher", teacher_logits)):
+            _warn_probabilities(name, values.detach())
             if not values.isfinite().all():
                 raise ValueError(
                     f"The {name}'s logits hold {int((~values.isfinite()).sum())} values that are nan or infinite. "
                     "Nothing was changed by this step; look at the images, the learning rate and the precision."
                 )
+
+
+def _warn_probabilities(name: str, values: Tensor) -> None:
+    """Warn of a softmax at the end of a network, whose KL would be that of a second softmax, all but uniform."""
+    if values.shape[1] > 1 and bool((values >= 0).all()) and bool(((values.sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            f"The {name}'s logits look like probabilities: none is below 0, and each sample's sum to 1. Expected what "
+            "comes before the softmax; leave it out of the network and of the call.",
+            NoEffectWarning,
+            stacklevel=6,
+        )
+
+
+def check_task(criterion: object) -> None:
+    """Raise a TypeError for a loss between two networks in the place of the task's."""
+    if isinstance(criterion, (KDLoss, MultiLabelKDLoss)):
+        raise TypeError(
+            f"Expected criterion to be the task's loss of outputs and targets, but got {type(criterion).__name__}, "
+            f"which compares logits with a teacher's. Pass distillation={type(criterion).__name__}() to E2KDLoss, and "
+            "as criterion what you trained with before, or None."
+        )
+
+
+def check_explainers(**explainers: object) -> None:
+    """Raise a TypeError for what is no explainer, by the names of the options."""
+    for option, explainer in explainers.items():
+        if explainer is not None and (isinstance(explainer, type) or not hasattr(explainer, "layer")):
+            raise TypeError(
+                f"Expected {option} to be an object with a layer and __call__(features, gradient), such as e2kd.CAM() "
+                f'or e2kd.GradCAM("layer3"), but got {explainer!r}.'
+            )
 
 
 def check_grid(maps: Tensor, whose: str, option: str = "explainer") -> None:
@@ -139,19 +172,20 @@ def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor, role: 
     Args:
         role: what the network is called where it is in eval mode although gradients are on, of which a warning tells.
     """
-    if not (criterion.training and torch.is_grad_enabled() and logits.requires_grad):
+    if not (torch.is_grad_enabled() and logits.requires_grad):
         return False
-    if not student.training:
-        warn_eval(role)
-    return student.training
+    if criterion.training != student.training:
+        warn_eval(role if criterion.training else "criterion", role)
+    return criterion.training and student.training
 
 
-def warn_eval(role: str) -> None:
-    """Warn that a loss with gradients was asked for while the network that learns is in eval mode."""
+def warn_eval(evaluated: str, role: str) -> None:
+    """Warn that a loss with gradients was asked for while the network that learns or the criterion is in eval mode."""
+    also = " (BatchNorm layers may stay in eval mode)" if evaluated == role else ""
     warnings.warn(
-        f"The criterion returns the plain task loss because the {role} is in eval mode, although gradients are on: it "
-        f"is taught nothing else. Call {role}.train() to teach it (BatchNorm layers may stay in eval mode), or "
-        "evaluate under torch.no_grad().",
+        f"The criterion returns the plain task loss because the {evaluated} is in eval mode, although gradients are "
+        f"on: the {role} is taught nothing else. Call {evaluated}.train() to teach it{also}, or evaluate under "
+        "torch.no_grad().",
         NoEffectWarning,
         stacklevel=4,
     )

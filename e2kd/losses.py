@@ -16,6 +16,7 @@ from e2kd.errors import check_reduction
 from e2kd.explainers import Explainer, default_explainer, explainer_beside, explainers_of, reads_images
 from e2kd.guards import (
     check_batch,
+    check_explainers,
     check_grid,
     check_module,
     check_not_empty,
@@ -175,6 +176,7 @@ class E2KDLoss(Wrapping):
         check_settings(weight, kd_weight, task_weight, temperature, fraction, every, during, resize)
         classes = _chosen(classes, teacher)
         check_module(student, "student")
+        check_explainers(explainer=explainer, teacher_explainer=teacher_explainer)
         self.similarity, self.classes, self.resize = similarity, classes, resize
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
         self.task_weight = task_weight if task_weight is not None else float(criterion is not None)

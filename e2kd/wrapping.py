@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from e2kd.capture import Tap
-from e2kd.guards import is_teaching
+from e2kd.guards import check_task, is_teaching
 from e2kd.lessons import Prepared
 from e2kd.outputs import logits_of
 from e2kd.tasks import remove_hooks, share, task_loss
@@ -34,6 +35,7 @@ class Wrapping(nn.Module):
 
     def __init__(self, criterion: Callable[..., Tensor] | None) -> None:
         super().__init__()
+        check_task(criterion)
         self.criterion = criterion
         self._parts: dict[str, Tensor] = {}
 
@@ -47,6 +49,7 @@ class Wrapping(nn.Module):
         self.tap.remove()
         remove_hooks(self.criterion)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # in a step that is compiled whole
     def forward(
         self,
         outputs: Any,

@@ -490,6 +490,59 @@ def test_weights_of_dkds_terms_are_looked_at(name: str, value: float) -> None:
         BUILT_OR_CALLED["dkd_loss"](**{name: value})
 
 
+@pytest.mark.parametrize("option", ["explainer", "teacher_explainer"])
+@pytest.mark.parametrize("wrong", ["cam", e2kd.CAM, lambda features, gradient: features])
+def test_what_is_no_explainer_is_refused_when_the_criterion_is_built(made: Case, option: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"Expected {option} to be an object with a layer.*e2kd\.CAM\(\)"):
+        e2kd.E2KDLoss(made.student, made.teacher, **{option: wrong})
+    with pytest.raises(TypeError, match="Expected explainer to be"):
+        e2kd.explain(made.student, made.images, explainer=wrong)
+    assert not made.student._forward_hooks
+
+
+@pytest.mark.parametrize("distillation", [e2kd.KDLoss(), e2kd.MultiLabelKDLoss()])
+def test_a_distillation_loss_is_no_task(made: Case, distillation: nn.Module) -> None:
+    with pytest.raises(TypeError, match="Pass distillation="):
+        e2kd.E2KDLoss(made.student, made.teacher, distillation)
+    e2kd.E2KDLoss(made.student, made.teacher, distillation=distillation)(made.student(made.images), made.targets)
+
+
+def test_probabilities_in_the_place_of_logits_are_warned_of(made: Case) -> None:
+    criterion = e2kd.E2KDLoss(made.student, made.teacher, weight=0)
+    with pytest.warns(e2kd.NoEffectWarning, match="student's logits look like probabilities"):
+        criterion(made.student(made.images).softmax(1), made.targets)
+    criterion = e2kd.E2KDLoss(made.student, nn.Sequential(made.teacher, nn.Softmax(1)), weight=0)
+    with pytest.warns(e2kd.NoEffectWarning, match="teacher's logits look like probabilities"):
+        criterion(made.student(made.images), made.targets)
+
+
+@pytest.mark.parametrize("wrong", ["student", "teacher"])
+def test_features_in_the_place_of_logits_are_refused(wrong: str) -> None:
+    class Returning(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.trunk, self.head, self.first = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 4), first
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.trunk(images).relu().mean((2, 3))
+            return (self.head(features), features) if self.first else (features, self.head(features))
+
+    def step(wrong: str) -> None:
+        student, teacher = (Returning(first=name != wrong) for name in ("student", "teacher"))
+        criterion = e2kd.E2KDLoss(student, teacher)
+        criterion(student(torch.rand(2, 3, 32, 32)))
+
+    step("neither")
+    with pytest.raises(e2kd.UnsupportedModel, match=r"Expected logits first in what Returning returns"):
+        step(wrong)
+
+
+def test_a_criterion_in_eval_mode_is_warned_of(made: Case) -> None:
+    criterion = e2kd.E2KDLoss(made.student, made.teacher, nn.CrossEntropyLoss()).eval()
+    with pytest.warns(e2kd.NoEffectWarning, match=r"the criterion is in eval mode.* Call criterion\.train\(\)"):
+        criterion(made.student(made.images), made.targets)
+
+
 @pytest.mark.parametrize("wrong", ["student", "teacher"])
 def test_things_that_are_no_modules_are_refused_when_the_criterion_is_built(made: Case, wrong: str) -> None:
     models: dict[str, Any] = {"student": made.student, "teacher": made.teacher}

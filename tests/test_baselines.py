@@ -402,7 +402,8 @@ def test_outside_of_training_it_is_the_wrapped_criterion(name: str, x: Tensor) -
     expected = F.cross_entropy(student(x), Y)
     with torch.no_grad():
         assert criterion(student(x), TARGETS) == expected
-    assert criterion.eval()(student(x), Y) == expected
+    with pytest.warns(e2kd.NoEffectWarning, match="the criterion is in eval mode"):
+        assert criterion.eval()(student(x), Y) == expected
     assert not criterion.tap.records[1:]
     with pytest.warns(e2kd.NoEffectWarning, match="eval mode"):
         assert criterion.train()(student.eval()(x), TARGETS) == expected

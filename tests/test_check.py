@@ -116,6 +116,17 @@ def test_all_classes_are_tried_and_counted() -> None:
     assert costs["class_token"][1] > 1.5 * costs["class_token"][0]
 
 
+def test_what_can_not_be_counted_is_no_problem() -> None:
+    """torch's counter fails where a module is given a part of a parameter without a graph."""
+    pit = pytest.importorskip("timm.models.pit")
+    sizes: dict[str, Any] = {"base_dims": (8, 8), "depth": (1, 1), "heads": (1, 2), "mlp_ratio": 2, "num_classes": 4}
+    teacher = pit.PoolingVisionTransformer(32, 4, 4, **sizes)
+    report = e2kd.check(pair("closed")[0].float(), teacher, torch.rand(4, 3, 32, 32))
+    assert report.ok, report
+    assert report.cost != report.cost
+    assert "can't be counted" in str(report)
+
+
 def test_classes_that_ask_for_targets_are_a_problem_in_words() -> None:
     student, teacher = pair("closed")
     report = e2kd.check(student, teacher, torch.rand(4, 3, 16, 16, dtype=torch.float64), classes="labels")

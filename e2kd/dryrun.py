@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from e2kd.classes import Choice, choose
 from e2kd.errors import REFUSALS, NoEffectWarning
 from e2kd.explainers import Explainer
+from e2kd.guards import PROBABILITIES, are_probabilities
 from e2kd.inspection import explain, explain_each
 from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_statistics, undrawn, unwrap
 from e2kd.plans import Plan, plan_for
 from e2kd.similarity import is_zero
-from e2kd.teacher import Normalization, Teacher
+from e2kd.teacher import Normalization, Teacher, expected_normalization
 
 WAYS = {
     "closed": "closed form (pooling and one linear layer)",
@@ -147,6 +148,7 @@ def check(
         noise = criterion.student.plan
         try:
             _look(report, criterion, images)
+            _compare_statistics(report, criterion)
             _step(report, criterion, images)
             _compare(report, noise, criterion.student.plan)
         except REFUSALS as error:
@@ -170,6 +172,9 @@ def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
     _describe(report.teacher, criterion.teacher.model, criterion.teacher.explainer, prepared, theirs.maps, weights)
     own = explain(model, images, explainer=criterion.explainer)
     report.student.classes = own.logits.shape[1]
+    for role, logits in (("student", own.logits), ("teacher", theirs.logits)):
+        if are_probabilities(logits):
+            report.problems.append(f"the {role}'s logits {PROBABILITIES}")
     if report.student.classes != report.teacher.classes:
         report.problems.append(
             f"the student has {report.student.classes} classes and the teacher {report.teacher.classes}: both must be "
@@ -231,6 +236,19 @@ def _step(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
             report.cost = full / plain if plain else float("nan")
     report.explanation = float(criterion.parts["explanation"])
     report.way = criterion.student.way
+
+
+def _compare_statistics(report: Report, criterion: E2KDLoss) -> None:
+    """A note where the models are known to expect images that are not normalised alike, and nobody said so."""
+    assert isinstance(criterion.teacher, Teacher)
+    theirs, own = criterion.teacher.wanted, expected_normalization(criterion.student.student, None)
+    if theirs is None or own is None or criterion.teacher.given is not None:
+        return
+    if tuple(map(tuple, theirs)) != tuple(map(tuple, own)):
+        report.notes.append(
+            f"the student expects images normalised by (mean, std) {own} and the teacher by {theirs}, but gets them as "
+            "the student does: say how they are normalised, input_normalization=(mean, std)"
+        )
 
 
 def _compare(report: Report, noise: Plan | None, plan: Plan | None) -> None:

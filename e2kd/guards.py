@@ -6,11 +6,17 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
 from e2kd.errors import NoEffectWarning, UnsupportedModel, check_temperature, check_weight, shape
 from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
 from e2kd.logits import KDLoss, MultiLabelKDLoss
+
+PROBABILITIES = (
+    "look like probabilities: none is below 0, and each sample's sum to 1. Expected what comes before the softmax; "
+    "leave it out of the network and of the call"
+)
 
 
 def check_settings(
@@ -85,6 +91,11 @@ def check_module(value: object, role: str) -> None:
     """Raise a TypeError for a student or teacher that is no module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"Expected the {role} to be a torch.nn.Module, but got {type(value).__name__}: {value!r:.60}.")
+    if isinstance(value, _Loss):
+        raise TypeError(
+            f"Expected the {role} to be a network, but got {type(value).__name__}. The order is student, teacher, "
+            "criterion."
+        )
 
 
 def check_not_empty(logits: Tensor) -> None:
@@ -116,13 +127,17 @@ def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
 
 def _warn_probabilities(name: str, values: Tensor) -> None:
     """Warn of a softmax at the end of a network, whose KL would be that of a second softmax, all but uniform."""
-    if values.shape[1] > 1 and bool((values >= 0).all()) and bool(((values.sum(1) - 1).abs() < 1e-3).all()):
-        warnings.warn(
-            f"The {name}'s logits look like probabilities: none is below 0, and each sample's sum to 1. Expected what "
-            "comes before the softmax; leave it out of the network and of the call.",
-            NoEffectWarning,
-            stacklevel=6,
-        )
+    if are_probabilities(values):
+        warnings.warn(f"The {name}'s logits {PROBABILITIES}.", NoEffectWarning, stacklevel=6)
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether logits [B, K] look like the output of a softmax.
+
+    >>> are_probabilities(torch.tensor([[0.25, 0.75]])), are_probabilities(torch.tensor([[-0.5, 1.5]]))
+    (True, False)
+    """
+    return logits.shape[1] > 1 and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all())
 
 
 def check_task(criterion: object) -> None:

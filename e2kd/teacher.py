@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ class Teacher:
         self.settings = (normalization, input_normalization, size)
         self.size = (size, size) if isinstance(size, int) else size or _fixed_size(self.model)
         self.channels, self.bcos = channels_of(self.model), is_bcos(self.model)
+        check_pairs(teacher_normalization=normalization, input_normalization=input_normalization)
         self.given, self.wanted = input_normalization, expected_normalization(self.model, normalization)
         self.checks = 0
 
@@ -186,6 +188,11 @@ class Teacher:
 
 
 def _from_timm(name: str) -> nn.Module:
+    if Path(name).is_dir():
+        raise ValueError(
+            f"The teacher {name!r} is a folder, not a timm name. A cache of a frozen teacher is opened first: "
+            f"FrozenTeacher.open({name!r})."
+        )
     try:
         import timm
     except ImportError as error:
@@ -203,6 +210,16 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     if not (isinstance(size, (tuple, list)) and getattr(patches, "strict_img_size", False)):
         return None
     return (int(size[0]), int(size[1]))
+
+
+def check_pairs(**normalizations: Normalization | None) -> None:
+    """Raise a ValueError for normalisations that are no pair of means and standard deviations."""
+    for name, pair in normalizations.items():
+        if pair is not None and (len(pair) != 2 or any(isinstance(v, (int, float, str)) for v in pair)):
+            raise ValueError(
+                f"Expected {name} to be (mean, std), a sequence of numbers each, such as ((0.5,) * 3, (0.5,) * 3), but "
+                f"got {pair!r}."
+            )
 
 
 def expected_normalization(model: nn.Module, given: Normalization | None) -> Normalization | None:

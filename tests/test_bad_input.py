@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -535,6 +536,17 @@ def test_features_in_the_place_of_logits_are_refused(wrong: str) -> None:
     step("neither")
     with pytest.raises(e2kd.UnsupportedModel, match=r"Expected logits first in what Returning returns"):
         step(wrong)
+
+
+def test_a_loss_a_folder_and_half_a_normalisation_are_refused_for_what_they_are(made: Case, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Expected the teacher to be a network, but got CrossEntropyLoss"):
+        e2kd.E2KDLoss(made.student, nn.CrossEntropyLoss(), made.teacher)
+    with pytest.raises(ValueError, match=r"is a folder.*FrozenTeacher\.open"):
+        e2kd.E2KDLoss(made.student, str(tmp_path))
+    for option in ("input_normalization", "teacher_normalization"):
+        with pytest.raises(ValueError, match=rf"Expected {option} to be \(mean, std\).*got \(0\.5, 0\.5\)"):
+            e2kd.E2KDLoss(made.student, made.teacher, **{option: (0.5, 0.5)})
+    assert not made.student._forward_hooks
 
 
 def test_a_criterion_in_eval_mode_is_warned_of(made: Case) -> None:

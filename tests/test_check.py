@@ -116,6 +116,18 @@ def test_all_classes_are_tried_and_counted() -> None:
     assert costs["class_token"][1] > 1.5 * costs["class_token"][0]
 
 
+def test_a_softmax_at_the_end_is_a_problem_and_other_statistics_a_note() -> None:
+    student, teacher = pair("closed")
+    images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    report = e2kd.check(student, nn.Sequential(teacher, nn.Softmax(1)), images)
+    assert any("teacher's logits look like probabilities" in problem for problem in report.problems)
+    for model, mean in ((student, 0.5), (teacher, 0.4)):
+        model.pretrained_cfg = {"mean": (mean,) * 3, "std": (0.5,) * 3}
+    said = {"input_normalization": ((0.5,) * 3, (0.5,) * 3)}
+    noted = [e2kd.check(student, teacher, images, **settings).notes for settings in ({}, said)]
+    assert ["normalised by (mean, std)" in "".join(notes) for notes in noted] == [True, False]
+
+
 def test_what_can_not_be_counted_is_no_problem() -> None:
     """torch's counter fails where a module is given a part of a parameter without a graph."""
     pit = pytest.importorskip("timm.models.pit")

@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from timm.utils.agc import adaptive_clip_grad
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 import e2kd
 from benchmarks.common import environment, write_json
 from benchmarks.full_scale_arms import ARMS
+from benchmarks.full_scale_checkpoints import CHECKPOINTS, RESULT, begin, checkpoints, epoch_of, result_of
 from benchmarks.full_scale_data import READERS, Measured, Split
-from benchmarks.full_scale_networks import asked, network, normalization_of
-from benchmarks.full_scale_run import SHORTER_SIDE, Run, augmentation, centre, encoding, images_of, schedule_of
+from benchmarks.full_scale_networks import network, normalization_of
+from benchmarks.full_scale_run import Run, augmentation, centre, encoding, images_of, schedule_of
 from benchmarks.full_scale_scores import Scores, measured
-from benchmarks.limited_training import EVERY_CLASS, FROZEN, INDEXED
+from benchmarks.full_scale_teaching import frozen_teacher, live_teacher, weights_of
+from benchmarks.limited_training import FROZEN, INDEXED
 from benchmarks.paired import Row
-from benchmarks.records import read_study
+from benchmarks.records import command
 from e2kd.baselines import IndexedDataset
-from e2kd.teacher import Teacher
 from e2kd.trainers.accelerate import Parts
 
 OPTIMIZERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
@@ -53,9 +52,10 @@ class Distillation:
         self.groups, classes = layout.groups, len(layout.test.classes)
         set_seed(run.seed)
         student = network(recipe.student, classes, run.student_checkpoint).to(self.accelerator.device)
-        self.teacher = self._teacher(student, classes)
+        self.teacher = live_teacher(run, student, classes, self.accelerator.device)
         self.normalization = normalization_of(student)
         source, dataset = self._lessons(train, augmentation(recipe, self.normalization))
+        self.weights = weights_of(source or self.teacher)
         criterion = ARMS[run.arm](student, source, run, layout.train.multilabel)
         self.parameters = [*student.parameters(), *criterion.parameters()]
         optimizer = OPTIMIZERS[recipe.optimizer](self.parameters, recipe.lr, weight_decay=recipe.weight_decay)
@@ -74,15 +74,6 @@ class Distillation:
             self.accelerator.init_trackers("e2kd")
         set_seed(run.seed, device_specific=True)  # every process augments in its own way
 
-    def _teacher(self, student: nn.Module, classes: int) -> Teacher | None:
-        """The live teacher; None where there is a cache alone."""
-        run = self.run
-        if run.recipe.teacher == "none":
-            return None
-        ready = run.pretrained and run.teacher_checkpoint is None
-        model = network(run.recipe.teacher, classes, run.teacher_checkpoint, pretrained=ready)
-        return asked(model.to(self.accelerator.device).eval(), student, signed=run.arm in EVERY_CLASS)
-
     def _lessons(self, train: Split, transform: v2.Compose) -> tuple[Any, Dataset[Any]]:
         """Who teaches, and what the loader reads."""
         if self.run.arm not in FROZEN:
@@ -92,29 +83,8 @@ class Distillation:
                 raise ValueError("CRD keeps one memory per process, which this script does not join. Run one process.")
             images = replace(train, transform=transform)
             return self.teacher, IndexedDataset(images) if self.run.arm in INDEXED else images
-        frozen = self._frozen(train)
+        frozen = frozen_teacher(self.run, self.teacher, train, self.accelerator)
         return frozen, e2kd.FrozenDataset(train, frozen, match="id", transform=transform)
-
-    def _frozen(self, train: Split) -> e2kd.FrozenTeacher:
-        """The cache, complete; what is missing every process helps to freeze."""
-        cache, teacher = self.run.cache or self.run.out / "cache", self.teacher
-        if not (cache / "manifest.json").exists():
-            if teacher is None:
-                raise ValueError(f"There is no complete cache in {cache} and no teacher to make it: pass --teacher.")
-            e2kd.freeze(
-                teacher.model,
-                train,
-                cache,
-                explainer=teacher.explainer,
-                classes="all" if self.run.arm in EVERY_CLASS else "teacher",
-                view=round(self.run.recipe.size * SHORTER_SIDE),
-                normalization=teacher.wanted,
-                teacher_size=self.run.recipe.size,
-                workers=self.run.workers,
-                progress=self.accelerator.is_local_main_process,
-            )
-        self.accelerator.wait_for_everyone()
-        return e2kd.FrozenTeacher.open(cache)
 
     def _loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         batch, run = self.run.recipe.batch // self.run.accumulate, self.run
@@ -169,11 +139,11 @@ class Distillation:
 
     def save(self, number: int) -> None:
         """All that a resumed run needs; whole under its name, or not there."""
-        folder = self.run.out / "checkpoints"
+        folder = self.run.out / CHECKPOINTS
         self.accelerator.save_state(str(folder / "partial"))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            older = checkpoints(folder)
+            older = checkpoints(self.run.out)
             (folder / "partial").rename(folder / f"epoch_{number}")
             for path in older:
                 shutil.rmtree(path)
@@ -181,41 +151,27 @@ class Distillation:
 
     def resume(self) -> int:
         """Goes on from the newest checkpoint; the epoch to train next."""
-        found = checkpoints(self.run.out / "checkpoints")
+        found = checkpoints(self.run.out)
         if not found:
             return 0
         self.accelerator.load_state(str(found[-1]))
-        return _number(found[-1]) + 1
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete ones, oldest first."""
-    return sorted(folder.glob("epoch_*"), key=_number)
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("epoch_"))
+        return epoch_of(found[-1]) + 1
 
 
 def distil(run: Run) -> Row:
     """Trains a student, or goes on with one, and measures it; `result.json` in its folder says what it is worth.
 
     Raises:
-        SystemExit: when the folder has another student's result.
+        SystemExit: when the folder has another student's result or checkpoints.
     """
-    result = run.out / "result.json"
-    rows = read_study(result, run.settings()).get("rows")
+    settings = run.settings()
+    rows = result_of(run.out, settings).get("rows")
     if rows:
         return rows[0]
     made = Distillation(run)
-    accelerator = made.accelerator
-
-    def write(found: list[Row]) -> None:
-        if accelerator.is_main_process:
-            write_json(result, {"environment": environment(), "settings": run.settings(), "rows": found})
-        accelerator.wait_for_everyone()
-
-    write([])
+    accelerator, about = made.accelerator, {"settings": settings, "teacher": made.weights}
+    begin(run.out, about, write=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
     for number in range(made.resume(), run.recipe.epochs):
         accelerator.print(f"epoch {number}: loss {made.epoch(number):.3f}")
         if made.parts is not None:
@@ -228,6 +184,7 @@ def distil(run: Run) -> Row:
     row = {name: getattr(run, name) for name in ("split", "arm", "seed", "temperature", "weight")}
     row |= {"processes": accelerator.num_processes, **made.measure()}
     accelerator.save_model(made.student, str(run.out))
-    write([row])
+    if accelerator.is_main_process:
+        write_json(run.out / RESULT, {"environment": environment(), "command": command(), **about, "rows": [row]})
     accelerator.end_training()
     return row

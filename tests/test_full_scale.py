@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,63 +16,29 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import full_scale, full_scale_data, full_scale_run, full_scale_scores, full_scale_table
 from benchmarks.common import write_json
 from benchmarks.full_scale_arms import ARMS
-from benchmarks.full_scale_data import VOC_CLASSES, Box, Measured, Split, few, held_out
-from benchmarks.full_scale_folders import FOLDERS, HEIGHT, WIDTH
+from benchmarks.full_scale_checkpoints import checkpoints
+from benchmarks.full_scale_data import VOC_CLASSES, Box, Measured, few, held_out
+from benchmarks.full_scale_folders import HEIGHT, WIDTH
 from benchmarks.full_scale_networks import UNCHANGED, network, normalization_of
 from benchmarks.full_scale_presets import PRESETS
 from benchmarks.full_scale_run import Run, centre, encoding, images_of
 from benchmarks.full_scale_scores import Scores
 from benchmarks.full_scale_table import report
-from benchmarks.full_scale_training import Distillation, checkpoints, distil
+from benchmarks.full_scale_training import Distillation, distil
 from e2kd import bcos
+from tests.full_scale_cases import Make, names, reset, run_on, targets
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::e2kd.errors.NoEffectWarning"),  # networks of random weights
 ]
-Make = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The tiny folder of a layout, made once."""
-    made: dict[str, Path] = {}
-
-    def find(layout: str) -> Path:
-        if layout not in made:
-            made[layout] = tmp_path_factory.mktemp(layout) / "data"
-            FOLDERS[layout](made[layout])
-        return made[layout]
-
-    return find
-
-
-def reset() -> None:
-    """As in a new process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    reset()
-
-
-def names(split: Split) -> list[str]:
-    return [Path(path).relative_to(split.root).as_posix() for path, _ in split.samples]
-
-
-def targets(split: Split) -> list[Any]:
-    return [target for _, target in split.samples]
 
 
 @pytest.mark.parametrize("module", [full_scale_data, full_scale_run, full_scale_table], ids=lambda m: m.__name__)
@@ -199,12 +164,6 @@ def test_held_out_images_are_the_same_for_every_student_and_never_trained_on(fol
     assert (len(rest), len(kept)) == (10, len(VOC_CLASSES))
 
 
-def run_on(folder: Path, out: Path, layout: str, **changed: Any) -> Run:
-    """A short run of tiny networks."""
-    recipe = replace(PRESETS[layout], **full_scale.QUICK | changed.pop("recipe", {}))
-    return Run(recipe, layout, folder, out, pretrained=False, workers=0, cpu=True, **changed)
-
-
 def test_images_of_a_run(folder: Make, tmp_path: Path) -> None:
     """Shots come from what is not held out, validation from what is; unrelated images take the training's place."""
     here = folder("imagenet")
@@ -305,14 +264,14 @@ def test_a_run_that_was_stopped_ends_where_it_would_have(
         patch.setattr(Distillation, "epoch", killed)
         with pytest.raises(KeyboardInterrupt):
             distil(stopped)
-    assert [path.name for path in checkpoints(tmp_path / "stopped" / "checkpoints")] == ["epoch_0"]
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["epoch_0"]
     with pytest.raises(SystemExit, match="other settings"):
         distil(replace(stopped, weight=3.0))
     reset()
     assert distil(stopped) == row
     one, other = (load_file(run.out / "model.safetensors") for run in (whole, stopped))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [path.name for path in checkpoints(tmp_path / "stopped" / "checkpoints")] == ["epoch_1"]
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["epoch_1"]
 
 
 def test_a_complete_cache_needs_no_teacher(folder: Make, tmp_path: Path) -> None:

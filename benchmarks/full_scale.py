@@ -13,7 +13,7 @@ The layouts are those the data sets are unpacked in:
     sun397        a/abbey/*.jpg, ClassName.txt, Partitions/Training_01.txt and Testing_01.txt
     waterbirds    metadata.csv and the folders of images it names
     voc           VOCdevkit/VOC2012 or VOCdevkit/VOC2007
-    plantvillage  train/CLASS and val/CLASS, or CLASS alone
+    plantvillage  train/CLASS and val/CLASS, test/CLASS or both; or CLASS alone
 
 A run that was stopped goes on from its last epoch when the same command is given again. Every number of a preset can
 be set by an option of its name. Nothing is downloaded but the pretrained weights of a teacher named without a
@@ -35,8 +35,8 @@ from typing import Any
 
 from benchmarks.common import markdown_table
 from benchmarks.full_scale_arms import ARMS
-from benchmarks.full_scale_data import READERS
 from benchmarks.full_scale_folders import FOLDERS
+from benchmarks.full_scale_layouts import READERS
 from benchmarks.full_scale_networks import NAMES
 from benchmarks.full_scale_presets import PRESETS, Recipe
 from benchmarks.full_scale_run import Run

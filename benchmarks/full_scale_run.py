@@ -10,7 +10,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torchvision.transforms import v2
 
-from benchmarks.full_scale_data import Layout, Split, few, held_out, unrelated
+from benchmarks.full_scale_data import Layout, Split, few, held_out
+from benchmarks.full_scale_layouts import unrelated
 from benchmarks.full_scale_presets import Recipe
 from benchmarks.paired import Row
 from e2kd.teacher import Normalization
@@ -80,11 +81,12 @@ def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
         train = unrelated(run.unrelated)
     if run.recipe.per_class is not None:
         train = few(train, run.recipe.per_class, run.seed)
-    if run.split == "test":
-        return train, layout.test
-    if validation is None:
+    measured = layout.test if run.split == "test" else validation
+    if measured is None:
         raise ValueError("There are no images to choose settings on. Pass --held-out, images of each class.")
-    return train, validation
+    if not len(measured):
+        raise ValueError(f"Expected {run.split} images in {run.path}, but the data set names none.")
+    return train, measured
 
 
 def augmentation(recipe: Recipe, normalization: Normalization) -> v2.Compose:
@@ -95,8 +97,13 @@ def augmentation(recipe: Recipe, normalization: Normalization) -> v2.Compose:
 
 
 def centre(size: int) -> v2.Compose:
-    """The square that an image is measured on."""
+    """The square that an image is classified by."""
     return v2.Compose([v2.Resize(round(size * SHORTER_SIDE)), v2.CenterCrop(size)])
+
+
+def whole(size: int) -> v2.Resize:
+    """All of an image, which objects are looked for in, as a square."""
+    return v2.Resize((size, size))
 
 
 def encoding(normalization: Normalization) -> v2.Compose:

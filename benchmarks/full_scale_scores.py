@@ -107,9 +107,9 @@ def measured(
             logits = logits_of(student(images)).float()
         scores.update(logits, None if teacher is None else teacher.logits(images), batch)
         if scores.regions:
-            scores.localize("epg", student, images, batch["masks"])
+            scores.localize("epg", student, batch["whole"], batch["masks"])
             if teacher is not None:
-                scores.localize("teacher_epg", teacher.model, teacher.prepared(images), batch["masks"])
+                scores.localize("teacher_epg", teacher.model, teacher.prepared(batch["whole"]), batch["masks"])
     return scores.compute()
 
 

@@ -18,9 +18,10 @@ import e2kd
 from benchmarks.common import environment, write_json
 from benchmarks.full_scale_arms import ARMS
 from benchmarks.full_scale_checkpoints import CHECKPOINTS, RESULT, begin, checkpoints, epoch_of, result_of
-from benchmarks.full_scale_data import READERS, Measured, Split
+from benchmarks.full_scale_data import Measured, Split
+from benchmarks.full_scale_layouts import READERS
 from benchmarks.full_scale_networks import network, normalization_of
-from benchmarks.full_scale_run import Run, augmentation, centre, encoding, images_of, schedule_of
+from benchmarks.full_scale_run import Run, augmentation, centre, encoding, images_of, schedule_of, whole
 from benchmarks.full_scale_scores import Scores, measured
 from benchmarks.full_scale_teaching import frozen_teacher, live_teacher, weights_of
 from benchmarks.limited_training import FROZEN, INDEXED
@@ -123,9 +124,9 @@ class Distillation:
 
     def measure(self) -> Row:
         """What the student is worth; every process takes its share of the images, each of them once."""
-        split, device = self.measured, self.accelerator.device
+        split, size, device = self.measured, self.run.recipe.size, self.accelerator.device
         with self.accelerator.split_between_processes(list(range(len(split)))) as mine:
-            share = Subset(Measured(split, centre(self.run.recipe.size), encoding(self.normalization)), mine)
+            share = Subset(Measured(split, centre(size), whole(size), encoding(self.normalization)), mine)
         batches = DataLoader(share, self.run.recipe.batch, num_workers=self.run.workers)
         scores = Scores(
             len(split.classes),

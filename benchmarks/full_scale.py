@@ -44,7 +44,15 @@ from benchmarks.full_scale_table import report
 from benchmarks.full_scale_training import OPTIMIZERS, distil
 from benchmarks.limited_training import EXPLAINED
 
-QUICK = {"epochs": 1, "batch": 4, "held_out": 0, "size": 64, "teacher": "test_resnet", "student": "test_resnet"}
+QUICK = {
+    "epochs": 1,
+    "warmup": 0,
+    "batch": 4,
+    "held_out": 0,
+    "size": 64,
+    "teacher": "test_resnet",
+    "student": "test_resnet",
+}
 
 
 def _or_all(word: str) -> int | None:
@@ -157,6 +165,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fraction", type=float, default=Run.fraction, help="of each batch that is explained")
     parser.add_argument("--split", choices=("test", "validation"), default=Run.split)
     parser.add_argument("--teacher-checkpoint", type=Path, help="its maker's weights if not given")
+    parser.add_argument(
+        "--teacher-logit-bias", type=float, help="of bcos.official; that of the B-cos releases if not given"
+    )
     parser.add_argument("--student-checkpoint", type=Path, help="weights to start from")
     parser.add_argument("--cache", type=Path, help="of a frozen teacher; below --out if not given")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of this student, or of a grid")

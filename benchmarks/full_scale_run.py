@@ -17,6 +17,7 @@ from benchmarks.paired import Row
 from e2kd.teacher import Normalization
 
 WARMUP_FROM = 0.01  # of the learning rate
+READING_LABELS = ("cross_entropy", "dkd")
 SHORTER_SIDE = 256 / 224  # of a test image, to the side of its centre crop
 ELSEWHERE = ("out", "workers", "evaluate_every", "track", "cpu")  # may be others when a run goes on
 
@@ -33,6 +34,7 @@ class Run:
         temperature, weight, fraction: τ, λ and the share of each batch that is explained.
         split: "test", or "validation" to choose settings.
         teacher_checkpoint, student_checkpoint: state_dicts.
+        teacher_logit_bias: of an official B-cos network that was trained with another than -log(classes - 1).
         pretrained: whether a teacher without a checkpoint has its maker's weights.
         cache: of a frozen teacher; made where it is not complete.
         out: folder of the result and the checkpoints.
@@ -52,6 +54,7 @@ class Run:
     fraction: float = 1.0
     split: str = "test"
     teacher_checkpoint: Path | None = None
+    teacher_logit_bias: float | None = None
     student_checkpoint: Path | None = None
     pretrained: bool = True
     cache: Path | None = None
@@ -76,8 +79,10 @@ def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
         train, kept = held_out(train, run.recipe.held_out)
         validation = validation or kept
     if run.unrelated is not None:
-        if run.arm == "cross_entropy":
-            raise ValueError("Unrelated images have no labels of these classes: name an arm with a teacher.")
+        if run.arm in READING_LABELS:
+            raise ValueError(
+                f"Unrelated images have no labels of these classes, which {run.arm} reads: name another arm."
+            )
         train = unrelated(run.unrelated)
     if run.recipe.per_class is not None:
         train = few(train, run.recipe.per_class, run.seed)
@@ -91,7 +96,11 @@ def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
 
 def augmentation(recipe: Recipe, normalization: Normalization) -> v2.Compose:
     """What a training image goes through; the maps of a frozen teacher follow it."""
-    policy = [] if recipe.rand_augment is None else [v2.RandAugment(magnitude=recipe.rand_augment)]
+    policy = (
+        []
+        if recipe.rand_augment is None
+        else [v2.RandAugment(magnitude=recipe.rand_augment, interpolation=v2.InterpolationMode.BILINEAR)]
+    )
     crop = v2.RandomResizedCrop(recipe.size, (recipe.least_area, 1.0))
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *policy, encoding(normalization)])
 
@@ -115,6 +124,9 @@ def encoding(normalization: Normalization) -> v2.Compose:
 
 def schedule_of(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LRScheduler:
     """The rate rises to its value, linearly, and falls to 0 in a cosine; stepped after each batch.
+
+    The authors step it after each epoch (after each batch for the ViT of Fig. 5): in the warm-up, an epoch's mean is
+    higher here by half of what the rate rises in it.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     >>> schedule = schedule_of(optimizer, 2, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from timm.utils.agc import adaptive_clip_grad
+from torch import Generator, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
@@ -21,9 +23,10 @@ from benchmarks.full_scale_checkpoints import CHECKPOINTS, RESULT, begin, checkp
 from benchmarks.full_scale_data import Measured, Split
 from benchmarks.full_scale_layouts import READERS
 from benchmarks.full_scale_networks import network, normalization_of
+from benchmarks.full_scale_random import Augmented, seed_of
 from benchmarks.full_scale_run import Run, augmentation, centre, encoding, images_of, schedule_of, whole
 from benchmarks.full_scale_scores import Scores, measured
-from benchmarks.full_scale_teaching import frozen_teacher, live_teacher, weights_of
+from benchmarks.full_scale_teaching import check_heads, frozen_teacher, live_teacher, weights_of
 from benchmarks.limited_training import FROZEN, INDEXED
 from benchmarks.paired import Row
 from benchmarks.records import command
@@ -38,6 +41,8 @@ class Distillation:
 
     def __init__(self, run: Run) -> None:
         self.run, recipe = run, run.recipe
+        if recipe.warmup > recipe.epochs > 0:
+            raise ValueError(f"A warm-up of {recipe.warmup:g} epochs never ends in {recipe.epochs}. Pass --warmup.")
         self.accelerator = Accelerator(
             cpu=run.cpu,
             mixed_precision=run.mixed_precision,
@@ -45,7 +50,7 @@ class Distillation:
             log_with=run.track,
             project_dir=run.out,
             dataloader_config=DataLoaderConfiguration(
-                split_batches=True, use_seedable_sampler=True, data_seed=run.seed
+                split_batches=True, use_seedable_sampler=True, data_seed=seed_of(run.seed)
             ),
         )
         layout = READERS[run.data](run.path)
@@ -55,12 +60,14 @@ class Distillation:
         student = network(recipe.student, classes, run.student_checkpoint).to(self.accelerator.device)
         self.teacher = live_teacher(run, student, classes, self.accelerator.device)
         self.normalization = normalization_of(student)
+        self._check_heads(student, train, classes)
         source, dataset = self._lessons(train, augmentation(recipe, self.normalization))
-        self.weights = weights_of(source or self.teacher)
+        self.weights = weights_of(self.teacher if source is None else source)
         criterion = ARMS[run.arm](student, source, run, layout.train.multilabel)
         self.parameters = [*student.parameters(), *criterion.parameters()]
         optimizer = OPTIMIZERS[recipe.optimizer](self.parameters, recipe.lr, weight_decay=recipe.weight_decay)
-        loader = self._loader(dataset)
+        self.images = Augmented(dataset, run.seed)
+        loader = self._loader(self.images)
         steps = -(-len(loader) // run.accumulate)
         schedule = schedule_of(optimizer, round(recipe.warmup * steps), recipe.epochs * steps)
         self.student, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
@@ -73,7 +80,11 @@ class Distillation:
             self.accelerator.register_for_checkpointing(self.parts)
         if run.track is not None:
             self.accelerator.init_trackers("e2kd")
-        set_seed(run.seed, device_specific=True)  # every process augments in its own way
+
+    def _check_heads(self, student: nn.Module, train: Split, classes: int) -> None:
+        image = encoding(self.normalization)(centre(self.run.recipe.size)(train[0][0]))
+        models = {"student": student} if self.teacher is None else {"student": student, "teacher": self.teacher.model}
+        check_heads(models, image, classes)
 
     def _lessons(self, train: Split, transform: v2.Compose) -> tuple[Any, Dataset[Any]]:
         """Who teaches, and what the loader reads."""
@@ -84,23 +95,37 @@ class Distillation:
                 raise ValueError("CRD keeps one memory per process, which this script does not join. Run one process.")
             images = replace(train, transform=transform)
             return self.teacher, IndexedDataset(images) if self.run.arm in INDEXED else images
-        frozen = frozen_teacher(self.run, self.teacher, train, self.accelerator)
+        frozen = frozen_teacher(self.run, self.teacher, train, len(self.measured.classes), self.accelerator)
         return frozen, e2kd.FrozenDataset(train, frozen, match="id", transform=transform)
 
     def _loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         batch, run = self.run.recipe.batch // self.run.accumulate, self.run
+        if batch * run.accumulate != run.recipe.batch:
+            raise ValueError(f"Expected a --batch in {run.accumulate} equal parts, but got {run.recipe.batch}.")
         loader = DataLoader(
-            dataset, batch, shuffle=True, num_workers=run.workers, drop_last=True, persistent_workers=run.workers > 0
+            dataset,
+            batch,
+            shuffle=True,
+            num_workers=run.workers,
+            drop_last=True,
+            persistent_workers=run.workers > 0,
+            generator=Generator(),
         )
         if not len(loader):
             raise ValueError(f"Expected at least one batch of {batch} training images. Pass a smaller --batch.")
         return loader
 
     def epoch(self, number: int) -> float:
-        """One pass over the training images; its last loss."""
+        """One pass over the training images; its last loss.
+
+        Raises:
+            FloatingPointError: when that is not finite.
+        """
         self.student.train()
         self.criterion.train()
         self.loader.set_epoch(number)
+        self.images.set_epoch(number)
+        set_seed(seed_of(self.run.seed, number, self.accelerator.process_index))
         loss = torch.tensor(torch.nan)
         for images, targets in self.loader:
             with self.accelerator.accumulate(self.student):
@@ -110,24 +135,29 @@ class Distillation:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
-        return float(loss.detach())
+        last = float(self.accelerator.reduce(loss.detach(), "mean"))  # of all processes, so that all stop
+        if not math.isfinite(last):
+            raise FloatingPointError(f"The loss of epoch {number} is {last}: the student diverged. Lower --lr.")
+        return last
 
     def _clip(self) -> None:
         recipe = self.run.recipe
         if not self.accelerator.sync_gradients:
             return
         if recipe.clip is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, recipe.clip)
-        if recipe.adaptive_clip is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, recipe.clip)  # it unscales, which is for once
+        elif recipe.adaptive_clip is not None:
             self.accelerator.unscale_gradients()
+        if recipe.adaptive_clip is not None:
             adaptive_clip_grad(self.parameters, recipe.adaptive_clip)
 
     def measure(self) -> Row:
         """What the student is worth; every process takes its share of the images, each of them once."""
+        alike(self.accelerator, self.student)
         split, size, device = self.measured, self.run.recipe.size, self.accelerator.device
         with self.accelerator.split_between_processes(list(range(len(split)))) as mine:
             share = Subset(Measured(split, centre(size), whole(size), encoding(self.normalization)), mine)
-        batches = DataLoader(share, self.run.recipe.batch, num_workers=self.run.workers)
+        batches = DataLoader(share, self.run.recipe.batch, num_workers=self.run.workers, generator=Generator())
         scores = Scores(
             len(split.classes),
             multilabel=split.multilabel,
@@ -157,6 +187,13 @@ class Distillation:
             return 0
         self.accelerator.load_state(str(found[-1]))
         return epoch_of(found[-1]) + 1
+
+
+def alike(accelerator: Accelerator, model: nn.Module) -> None:
+    """Gives all processes the first one's buffers: BatchNorm's statistics are of a process's own images."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def distil(run: Run) -> Row:

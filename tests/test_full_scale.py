@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from benchmarks import (
     full_scale,
@@ -36,7 +37,7 @@ from benchmarks.full_scale_folders import HEIGHT, WIDTH
 from benchmarks.full_scale_layouts import VOC_CLASSES
 from benchmarks.full_scale_networks import UNCHANGED, network, normalization_of
 from benchmarks.full_scale_presets import PRESETS
-from benchmarks.full_scale_run import Run, centre, encoding, images_of, whole
+from benchmarks.full_scale_run import Run, augmentation, centre, encoding, images_of, whole
 from benchmarks.full_scale_scores import Scores
 from benchmarks.full_scale_table import report
 from benchmarks.full_scale_training import Distillation, distil
@@ -263,11 +264,11 @@ def test_networks_of_both_kinds_learn_from_one_another(
 def test_a_run_that_was_stopped_ends_where_it_would_have(
     folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit by bit, with a schedule, augmentation, shuffling and explained fractions; with other settings not at all."""
-    recipe = {"epochs": 2, "optimizer": "Adam", "lr": 1e-3}
+    """Bit by bit, with a schedule, augmentation, shuffling and explained fractions; with other workers and looks, too."""
+    recipe = {"epochs": 2, "warmup": 1, "optimizer": "Adam", "lr": 1e-3}
     whole = run_on(folder("waterbirds"), tmp_path / "whole", "waterbirds", fraction=0.5, recipe=recipe)
     row = distil(whole)
-    stopped = replace(whole, out=tmp_path / "stopped")
+    stopped = replace(whole, out=tmp_path / "stopped", workers=1, evaluate_every=1)
 
     def killed(self: Any, number: int) -> float:
         if number == 1:
@@ -378,7 +379,24 @@ def test_evidence_on_the_object_is_counted_for_each_class_in_an_image(monkeypatc
     scores.localize("epg", nn.Identity(), torch.rand(2, 3, 4, 4), masks)
     logits, labels = torch.tensor([[2.0, 1.0, -1.0], [-1.0, -1.0, 3.0]]), torch.tensor([[1, 1, 0], [0, 0, 1]])
     scores.update(logits, None, {"target": labels.float()})
-    assert scores.compute() == pytest.approx({"epg": (1 / 2 + 1 / 16 + 1) / 3, "f1": 1.0})
+    assert scores.compute() == pytest.approx({"epg": (1 / 2 + 1 / 16 + 1) / 3, "f1": 1.0, "f1_macro": 1.0})
+
+
+def test_f1_is_of_all_classes_together_as_the_authors_count_it() -> None:
+    """At logits >= 0. Classes that are never found cost the mean over classes more."""
+    scores = Scores(3, multilabel=True, taught=False)
+    logits = torch.tensor([[1.0, 0.0, -1.0], [2.0, -1.0, -1.0]])
+    scores.update(logits, None, {"target": torch.tensor([[1, 1, 0], [1, 0, 1]]).float()})
+    assert scores.compute() == pytest.approx({"f1": 6 / 7, "f1_macro": 2 / 3})
+
+
+def test_images_are_distorted_bilinearly() -> None:
+    (policy,) = [
+        step
+        for step in augmentation(PRESETS["imagenet-bcos-vit"], UNCHANGED).transforms
+        if isinstance(step, v2.RandAugment)
+    ]
+    assert policy.interpolation is v2.InterpolationMode.BILINEAR
 
 
 def test_command_line(folder: Make, tmp_path: Path) -> None:
@@ -440,6 +458,7 @@ def test_two_processes_measure_every_image_once(folder: Make, tmp_path: Path) ->
     torch.manual_seed(0)
     save_file(network("test_resnet", 2, None).state_dict(), teacher)
     short = ["--epochs", "1", "--batch", "4", "--size", "64", "--teacher", "test_resnet", "--student", "test_resnet"]
+    short += ["--warmup", "0"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = ["--data", "waterbirds", str(here), "--teacher-checkpoint", str(teacher), "--out", str(tmp_path / "two")]
     command = [*launch, "-m", "benchmarks.full_scale", *words, *short, "--cpu", "--workers", "0"]

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import full_scale, full_scale_teaching
 from benchmarks.full_scale_networks import network
-from benchmarks.full_scale_training import distil
+from benchmarks.full_scale_random import Augmented
+from benchmarks.full_scale_teaching import live_teacher, weights_of
+from benchmarks.full_scale_training import Distillation, alike, distil
+from e2kd import bcos
 from tests.full_scale_cases import Make, reset, run_on
 
 pytestmark = [
@@ -90,3 +100,138 @@ def test_a_cache_of_another_teacher_or_size_teaches_nobody(folder: Make, tmp_pat
             distil(wrong)
     reset()
     distil(run)
+
+
+def test_a_teacher_of_other_classes_is_noticed_first(
+    folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A maker's weights with the maker's head; nothing is frozen or trained before."""
+    monkeypatch.setattr(full_scale_teaching, "network", lambda name, classes, *_, **__: network(name, 7, None))
+    run = run_on(folder("imagenet"), tmp_path, "imagenet", arm="frozen_kd")
+    with pytest.raises(ValueError, match=r"Expected the 2 classes .* teacher has 7\..*--teacher-checkpoint"):
+        Distillation(run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_unrelated_images_are_not_read(folder: Make, tmp_path: Path) -> None:
+    for arm in ("cross_entropy", "dkd"):
+        run = run_on(folder("imagenet"), tmp_path, "imagenet", arm=arm, unrelated=folder("sun397"))
+        with pytest.raises(ValueError, match=f"no labels of these classes, which {arm} reads"):
+            Distillation(run)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"recipe": {"warmup": 5, "epochs": 2}}, "warm-up of 5 epochs never ends in 2"),
+        ({"recipe": {"batch": 10}, "accumulate": 3}, "--batch in 3 equal parts, but got 10"),
+    ],
+)
+def test_budgets_that_do_not_fit(folder: Make, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Distillation(run_on(folder("imagenet"), tmp_path, "imagenet", arm="cross_entropy", **changed))
+
+
+def test_a_student_that_diverged_is_no_result(folder: Make, tmp_path: Path) -> None:
+    run = run_on(
+        folder("plantvillage"), tmp_path, "plantvillage", arm="cross_entropy",
+        recipe={"lr": 1e30, "clip": None, "epochs": 3},
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match="diverged"):
+        distil(run)
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_gradients_are_unscaled_once(
+    folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float | None
+) -> None:
+    """A scaler of half precision refuses a second time."""
+    recipe = {"clip": clip, "adaptive_clip": 0.01}
+    made = Distillation(run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="cross_entropy", recipe=recipe))
+    for parameter in made.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    calls: list[Any] = []
+    monkeypatch.setattr(made.accelerator, "unscale_gradients", lambda *_: calls.append(1))
+    made._clip()
+    assert calls == [1]
+
+
+def test_batches_of_seeds_have_nothing_in_common(folder: Make, tmp_path: Path) -> None:
+    run = run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="cross_entropy")
+    orders = []
+    for seed in (0, 1):
+        made = Distillation(replace(run, seed=seed))
+        for epoch in (0, 1, 2):
+            made.loader.set_epoch(epoch)
+            orders.append(tuple(index for batch in made.loader.batch_sampler for index in batch))
+        reset()
+    assert len(set(orders)) == 6
+
+
+def test_augmentation_is_of_a_seed_an_epoch_and_an_image() -> None:
+    class Drawn(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(())
+
+    first, again, other = (Augmented(Drawn(), seed) for seed in (0, 0, 1))
+    state = torch.get_rng_state()
+    found = [first[0], first[1], first[0]]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[2] == again[0]
+    assert len({float(value) for value in (*found, other[0])}) == 3
+    loader = DataLoader(again, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        again.set_epoch(epoch)
+        first.set_epoch(epoch)
+        assert torch.equal(torch.cat(list(loader)), torch.stack([first[index] for index in range(3)]))
+
+
+def _with_own_buffers(rank: int, store: str, answers: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean.fill_(rank + 1)
+    norm.num_batches_tracked.fill_(rank + 5)
+    alike(SimpleNamespace(num_processes=2), norm)  # type: ignore[arg-type]
+    answers.put((rank, norm.running_mean.tolist(), int(norm.num_batches_tracked)))
+
+
+def test_processes_measure_one_student(tmp_path: Path) -> None:
+    """Each has BatchNorm's statistics of its own images until then."""
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    processes = [
+        context.Process(target=_with_own_buffers, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert sorted(answers.get() for _ in processes) == [(0, [1.0, 1.0], 5), (1, [1.0, 1.0], 5)]
+
+
+def test_the_bias_of_an_official_network_is_told(folder: Make, tmp_path: Path) -> None:
+    """Its file does not hold it: sigmoids, of several classes, are others, softmaxes are not; a cache knows."""
+    torch.manual_seed(0)
+    model, theirs = bcos.resnet20(20), math.log(0.001 / 0.999)
+    torch.save(
+        {"model": {f"0.{key}": value for key, value in model.state_dict().items()}, "F-Score": 0.8},
+        tmp_path / "epg.pth",
+    )
+    words = ["--data", "voc", str(folder("voc")), "--preset", "voc-bcos", "--teacher-logit-bias", str(theirs)]
+    run = full_scale.run_of(full_scale.arguments([*words, "--teacher-checkpoint", str(tmp_path / "epg.pth")]))
+    assert run.settings()["teacher_logit_bias"] == theirs
+    student, images = nn.Conv2d(3, 20, 1), torch.rand(2, 3, 32, 32)
+    told, untold = (
+        live_teacher(replace(run, teacher_logit_bias=bias), student, 20, torch.device("cpu")) for bias in (theirs, None)
+    )
+    assert told is not None
+    assert untold is not None
+    apart = told.logits(images) - untold.logits(images)
+    torch.testing.assert_close(apart, torch.full_like(apart, theirs + math.log(19)))
+    assert weights_of(told) != weights_of(untold)
+    with pytest.raises(ValueError, match="official"):
+        network("test_resnet", 2, None, logit_bias=0.0)

@@ -13,12 +13,14 @@ from torchvision.transforms import v2
 from benchmarks.full_scale_data import Layout, Split, few, held_out
 from benchmarks.full_scale_layouts import unrelated
 from benchmarks.full_scale_presets import Recipe
+from benchmarks.limited_training import EXPLAINED, RIVALS
 from benchmarks.paired import Row
 from e2kd.teacher import Normalization
 
 WARMUP_FROM = 0.01  # of the learning rate
 READING_LABELS = ("cross_entropy", "dkd")
 SHORTER_SIDE = 256 / 224  # of a test image, to the side of its centre crop
+CHOSEN = ("temperature", "weight", "fraction")
 ELSEWHERE = ("out", "workers", "evaluate_every", "track", "cpu")  # may be others when a run goes on
 
 
@@ -31,7 +33,8 @@ class Run:
         data, path: layout and folder of the data set.
         unrelated: folder of the images to distil on instead; any images.
         arm: a name in `ARMS`.
-        temperature, weight, fraction: τ, λ and the share of each batch that is explained.
+        temperature, weight, fraction: τ, λ and the share of each batch that is explained, as far as the arm reads
+            them. λ is e²KD's weight or, of a rival without it, a multiple of the rival's own.
         split: "test", or "validation" to choose settings.
         teacher_checkpoint, student_checkpoint: state_dicts.
         teacher_logit_bias: of an official B-cos network that was trained with another than -log(classes - 1).
@@ -66,10 +69,25 @@ class Run:
     cpu: bool = False
 
     def settings(self) -> Row:
-        """What makes the student what it is, in JSON's types."""
+        """What makes the student what it is, in JSON's types; None for what its arm does not read."""
         kept = {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
+        kept |= {name: None for name in CHOSEN if name not in read_by(self.arm)}
         found: Row = json.loads(json.dumps(kept, default=str))
         return found
+
+
+def read_by(arm: str) -> list[str]:
+    """Which of τ, λ and the explained share make a difference to an arm.
+
+    >>> read_by("e2kd"), read_by("kd"), read_by("dkd")
+    (['temperature', 'weight', 'fraction'], ['temperature'], ['weight'])
+    """
+    reads = {
+        "temperature": arm not in ("cross_entropy", "dkd"),  # DKD has its own
+        "weight": arm in EXPLAINED or arm in RIVALS,
+        "fraction": arm in EXPLAINED,
+    }
+    return [name for name in CHOSEN if reads[name]]
 
 
 def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
@@ -96,11 +114,8 @@ def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
 
 def augmentation(recipe: Recipe, normalization: Normalization) -> v2.Compose:
     """What a training image goes through; the maps of a frozen teacher follow it."""
-    policy = (
-        []
-        if recipe.rand_augment is None
-        else [v2.RandAugment(magnitude=recipe.rand_augment, interpolation=v2.InterpolationMode.BILINEAR)]
-    )
+    magnitude, bilinear = recipe.rand_augment, v2.InterpolationMode.BILINEAR
+    policy = [] if magnitude is None else [v2.RandAugment(magnitude=magnitude, interpolation=bilinear)]
     crop = v2.RandomResizedCrop(recipe.size, (recipe.least_area, 1.0))
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *policy, encoding(normalization)])
 
@@ -125,8 +140,8 @@ def encoding(normalization: Normalization) -> v2.Compose:
 def schedule_of(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LRScheduler:
     """The rate rises to its value, linearly, and falls to 0 in a cosine; stepped after each batch.
 
-    The authors step it after each epoch (after each batch for the ViT of Fig. 5): in the warm-up, an epoch's mean is
-    higher here by half of what the rate rises in it.
+    The authors step it after each epoch, and after each batch for the ViT of Fig. 5 alone: in the warm-up an epoch's
+    mean rate is higher here, by half of what it rises in that epoch.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     >>> schedule = schedule_of(optimizer, 2, 6)

@@ -219,7 +219,7 @@ def distil(run: Run) -> Row:
             accelerator.log({name: value for name, value in found.items() if value is not None}, step=number)
             accelerator.print(json.dumps(found))
         made.save(number)
-    row = {name: getattr(run, name) for name in ("split", "arm", "seed", "temperature", "weight")}
+    row = {name: settings[name] for name in ("split", "arm", "seed", "temperature", "weight")}
     row |= {"processes": accelerator.num_processes, **made.measure()}
     accelerator.save_model(made.student, str(run.out))
     if accelerator.is_main_process:

@@ -29,7 +29,6 @@ from benchmarks import (
     full_scale_scores,
     full_scale_table,
 )
-from benchmarks.common import write_json
 from benchmarks.full_scale_arms import ARMS
 from benchmarks.full_scale_checkpoints import checkpoints
 from benchmarks.full_scale_data import Box, Measured, Split, few, held_out
@@ -39,7 +38,6 @@ from benchmarks.full_scale_networks import UNCHANGED, network, normalization_of
 from benchmarks.full_scale_presets import PRESETS
 from benchmarks.full_scale_run import Run, augmentation, centre, encoding, images_of, whole
 from benchmarks.full_scale_scores import Scores
-from benchmarks.full_scale_table import report
 from benchmarks.full_scale_training import Distillation, distil
 from e2kd import bcos
 from tests.full_scale_cases import Make, names, reset, run_on, targets
@@ -264,7 +262,7 @@ def test_networks_of_both_kinds_learn_from_one_another(
 def test_a_run_that_was_stopped_ends_where_it_would_have(
     folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit by bit, with a schedule, augmentation, shuffling and explained fractions; with other workers and looks, too."""
+    """Bit by bit, with a schedule, augmentation, shuffling and explained fractions; other workers or not."""
     recipe = {"epochs": 2, "warmup": 1, "optimizer": "Adam", "lr": 1e-3}
     whole = run_on(folder("waterbirds"), tmp_path / "whole", "waterbirds", fraction=0.5, recipe=recipe)
     row = distil(whole)
@@ -421,6 +419,11 @@ def test_command_line(folder: Make, tmp_path: Path) -> None:
     ]
     commands = full_scale.grid(full_scale.arguments(words), words)
     assert len(set(commands)) == 2 * 4
+    for arm, count in (("kd", 2), ("dkd", 4), ("at", 8), ("cross_entropy", 1)):
+        own = [*words, "--arm", arm]
+        assert len(set(full_scale.grid(full_scale.arguments(own), own))) == count
+    with pytest.raises(SystemExit):
+        full_scale.arguments([*words[:-1], "--gri"])
     for command in commands:
         again = full_scale.run_of(full_scale.arguments(shlex.split(command)[4:]))
         assert (again.split, again.path) == ("validation", Path("a folder"))
@@ -436,19 +439,6 @@ def test_presets_name_networks_and_layouts_that_exist() -> None:
         for name in {recipe.teacher, recipe.student} - {"bcos.official"}:
             with torch.device("meta"):
                 assert any(True for _ in network(name, 3, None).parameters())
-
-
-def test_results_side_by_side(tmp_path: Path) -> None:
-    for arm, accuracies in (("kd", (0.5, 0.6)), ("e2kd", (0.6, 0.8))):
-        for seed, accuracy in enumerate(accuracies):
-            row = {"split": "test", "arm": arm, "seed": seed, "temperature": 1.0, "weight": 1.0, "accuracy": accuracy}
-            write_json(tmp_path / f"{arm}-{seed}" / "result.json", {"rows": [row]})
-    found = report(tmp_path)
-    assert "| KD | 2 | 55.0 ±7.1 |" in found
-    assert "| e²KD - KD | +15.0 (-48.5 to +78.5) |" in found
-    write_json(tmp_path / "again" / "result.json", {"rows": [row]})
-    with pytest.raises(ValueError, match="several"):
-        report(tmp_path)
 
 
 @pytest.mark.slow

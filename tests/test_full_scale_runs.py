@@ -23,6 +23,7 @@ from benchmarks.full_scale_random import Augmented
 from benchmarks.full_scale_teaching import live_teacher, weights_of
 from benchmarks.full_scale_training import Distillation, alike, distil
 from e2kd import bcos
+from e2kd.baselines import METHODS
 from tests.full_scale_cases import Make, reset, run_on
 
 pytestmark = [
@@ -235,3 +236,28 @@ def test_the_bias_of_an_official_network_is_told(folder: Make, tmp_path: Path) -
     assert weights_of(told) != weights_of(untold)
     with pytest.raises(ValueError, match="official"):
         network("test_resnet", 2, None, logit_bias=0.0)
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        ("kd", {"temperature": 2.0, "weight": None, "fraction": None}),
+        ("at", {"temperature": 2.0, "weight": 3.0, "fraction": None}),
+        ("dkd", {"temperature": None, "weight": 3.0, "fraction": None}),
+        ("crd_e2kd", {"temperature": 2.0, "weight": 3.0, "fraction": 0.5}),
+        ("cross_entropy", {"temperature": None, "weight": None, "fraction": None}),
+    ],
+)
+def test_settings_are_those_that_an_arm_reads(tmp_path: Path, arm: str, expected: dict[str, Any]) -> None:
+    run = run_on(tmp_path, tmp_path, "imagenet", arm=arm, temperature=2.0, weight=3.0, fraction=0.5)
+    assert {name: run.settings()[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("arm", "outer", "inner"), [("crd", 0.0, 3.0), ("crd_e2kd", 3.0, 1.0)])
+def test_a_weight_is_e2kds_or_a_multiple_of_the_rivals(
+    folder: Make, tmp_path: Path, arm: str, outer: float, inner: float
+) -> None:
+    made = Distillation(run_on(folder("plantvillage"), tmp_path, "plantvillage", arm=arm, weight=3.0))
+    assert made.criterion.weight == outer
+    own = METHODS["CRD"](network("test_resnet", 3, None), network("test_resnet", 3, None)).weight
+    assert made.criterion.criterion.weight == pytest.approx(inner * own)

@@ -36,6 +36,19 @@ from e2kd.trainers.accelerate import Parts
 OPTIMIZERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
 
+def accelerator_of(run: Run) -> Accelerator:
+    """With the whole batch in the loader, and an order of the images that is the seed's."""
+    order = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed_of(run.seed))
+    return Accelerator(
+        cpu=run.cpu,
+        mixed_precision=run.mixed_precision,
+        gradient_accumulation_steps=run.accumulate,
+        log_with=run.track,
+        project_dir=run.out,
+        dataloader_config=order,
+    )
+
+
 class Distillation:
     """A student with everything its training needs, prepared by Accelerate."""
 
@@ -43,16 +56,7 @@ class Distillation:
         self.run, recipe = run, run.recipe
         if recipe.warmup > recipe.epochs > 0:
             raise ValueError(f"A warm-up of {recipe.warmup:g} epochs never ends in {recipe.epochs}. Pass --warmup.")
-        self.accelerator = Accelerator(
-            cpu=run.cpu,
-            mixed_precision=run.mixed_precision,
-            gradient_accumulation_steps=run.accumulate,
-            log_with=run.track,
-            project_dir=run.out,
-            dataloader_config=DataLoaderConfiguration(
-                split_batches=True, use_seedable_sampler=True, data_seed=seed_of(run.seed)
-            ),
-        )
+        self.accelerator = accelerator_of(run)
         layout = READERS[run.data](run.path)
         train, self.measured = images_of(run, layout)
         self.groups, classes = layout.groups, len(layout.test.classes)
@@ -63,10 +67,14 @@ class Distillation:
         self._check_heads(student, train, classes)
         source, dataset = self._lessons(train, augmentation(recipe, self.normalization))
         self.weights = weights_of(self.teacher if source is None else source)
-        criterion = ARMS[run.arm](student, source, run, layout.train.multilabel)
+        self.images = Augmented(dataset, run.seed)
+        self._prepare(student, ARMS[run.arm](student, source, run, layout.train.multilabel))
+
+    def _prepare(self, student: nn.Module, criterion: nn.Module) -> None:
+        """What trains, by Accelerate."""
+        run, recipe = self.run, self.run.recipe
         self.parameters = [*student.parameters(), *criterion.parameters()]
         optimizer = OPTIMIZERS[recipe.optimizer](self.parameters, recipe.lr, weight_decay=recipe.weight_decay)
-        self.images = Augmented(dataset, run.seed)
         loader = self._loader(self.images)
         steps = -(-len(loader) // run.accumulate)
         schedule = schedule_of(optimizer, round(recipe.warmup * steps), recipe.epochs * steps)

@@ -6,6 +6,7 @@ python -m benchmarks.records elsewhere/limited_standard_50.json     # adds its r
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
@@ -61,8 +62,8 @@ class Record:
 
 
 def command() -> str:
-    """The command line of this process."""
-    return " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    """The command line of this process, as a shell takes it."""
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 def read_study(path: Path, settings: Row) -> Row:

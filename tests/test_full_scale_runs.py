@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,11 +74,13 @@ def test_checkpoints_of_another_teacher_are_not_gone_on_with(folder: Make, tmp_p
         distil(run)
 
 
-def test_a_result_says_how_it_was_made(folder: Make, tmp_path: Path) -> None:
+def test_a_result_says_how_it_was_made(folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--data", "plantvillage", "a folder", "--workers", "3"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/full_scale.py", *words])
     run = run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="cross_entropy")
     distil(run)
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["command"].startswith("python -m ")
+    assert shlex.split(found["command"]) == ["python", "-m", "benchmarks.full_scale", *words]
     assert len(found["teacher"]) == 32
 
 

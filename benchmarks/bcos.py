@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor
 
 import e2kd
 from benchmarks import step
-from benchmarks.common import markdown_table, read_rows, write_results
+from benchmarks.common import command, markdown_table, read_rows, write_results
 from e2kd import bcos
 from e2kd.bcos.dynamic import scaled
 from e2kd.similarity import pooled
@@ -138,7 +137,7 @@ def main() -> None:
     for pair in args.only:
         bench = Bench(pair, args.batch, args.size, args.device, args.arms)
         row = {"pair": pair, "batch": args.batch, "size": args.size, "device": args.device, "rounds": args.rounds}
-        row["command"] = "python -m benchmarks.bcos " + " ".join(sys.argv[1:])
+        row["command"] = command()
         row |= step.interleaved(bench, args.rounds, args.warmup)
         if not args.no_peak:
             row["peak_mib"] = {arm: step.peak(pair, arm, args, "benchmarks.bcos") for arm in bench.arms()}

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import e2kd
-from benchmarks.common import markdown_table, write_results
+from benchmarks.common import command, markdown_table, write_results
 from e2kd.distance import dcor_unbiased, partial_dcor
 
 SAME = 1e-4  # relative to the largest value
@@ -201,7 +200,7 @@ def main() -> None:
         )
     )
     if not args.quick:
-        write_results(f"beside_{args.device}", rows, command=" ".join(["python -m benchmarks.beside", *sys.argv[1:]]))
+        write_results(f"beside_{args.device}", rows, command=command())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import warnings
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 import e2kd
-from benchmarks.common import markdown_table, write_results
+from benchmarks.common import command, markdown_table, write_results
 from benchmarks.step import Arms, Step, interleaved, plain_kd, to_kd
 
 CASES = {
@@ -81,8 +80,7 @@ def main() -> None:
             rows.append({"pair": pair, "classes": count, "batch": batch, **interleaved(bench, rounds, warmup=2)})
     print(table(rows))
     if not args.quick:
-        command = " ".join(["python -m benchmarks.every_class", *sys.argv[1:]])
-        write_results(f"every_class_{args.device}", rows, command=command, rounds=rounds)
+        write_results(f"every_class_{args.device}", rows, command=command(), rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -41,10 +40,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import e2kd
-from benchmarks.common import RESULTS, ROOT, between, markdown_table, read_rows, write_results
+from benchmarks.common import RESULTS, ROOT, between, command, markdown_table, read_rows, write_results
 from e2kd.frozen.forecast import Forecast, readable
 from e2kd.frozen.records import Record
-from e2kd.frozen.store import Store, Writer
+from e2kd.frozen.store import Store
+from e2kd.frozen.writer import Writer
 
 Row = dict[str, Any]
 PHOTOS = Path(os.environ.get("E2KD_SHARED", ROOT.parent / "shared")) / "data" / "imagenet-samples" / "all"
@@ -379,11 +379,11 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     print(table(rows), bytes_table(rows), *facts(rows), sep="\n\n")
     if not args.quick:
-        command = " ".join(["python -m benchmarks.frozen", *sys.argv[1:]])
+        said = command()
         if args.only:
             result = json.loads((RESULTS / "frozen.json").read_text(encoding="utf-8"))
-            command = f"{result['command']}`, then `{command}"
-        print(write_results("frozen", rows, command=command))
+            said = f"{result['command']}`, then `{said}"
+        print(write_results("frozen", rows, command=said))
 
 
 if __name__ == "__main__":

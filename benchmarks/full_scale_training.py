@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 import e2kd
-from benchmarks.common import environment, write_json
+from benchmarks.common import command, environment, write_json
 from benchmarks.full_scale_arms import ARMS
 from benchmarks.full_scale_checkpoints import CHECKPOINTS, RESULT, begin, checkpoints, epoch_of, result_of
 from benchmarks.full_scale_data import Measured, Split
@@ -29,7 +29,6 @@ from benchmarks.full_scale_scores import Scores, measured
 from benchmarks.full_scale_teaching import check_heads, frozen_teacher, live_teacher, weights_of
 from benchmarks.limited_training import FROZEN, INDEXED
 from benchmarks.paired import Row
-from benchmarks.records import command
 from e2kd.baselines import IndexedDataset
 from e2kd.trainers.accelerate import Parts
 

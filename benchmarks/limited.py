@@ -162,10 +162,15 @@ def on_top_table(rows: list[Row]) -> str:
 def section(found: Row) -> str:
     """A study's part of the page."""
     rows, settings = found["rows"], found["settings"]
+    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    over = ", those of frozen arms over frozen KD" if "frozen_kd" in arms else ""
+    epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
     note = (
         f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of {len(SEEDS)} paired seeds, "
-        f"{settings['epochs']} epochs in every arm. Gains are over KD, those of frozen arms over frozen KD, {BETWEEN}."
+        f"{epochs} in every arm. Gains are over KD{over}, {BETWEEN}."
     )
+    if "frozen_kd" not in arms and arms & set(FROZEN):
+        note += " No frozen KD was trained here, so frozen arms have no gain."
     rivals = rivals_table(rows)
     if rivals:
         note += f" A rival's λ is a multiple of its default weight. What e²KD is ahead of them:\n\n{rivals}"

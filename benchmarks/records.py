@@ -6,13 +6,11 @@ python -m benchmarks.records elsewhere/limited_standard_50.json     # adds its r
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.common import RESULTS, environment, write_json
+from benchmarks.common import RESULTS, command, environment, write_json
 from benchmarks.paired import Case, Row
 
 GROWS = ("environment", "commands", "rows")  # all else is the same for every row
@@ -59,11 +57,6 @@ class Record:
         """In the place of what was there."""
         if self.path is not None:
             write_json(self.path, self.found(rows))
-
-
-def command() -> str:
-    """The command line of this process, as a shell takes it."""
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 def read_study(path: Path, settings: Row) -> Row:

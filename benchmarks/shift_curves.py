@@ -8,6 +8,7 @@ A CNN's explanations move with the image, a ViT's jump with its patches. Results
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import matplotlib
@@ -78,6 +79,7 @@ def draw(results: list[Row]) -> Any:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     results = measured()
     print(table(results))
     draw(results).savefig(RESULTS / "shift_curves.png", dpi=120)

@@ -11,7 +11,6 @@ ratios to KD's, interleaved round by round. Results: benchmarks/results/sparing.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import matplotlib
 import torch
 
 from benchmarks.cifar_families import FAMILIES
-from benchmarks.common import RESULTS, between, markdown_table, read_rows, write_results
+from benchmarks.common import RESULTS, between, command, markdown_table, read_rows, write_results
 from benchmarks.frozen import interleaved, ratios
 from benchmarks.limited import MEASURES
 from benchmarks.limited_training import ARMS, BATCH, STRETCHES, criterion_of
@@ -113,8 +112,7 @@ def main() -> None:
     print(table(rows))
     if not args.quick:
         if not args.table:
-            command = " ".join(["python -m benchmarks.sparing", *sys.argv[1:]])
-            write_results("sparing", rows, command=command, rounds=args.rounds)
+            write_results("sparing", rows, command=command(), rounds=args.rounds)
         draw(rows).savefig(RESULTS / "sparing.png", dpi=120)
 
 

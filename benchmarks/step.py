@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import e2kd
-from benchmarks.common import ROOT, between, markdown_table, write_results
+from benchmarks.common import ROOT, between, command, markdown_table, write_results
 
 PAIRS = {
     "ResNet-34 -> ResNet-18": ("resnet34", "resnet18", "layer4", "layer4"),
@@ -269,7 +269,7 @@ def main() -> None:
     print(table(rows))
     if not args.quick:
         name = f"step_{args.device}{'_compiled' if args.compile else ''}"
-        print(write_results(name, rows, command="python -m benchmarks.step " + " ".join(sys.argv[1:])))
+        print(write_results(name, rows, command=command()))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

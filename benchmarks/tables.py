@@ -5,6 +5,7 @@ Each table stands between `<!-- name -->` and `<!-- /name -->`. A test checks th
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -222,5 +223,6 @@ def filled(text: str, names: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for page, names in PAGES.items():
         page.write_text(filled(page.read_text(encoding="utf-8"), names), encoding="utf-8")

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from torch import Generator, Tensor
 from benchmarks.cifar import NORMALIZATION, ResNet, normalized
 from benchmarks.cifar_data import HELD_OUT, SHARED, TEST, TRAIN, few, part
 from benchmarks.cifar_families import BLOCKS, STANDARD, trained_teacher
-from benchmarks.common import RESULTS, environment, markdown_table, write_json
+from benchmarks.common import RESULTS, command, environment, markdown_table, write_json
 from benchmarks.distilling import STAGES, ByFeatures, Teaching, Way, by_answers, by_attention, outputs_of
 from benchmarks.records import read_study
 from e2kd.commands.photos import find_photos, read_photos
@@ -432,7 +431,7 @@ def main() -> None:
             rows = read_study(path, asdict(settings)).get("rows", [])
         more = {
             "environment": environment(),
-            "command": " ".join(["python -m benchmarks.transfer_studies", *sys.argv[1:]]),
+            "command": command(),
         }
         run(
             settings,

@@ -88,3 +88,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'e2kd' has no attribute {name!r}")
     return getattr(import_module(f"e2kd.{_LATER[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -51,6 +51,10 @@ class Record:
     explained: Pass | None = None  # of a B-cos network
     heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
 
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """The precision that the forward ran in, for a teacher that is asked in the same."""
+        return torch.autocast(self.images.device.type, self.autocast, enabled=self.autocast is not None)
+
 
 def _inert(*_: Any) -> None:
     """What a copied or unpickled hook does."""
@@ -112,6 +116,8 @@ class Tap:
         self._drop(self.site_handles)
         self.at_images, self.keeper = site is None, None
         if site is None:
+            for child in self.student.children():
+                self._add(self.site_handles, child, self._began, pre=True)
             return
         # Consumers come last and outside of checkpointed trunks; the last capture of a forward counts.
         turns = [*site.producers, *(turn for turn, _ in site.consumers)]
@@ -246,6 +252,11 @@ class Tap:
         self.rng = rng_state(images.device) if self.at_images else None
         return self.keeper.begin(images, args, kwargs) if self.keeper is not None and self.explaining else None
 
+    def _began(self, args: tuple[Any, ...]) -> None:
+        """The forward has come to a part of the student: inside of what hosts put into it."""
+        if self.recording and self.images is not None and self.autocast is None:
+            self.autocast = _autocast_type(self.images.device)
+
     def _produced(self, args: tuple[Any, ...], output: Any) -> None:
         self.keep(first_tensor(output))
 
@@ -260,7 +271,7 @@ class Tap:
             return
         if self.open:
             self.features, self.rng = features, rng_state(features.device)
-            self.autocast = _autocast_type(features.device)  # hosts may put it inside of the student's forward
+            self.autocast = _autocast_type(features.device)  # hosts may put it inside of the forward, as Accelerate
 
     @property
     def recording(self) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from e2kd.errors import shape
 
-Chosen = tuple[Tensor, Tensor]  # classes [B, k] and weights [B, k], which sum to 1 (or 0 where nothing is explained)
+# Classes [B, k] and weights [B, k], which sum to 1, or 0 where nothing is explained; a function's need not.
+Chosen = tuple[Tensor, Tensor]
 Name = Literal["teacher", "labels", "positives", "all"]
 NAMED: tuple[Name, ...] = get_args(Name)
 Choice = Name | int | Callable[[Tensor, Tensor | None], Chosen]
@@ -23,7 +24,7 @@ def choose(choice: Choice, teacher_logits: Tensor, targets: Tensor | None) -> Ch
     "teacher": the teacher's top class, as in the paper. "labels": the target's class. "positives": every positive
     of multi-hot targets, with equal weights. "all": every class, with equal weights, which is a map for each, so it is
     for few classes. An integer k: the teacher's top k, weighted by its probabilities. A function of (teacher_logits,
-    targets) returns its own, or [1, k] of both for every sample.
+    targets) returns its own, or [1, k] of both for every sample; its weights are used as they are, whatever their sum.
 
     Raises:
         ValueError: when the choice needs targets of another kind than came, or a function returns something else.

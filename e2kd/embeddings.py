@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from e2kd.folders import cache_folder
+
 PARTS = ("*.json", "*.txt", "model.safetensors")  # what an encoder is made of; nothing is unpickled
 TOKENS = 64  # most tokens of a name
 BATCH = 64  # names encoded at a time
-CACHE = "E2KD_CACHE"
 
 
 def label_embeddings(
@@ -37,8 +38,9 @@ def label_embeddings(
             not run.
         pooled: the pooler's output as it is; otherwise the mean over the tokens, scaled to unit length, which sentence
             encoders are trained for.
-        cache: folder of the embeddings that were computed before; True is $E2KD_CACHE, else ~/.cache/e2kd; False
-            computes anew. Entries are found by the content of the names and of the encoder's files.
+        cache: folder of the embeddings that were computed before; True is $E2KD_CACHE, else e2kd in
+            $XDG_CACHE_HOME or ~/.cache; False computes anew. Entries are found by the content of the names and of the
+            encoder's files.
 
     Raises:
         ValueError: for no names, empty ones, or an encoder without a trained pooler if it is asked for.
@@ -56,18 +58,13 @@ def label_embeddings(
     folder = _folder(str(encoder))
     if cache is False:
         return _encoded(names, folder, pooled)
-    entry = _home(cache) / f"labels-{_fingerprint(names, folder, pooled)}.safetensors"
+    home = cache_folder() if cache is True else Path(cache)
+    entry = home / f"labels-{_fingerprint(names, folder, pooled)}.safetensors"
     if entry.exists():
         return _loaded(entry, len(names))
     made = _encoded(names, folder, pooled)
     _save(made, entry)
     return made
-
-
-def _home(cache: str | Path | bool) -> Path:
-    if not isinstance(cache, bool):
-        return Path(cache)
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "e2kd")
 
 
 def _folder(encoder: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,26 @@ def shape(tensor_shape: Iterable[int]) -> str:
     '[2, 3]'
     """
     return "[" + ", ".join(str(n) for n in tensor_shape) + "]"
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raise a ValueError for a weight that no term can have."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"Expected a finite {name} >= 0, but got {value}. 0 switches that term off.")
+
+
+def check_temperature(value: float) -> None:
+    """Raise a ValueError for a τ that no logits can be divided by."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"Expected a finite temperature > 0, but got {value}. 1 leaves the logits as they are.")
+
+
+def check_reduction(value: str) -> None:
+    """Raise a ValueError for a reduction that the losses don't have."""
+    if value not in ("mean", "none"):
+        raise ValueError(
+            f"Expected reduction to be 'mean' or 'none', but got {value!r}. For a sum, add up what 'none' gives."
+        )
 
 
 @contextmanager

@@ -248,6 +248,15 @@ def explainer_named(name: str, layer: str | None = None) -> Explainer:
     return explainer
 
 
+def explainer_asked(name: str | None, layer: str | None) -> Explainer | None:
+    """The explainer of a command line with these two options: GradCAM for a layer alone, None for neither.
+
+    >>> explainer_asked(None, "layer4"), explainer_asked(None, None)
+    (GradCAM(layer='layer4'), None)
+    """
+    return explainer_named(name or "gradcam", layer or None) if name or layer else None
+
+
 def check_passes(passes: str | None) -> None:
     """Raise a ValueError for passes that don't exist."""
     if passes not in (None, "shared", "separate"):

@@ -7,9 +7,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import NoEffectWarning, UnsupportedModel, shape
+from e2kd.errors import NoEffectWarning, UnsupportedModel, check_temperature, check_weight, shape
 from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
+from e2kd.logits import KDLoss, MultiLabelKDLoss
 
 
 def check_settings(
@@ -24,13 +25,11 @@ def check_settings(
 ) -> None:
     """Raise a ValueError for settings outside their range."""
     for name, value in (("weight", weight), ("kd_weight", kd_weight), ("task_weight", task_weight or 0.0)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"Expected {name} >= 0, but got {value}.")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"Expected a finite temperature > 0, but got {temperature}.")
+        check_weight(name, value)
+    check_temperature(temperature)
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected fraction in (0, 1], but got {fraction}. weight=0 switches explanations off.")
-    if every < 1 or every != int(every):
+    if not every >= 1 or every % 1:
         raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
     if during is not None and (len(during) != 2 or any(step % 1 for step in during) or not 0 <= during[0] < during[1]):
         raise ValueError(f"Expected during to be (start, stop) in steps, 0 <= start < stop, but got {during}.")
@@ -107,11 +106,43 @@ def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
         )
     if logits.device.type == "cpu":
         for name, values in (("student", logits), ("teacher", teacher_logits)):
+            _warn_probabilities(name, values.detach())
             if not values.isfinite().all():
                 raise ValueError(
                     f"The {name}'s logits hold {int((~values.isfinite()).sum())} values that are nan or infinite. "
                     "Nothing was changed by this step; look at the images, the learning rate and the precision."
                 )
+
+
+def _warn_probabilities(name: str, values: Tensor) -> None:
+    """Warn of a softmax at the end of a network, whose KL would be that of a second softmax, all but uniform."""
+    if values.shape[1] > 1 and bool((values >= 0).all()) and bool(((values.sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            f"The {name}'s logits look like probabilities: none is below 0, and each sample's sum to 1. Expected what "
+            "comes before the softmax; leave it out of the network and of the call.",
+            NoEffectWarning,
+            stacklevel=6,
+        )
+
+
+def check_task(criterion: object) -> None:
+    """Raise a TypeError for a loss between two networks in the place of the task's."""
+    if isinstance(criterion, (KDLoss, MultiLabelKDLoss)):
+        raise TypeError(
+            f"Expected criterion to be the task's loss of outputs and targets, but got {type(criterion).__name__}, "
+            f"which compares logits with a teacher's. Pass distillation={type(criterion).__name__}() to E2KDLoss, and "
+            "as criterion what you trained with before, or None."
+        )
+
+
+def check_explainers(**explainers: object) -> None:
+    """Raise a TypeError for what is no explainer, by the names of the options."""
+    for option, explainer in explainers.items():
+        if explainer is not None and (isinstance(explainer, type) or not hasattr(explainer, "layer")):
+            raise TypeError(
+                f"Expected {option} to be an object with a layer and __call__(features, gradient), such as e2kd.CAM() "
+                f'or e2kd.GradCAM("layer3"), but got {explainer!r}.'
+            )
 
 
 def check_grid(maps: Tensor, whose: str, option: str = "explainer") -> None:
@@ -135,21 +166,26 @@ def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
         )
 
 
-def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor) -> bool:
-    """Whether a criterion is asked to distill by these logits, or for the plain task loss."""
-    if not (criterion.training and torch.is_grad_enabled() and logits.requires_grad):
+def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor, role: str = "student") -> bool:
+    """Whether a criterion is asked to teach a network by these logits, or for the plain task loss.
+
+    Args:
+        role: what the network is called where it is in eval mode although gradients are on, of which a warning tells.
+    """
+    if not (torch.is_grad_enabled() and logits.requires_grad):
         return False
-    if not student.training:
-        warn_eval()
-    return student.training
+    if criterion.training != student.training:
+        warn_eval(role if criterion.training else "criterion", role)
+    return criterion.training and student.training
 
 
-def warn_eval() -> None:
-    """Warn that a loss with gradients was asked for while the student is in eval mode."""
+def warn_eval(evaluated: str, role: str) -> None:
+    """Warn that a loss with gradients was asked for while the network that learns or the criterion is in eval mode."""
+    also = " (BatchNorm layers may stay in eval mode)" if evaluated == role else ""
     warnings.warn(
-        "The criterion returns the plain task loss because the student is in eval mode, although gradients are on: no "
-        "distillation happens. Call student.train() to distill (BatchNorm layers may stay in eval mode), or evaluate "
-        "under torch.no_grad().",
+        f"The criterion returns the plain task loss because the {evaluated} is in eval mode, although gradients are "
+        f"on: the {role} is taught nothing else. Call {evaluated}.train() to teach it{also}, or evaluate under "
+        "torch.no_grad().",
         NoEffectWarning,
         stacklevel=4,
     )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from e2kd.bcos.images import is_bcos
 from e2kd.capture import Record
 from e2kd.classes import Chosen, choose
-from e2kd.errors import shape
+from e2kd.errors import check_weight, shape
 from e2kd.explainers import BcosContributions, Explainer, GradCAM
-from e2kd.guards import check_grid, check_module, check_not_empty
+from e2kd.guards import check_grid, check_module, check_not_empty, is_teaching
 from e2kd.localization import on_grid
 from e2kd.modes import unwrap
 from e2kd.objects import Boxes, box_masks
@@ -121,8 +121,7 @@ class GuidanceLoss(nn.Module):
         example: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"Expected weight >= 0, but got {weight}.")
+        check_weight("weight", weight)
         check_module(model, "model")
         self.criterion, self.loss, self.weight = criterion, loss, weight
         self.explainer = explainer or (BcosContributions() if is_bcos(unwrap(model)) else GradCAM())
@@ -152,7 +151,7 @@ class GuidanceLoss(nn.Module):
         """
         logits = logits_of(outputs)
         task = task_loss(self.criterion, outputs, targets, labels_of(targets))
-        if masks is None or not (self.training and torch.is_grad_enabled() and self.model.student.training):
+        if masks is None or not is_teaching(self, self.model.student, logits, "model"):
             return task
         check_not_empty(logits)
         record = self.model.record(logits)

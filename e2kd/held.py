@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 SIGNATURE = inspect.signature(F.batch_norm)
 
 
-class _Held(torch.autograd.Function):
+class _Stopped(torch.autograd.Function):
     """The same tensor, through which no gradient goes while it is held fixed."""
 
     @staticmethod
@@ -61,7 +61,7 @@ class Holding(TorchFunctionMode):
         """Every operation as it is, but `batch_norm` and `statistic`."""
         kwargs = kwargs or {}
         if func is statistic:
-            return _Held.apply(*args, self)
+            return _Stopped.apply(*args, self)
         if func is not F.batch_norm:
             return func(*args, **kwargs)
         call = SIGNATURE.bind(*args, **kwargs)
@@ -77,7 +77,7 @@ class Holding(TorchFunctionMode):
         variance, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0, keepdim=True)
         if given["running_mean"] is not None:
             _count(given, mean.detach().flatten(), variance.detach().flatten())
-        found: Tensor = (wide - _Held.apply(mean, self)) * _Held.apply((variance + given["eps"]).rsqrt(), self)
+        found: Tensor = (wide - _Stopped.apply(mean, self)) * _Stopped.apply((variance + given["eps"]).rsqrt(), self)
         if given["weight"] is not None:
             found = found * given["weight"].reshape(shape)
         if given["bias"] is not None:

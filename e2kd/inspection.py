@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from e2kd.bcos.images import check_range
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, default_explainer
-from e2kd.guards import check_not_empty
+from e2kd.guards import check_explainers, check_not_empty
 from e2kd.modes import as_written, dtype_of, evaluating, replaying, untrained, unwrap
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
@@ -54,6 +54,8 @@ def explain(
     >>> found.logits.shape, found.maps.shape, found.classes.shape
     (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]), torch.Size([2]))
     """
+
+    check_explainers(explainer=explainer)
 
     def chosen(logits: Tensor) -> Tensor:
         return logits.argmax(1, keepdim=True) if classes is None else _checked(classes, logits)[:, None]

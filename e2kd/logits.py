@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.errors import shape
+from e2kd.errors import check_reduction, check_temperature, shape
 from e2kd.similarity import at_least_float32
-
-REDUCTIONS = ("mean", "none")
 
 
 def _checked(student: Tensor, teacher: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -17,8 +15,7 @@ def _checked(student: Tensor, teacher: Tensor, reduction: str) -> tuple[Tensor, 
             f"Expected logits [B, K] of equal shape, but the student's are {shape(student.shape)} and the "
             f"teacher's {shape(teacher.shape)}. Teacher and student must be trained for the same classes."
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"Expected reduction to be one of {REDUCTIONS}, but got {reduction!r}.")
+    check_reduction(reduction)
     return at_least_float32(student), at_least_float32(teacher)
 
 
@@ -50,8 +47,7 @@ def kd_loss(
     >>> kd_loss(torch.zeros(3, 2), torch.tensor([[0., 1.]] * 3), temperature=2.0, reduction="none").shape
     torch.Size([3])
     """
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"Expected a finite temperature > 0, but got {temperature}.")
+    check_temperature(temperature)
     student, teacher = _checked(student_logits, teacher_logits, reduction)
     log_s, log_t = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
     return _reduced(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1) * temperature**2, reduction)
@@ -86,6 +82,9 @@ def multilabel_kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduct
 class KDLoss(nn.Module):
     """`kd_loss` as a module.
 
+    Raises:
+        ValueError: for τ <= 0 or an unknown reduction.
+
     >>> import torch
     >>> KDLoss(temperature=2.0)(torch.zeros(2, 3), torch.zeros(2, 3))
     tensor(0.)
@@ -93,6 +92,8 @@ class KDLoss(nn.Module):
 
     def __init__(self, temperature: float = 1.0, *, reduction: str = "mean") -> None:
         super().__init__()
+        check_temperature(temperature)
+        check_reduction(reduction)
         self.temperature, self.reduction = temperature, reduction
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -103,6 +104,9 @@ class KDLoss(nn.Module):
 class MultiLabelKDLoss(nn.Module):
     """`multilabel_kd_loss` as a module.
 
+    Raises:
+        ValueError: for an unknown reduction.
+
     >>> import torch
     >>> MultiLabelKDLoss()(torch.zeros(2, 3), torch.zeros(2, 3))
     tensor(0.)
@@ -110,6 +114,7 @@ class MultiLabelKDLoss(nn.Module):
 
     def __init__(self, *, reduction: str = "mean") -> None:
         super().__init__()
+        check_reduction(reduction)
         self.reduction = reduction
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -12,36 +12,33 @@ from torch import Tensor, nn
 from e2kd.capture import Record
 from e2kd.classes import Choice, check_choice, choose, equal_weights
 from e2kd.comparing import Similarity, compare, compare_each
+from e2kd.errors import check_reduction
 from e2kd.explainers import Explainer, default_explainer, explainer_beside, explainers_of, reads_images
 from e2kd.guards import (
     check_batch,
+    check_explainers,
     check_grid,
     check_module,
     check_not_empty,
     check_prepared,
     check_settings,
-    is_teaching,
     warn_dead,
 )
 from e2kd.lessons import Lesson, Prepared, lesson_of
 from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.modes import unwrap
-from e2kd.outputs import logits_of
-from e2kd.similarity import cosine, pooled
+from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
-from e2kd.tasks import remove_hooks, reported, share, task_loss
+from e2kd.tasks import reported, task_loss
 from e2kd.taught import Taught, labels_of
-from e2kd.teacher import Normalization, Teacher, shared
+from e2kd.teacher import Normalization, Teacher
+from e2kd.wrapping import Wrapping
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
 
 NO_MAPS = (
     "Expected explanations for a weight other than 0, but the cache holds logits alone. Leave criterion.weight at 0, "
     "or freeze the teacher with an explainer."
-)
-TAUGHT_FOR_LIVE = (
-    "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live one. Build it "
-    "with the cache, E2KDLoss(student, FrozenTeacher.open(path), ...), or pass `targets.labels`."
 )
 
 
@@ -54,6 +51,9 @@ class ExplanationLoss(nn.Module):
             None compares them on the student's grid.
         reduction: "mean" -> [], "none" -> [B].
 
+    Raises:
+        ValueError: for an unknown reduction.
+
     >>> ExplanationLoss()(torch.ones(2, 1, 7, 7), torch.ones(2, 1, 14, 14))
     tensor(0.)
     """
@@ -62,8 +62,7 @@ class ExplanationLoss(nn.Module):
         self, similarity: Similarity = cosine, *, size: tuple[int, int] | None = None, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"Expected reduction to be 'mean' or 'none', but got {reduction!r}.")
+        check_reduction(reduction)
         self.similarity, self.size, self.reduction = similarity, size, reduction
 
     def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def _chosen(classes: Choice | None, teacher: object) -> Choice:
     return classes
 
 
-class E2KDLoss(nn.Module):
+class E2KDLoss(Wrapping):
     """Explanation-enhanced knowledge distillation (e²KD, ECCV 2024, Eq. 2) around any criterion.
 
     loss = task_weight * criterion(outputs, targets) + kd_weight * τ² KL(teacher || student)
@@ -95,6 +94,8 @@ class E2KDLoss(nn.Module):
     the cross-entropy with the targets. `.parts` holds detached scalars of the last training call: loss, task, kd,
     explanation, cosine, agreement (share of equal top classes) and zero_maps (samples whose map is
     zero in student or teacher, which therefore teach nothing; of several classes, for more than half of their weight).
+    task is all that `criterion` returned: with another method inside, such as AT, that method's whole loss, whose terms
+    are parts too, under their own names.
     Reading a value is what waits for the device. In a step that explains nothing (`every`, `during`), explanation and
     zero_maps are 0 and cosine is nan; agreement is nan where the teacher was not asked either.
 
@@ -147,8 +148,6 @@ class E2KDLoss(nn.Module):
     ['agreement', 'cosine', 'explanation', 'kd', 'loss', 'task', 'zero_maps']
     """
 
-    takes_lessons = True  # as a criterion inside of another: it is given the targets as they came
-
     def __init__(
         self,
         student: nn.Module,
@@ -173,18 +172,17 @@ class E2KDLoss(nn.Module):
         teacher_size: int | tuple[int, int] | None = None,
         example: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(criterion)
         check_settings(weight, kd_weight, task_weight, temperature, fraction, every, during, resize)
         classes = _chosen(classes, teacher)
         check_module(student, "student")
-        self.criterion = criterion
+        check_explainers(explainer=explainer, teacher_explainer=teacher_explainer)
         self.similarity, self.classes, self.resize = similarity, classes, resize
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
         self.task_weight = task_weight if task_weight is not None else float(criterion is not None)
         self.fraction, self.every, self.during, self.distillation = fraction, every, during, distillation
         # Not registered as submodules: neither belongs to the criterion's parameters, state or device.
         settings = (teacher_normalization, input_normalization, teacher_size)
-        self.teacher: Teacher | Prepared
         if isinstance(teacher, Prepared):
             check_prepared(teacher, explainer, classes, weight, (teacher_explainer, *settings))
             beside = teacher.explainer and explainer_beside(unwrap(student), teacher.explainer)
@@ -196,15 +194,9 @@ class E2KDLoss(nn.Module):
             self.explainer, theirs = explainers_of(student, teacher, explainer, teacher_explainer)
             self.teacher = Teacher(teacher, theirs, *settings)
         self.student = StudentExplainer(unwrap(student), self.explainer, example, fraction)
+        self.tap = self.student.tap
         self.seed, self.step = torch.initial_seed(), 0
-        if isinstance(self.teacher, Teacher):
-            self.teacher = shared(self.teacher, criterion)
-        self._parts: dict[str, Tensor] = {}
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """Detached scalars of the last training call; see the class."""
-        return dict(self._parts)
+        self._share_teacher()
 
     @property
     def step(self) -> int:
@@ -216,35 +208,6 @@ class E2KDLoss(nn.Module):
         self._step = step
         self.student.expect(self._explains())
 
-    def remove(self) -> None:
-        """Take every hook off the student, those of an e2kd criterion inside too. Neither can teach afterwards."""
-        self.student.tap.remove()
-        remove_hooks(self.criterion)
-
-    def forward(
-        self,
-        outputs: Any,
-        targets: Tensor | Taught | None = None,
-        *,
-        num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """The loss [] for the student's outputs.
-
-        Args:
-            outputs: what the student returned: logits [B, K], or a tuple, dict or ModelOutput with them.
-            targets: what the criterion takes, None for pure distillation; `Taught` from a `FrozenDataset`.
-            num_items_in_batch: labels of the whole accumulated batch, over all processes (Hugging Face Trainer); the
-                loss is then this call's share of the batch's mean.
-        """
-        logits = logits_of(outputs)
-        if is_teaching(self, self.student.student, logits):
-            loss = self._teach(outputs, logits, targets)
-        else:
-            multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
-            loss = task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel)
-        return loss if num_items_in_batch is None else loss * share(logits, self._labels(targets), num_items_in_batch)
-
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
         record = self.student.record(logits)
@@ -253,7 +216,7 @@ class E2KDLoss(nn.Module):
         explaining = self._explains()
         self.step += 1
         rows = self._rows(len(logits), logits.device) if explaining else None
-        zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        zero = at_least_float32(logits.new_zeros(()))
         parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")}
         parts |= dict.fromkeys(("cosine", "agreement"), zero + torch.nan)
         loss, lesson = zero, None
@@ -274,16 +237,9 @@ class E2KDLoss(nn.Module):
         self._parts = reported(self.criterion, parts, loss)
         return loss
 
-    def _labels(self, targets: Any) -> Any:
-        return self.teacher.labels(targets) if isinstance(self.teacher, Prepared) else labels_of(targets)
-
-    def _taught(self, targets: Any, images: Tensor) -> Taught | None:
-        """The lesson that came with the batch, None where the teacher is asked now."""
-        if isinstance(self.teacher, Prepared):
-            return self.teacher.taught(targets, images)
-        if isinstance(targets, Taught):
-            raise ValueError(TAUGHT_FOR_LIVE)
-        return None
+    def _task(self, outputs: Any, targets: Any) -> Tensor:
+        multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
+        return task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel)
 
     def _explains(self) -> bool:
         """Whether the next step explains."""
@@ -294,7 +250,7 @@ class E2KDLoss(nn.Module):
         if not isinstance(self.teacher, Teacher):
             assert taught is not None
             return lesson_of(taught, self.teacher.choice)
-        with torch.autocast(record.images.device.type, record.autocast, enabled=record.autocast is not None):
+        with record.autocasting():
             return self.teacher.lesson(record.images, explaining=explaining, rows=rows)
 
     def _distill(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:

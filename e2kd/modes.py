@@ -28,6 +28,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def timm_configuration(model: nn.Module) -> dict[str, Any]:
+    """What a timm model knows of its images, weights and name; empty for other models.
+
+    >>> timm_configuration(nn.Linear(2, 2))
+    {}
+    """
+    found = getattr(model, "pretrained_cfg", None)
+    return found if isinstance(found, dict) else {}
+
+
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The type a module computes in: that of its first floating-point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())

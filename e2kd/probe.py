@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import UnsupportedModel
+from e2kd.errors import UnsupportedModel, shape
 from e2kd.graph import before, between
 from e2kd.modes import evaluating, undrawn
 from e2kd.outputs import first_tensor, logits_of
@@ -19,6 +19,10 @@ from e2kd.outputs import first_tensor, logits_of
 CHANGES_IMAGES = (
     "{name} changes the images it is given in place, and everybody else who holds them would see others. Let its first "
     "operation make new ones: Normalize(mean, std) without inplace=True, (x - mean) / std."
+)
+FEATURES_FIRST = (
+    "Expected logits first in what {name} returns, but the first tensor, {first}, is what another one, {other}, is "
+    'computed from. Have it return the logits alone, first, or in a dict under "logits".'
 )
 FSDP1 = (
     "A module of {name} is a FullyShardedDataParallel, which does not survive that a part of it is differentiated "
@@ -212,13 +216,25 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
         passed = images.clone()
         version = passed._version
         with _recording(model, calls), _watching_head(model) as given:
-            logits = logits_of(_run(model, passed, jitter))
+            outputs = _run(model, passed, jitter)
+        logits = _last(model, outputs)
         if passed._version != version:
             raise UnsupportedModel(CHANGES_IMAGES.format(name=type(model).__name__))
         head_input = first_tensor(given) if given and isinstance(given[-1], Tensor) else None
         found = Trace(images, logits, calls, head_input)
         _fill_gradients(found)  # still in eval mode: activation checkpointing runs parts of the forward again
     return found
+
+
+def _last(model: nn.Module, outputs: Any) -> Tensor:
+    """The logits in what a model returned, from which nothing else in it was computed."""
+    logits = logits_of(outputs)
+    for other in outputs if isinstance(outputs, (tuple, list)) and logits.grad_fn is not None else ():
+        if isinstance(other, Tensor) and other.ndim == 2 and logits.grad_fn in before(other.grad_fn)[1:]:
+            raise UnsupportedModel(
+                FEATURES_FIRST.format(name=type(model).__name__, first=shape(logits.shape), other=shape(other.shape))
+            )
+    return logits
 
 
 def _run(model: nn.Module, images: Tensor, jitter: float) -> Any:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from e2kd.bcos.images import channels_of
 from e2kd.errors import REFUSALS
-from e2kd.modes import as_written, evaluating, undrawn
+from e2kd.modes import as_written, evaluating, timm_configuration, undrawn
 
 SIZES = (224, 256, 299, 384, 192, 160, 128, 96, 64, 32, 28)  # large first: small images hide late layers
 
@@ -49,7 +49,7 @@ def _runs(model: nn.Module, images: Tensor) -> bool:
 def _sizes(model: nn.Module) -> list[tuple[int, int]]:
     known: list[Any] = [
         getattr(getattr(model, "patch_embed", None), "img_size", None),
-        (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, None))[1:],
+        (timm_configuration(model).get("input_size") or ())[1:],
         getattr(getattr(model, "config", None), "image_size", None),
     ]
     sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in known if isinstance(s, int) or _is_pair(s)]

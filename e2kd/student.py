@@ -33,7 +33,8 @@ from e2kd.views import View, autograd_view, closed_view, dynamic_view, whole_vie
 
 FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-LOW_PRECISION_TOLERANCE = 0.1
+LOW_PRECISION_TOLERANCE = 0.1  # of what comes after a layer
+WHOLE_TOLERANCE = 0.3  # of a whole network in low precision
 
 NO_FEATURES = (
     "The student ran, but layer {layer!r} did not return a tensor with gradients, so nothing can be explained there. "
@@ -349,7 +350,6 @@ def _difference(replayed: Tensor, logits: Tensor) -> float:
 
 
 def _tolerance(record: Record, logits: Tensor) -> float:
+    low = WHOLE_TOLERANCE if record.features is None else LOW_PRECISION_TOLERANCE
     types = {logits.dtype, record.images.dtype if record.features is None else record.features.dtype}
-    if record.autocast is not None:
-        return LOW_PRECISION_TOLERANCE
-    return max(TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE) for dtype in types)
+    return low if record.autocast is not None else max(TOLERANCE.get(dtype, low) for dtype in types)

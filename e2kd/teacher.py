@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from e2kd.explainers import Explainer, reads_images
 from e2kd.inspection import inspect
 from e2kd.lessons import Lesson
 from e2kd.listening import Ear, Heard, Place, hearing
-from e2kd.modes import as_written, device_of, dtype_of, evaluating, unwrap
+from e2kd.modes import as_written, device_of, dtype_of, evaluating, timm_configuration, unwrap
 from e2kd.outputs import logits_of
 
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -64,15 +63,23 @@ class Teacher:
         return logits
 
     def listen(self, places: Iterable[Place]) -> Ear:
-        """An ear that will hear these places whenever the teacher is asked, until it is taken out of `ears`."""
+        """An ear that will hear these places whenever the teacher is asked, until it is dismissed."""
         self.ears.append(Ear(places))
         return self.ears[-1]
+
+    def dismiss(self, ear: Ear | None) -> None:
+        """Tell this ear nothing any more."""
+        self.ears = [one for one in self.ears if one is not ear]
 
     def serves(self, other: Teacher) -> bool:
         """Whether this one may answer in another's place: for the same model, asked in the same way."""
         unset = all(setting is None for setting in other.settings)
         same = other.model is self.model and (unset or other.settings == self.settings)
         return same and (other.explainer is None or other.explainer == self.explainer)
+
+    def answer_for(self, other: Teacher) -> None:
+        """Tell what another's ears want to hear, in whose place this one will be asked."""
+        self.ears += other.ears
 
     @contextmanager
     def _hearing(self) -> Iterator[dict[str, Tensor]]:
@@ -178,24 +185,6 @@ class Teacher:
         self.model.to(device)
 
 
-def shared(teacher: Teacher, criterion: object) -> Teacher:
-    """The teacher that will answer in this one's place, for all criteria inside of one another: it runs once a step.
-
-    A criterion that says nothing of how the teacher is to be asked follows the one that does.
-    """
-    for module in criterion.modules() if isinstance(criterion, nn.Module) else ():
-        other = getattr(module, "teacher", None)
-        if not isinstance(other, Teacher) or other is teacher:
-            continue
-        if teacher.serves(other):
-            teacher.ears += other.ears
-            module.teacher = teacher  # type: ignore[assignment]
-        elif other.serves(teacher):
-            other.ears += teacher.ears
-            teacher = other
-    return teacher
-
-
 def _from_timm(name: str) -> nn.Module:
     try:
         import timm
@@ -205,11 +194,6 @@ def _from_timm(name: str) -> nn.Module:
         ) from error
     model: nn.Module = timm.create_model(name, pretrained=True)
     return model.eval()
-
-
-def _configuration(model: nn.Module) -> dict[str, Any]:
-    found = getattr(model, "pretrained_cfg", None)
-    return found if isinstance(found, dict) else {}
 
 
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
@@ -227,11 +211,18 @@ def expected_normalization(model: nn.Module, given: Normalization | None) -> Nor
         return given
     if is_bcos(model):
         return (0.0,) * colours_of(model), (1.0,) * colours_of(model)
-    configuration = _configuration(model)
+    configuration = timm_configuration(model)
     mean, std = configuration.get("mean"), configuration.get("std")
     if mean is None or std is None or len(mean) != channels_of(model):  # timm changes in_chans, not the configuration
         return None
     return mean, std
+
+
+def told_to(
+    teacher: nn.Module, given: Normalization | None, wanted: Normalization | None = None
+) -> Normalization | None:
+    """(mean, std) that images come in, where it is known what the teacher expects; else it gets them as they are."""
+    return None if expected_normalization(teacher, wanted) is None else given
 
 
 def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization | None) -> Tensor:

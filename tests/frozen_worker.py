@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from e2kd.frozen.fingerprints import hash_ids, id_hash
 from e2kd.frozen.records import Record, Rows
-from e2kd.frozen.store import Store, Writer
+from e2kd.frozen.store import Store
+from e2kd.frozen.writer import Writer
 
 CLASSES, SAMPLES, SHARD_ROWS = 5, 46, 4
 RECORD = Record(CLASSES, map_shape=(1, 2, 3))

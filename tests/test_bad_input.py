@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from reference import CLASSES, Case, case, cnn, identical, snapshot
 from torch import Tensor, nn
 
 import e2kd
+from e2kd.baselines import METHODS, dkd_loss
+from e2kd.bcos import LogitLayer
+from e2kd.guidance import GuidanceLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -417,6 +421,8 @@ BAD_SETTINGS = [
     ({"fraction": float("nan")}, r"fraction in \(0, 1\]"),
     ({"every": 0}, "every to be an integer >= 1, but got 0"),
     ({"every": 1.5}, "every to be an integer >= 1"),
+    ({"every": float("nan")}, "every to be an integer >= 1, but got nan"),
+    ({"every": float("inf")}, "every to be an integer >= 1, but got inf"),
     ({"during": (5, 5)}, r"during to be \(start, stop\) in steps, 0 <= start < stop, but got \(5, 5\)"),
     ({"during": (0.2, 0.5)}, r"during to be \(start, stop\) in steps"),
     ({"during": (1, 2, 3)}, r"during to be \(start, stop\) in steps"),
@@ -434,6 +440,107 @@ def test_bad_settings_are_refused_when_the_criterion_is_built(made: Case, settin
     assert identical(before, snapshot(made.student))
     assert not made.student._forward_hooks
     assert not made.student._forward_pre_hooks
+
+
+OUTSIDE = [float("nan"), float("inf"), -1.0]
+BUILT_OR_CALLED: dict[str, Callable[..., object]] = {
+    "KDLoss": e2kd.KDLoss,
+    "LogitLayer": partial(LogitLayer, 0.0),
+    "kd_loss": partial(e2kd.kd_loss, torch.zeros(2, 3), torch.zeros(2, 3)),
+    "dkd_loss": partial(dkd_loss, torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 2])),
+}
+
+
+@pytest.mark.parametrize("value", [*OUTSIDE, 0.0])
+@pytest.mark.parametrize("name", BUILT_OR_CALLED)
+def test_temperatures_are_looked_at_wherever_one_is_given(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"Expected a finite temperature > 0, but got {value}. 1 leaves the logits"):
+        BUILT_OR_CALLED[name](temperature=value)
+
+
+@pytest.mark.parametrize("loss", [e2kd.KDLoss, e2kd.MultiLabelKDLoss, e2kd.ExplanationLoss])
+def test_reductions_are_looked_at_when_a_loss_is_built(loss: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match=r"Expected reduction to be 'mean' or 'none', but got 'sum'\. For a sum"):
+        loss(reduction="sum")
+
+
+RANGES = [
+    *((method, "weight", value, "a finite weight >= 0") for method in (*METHODS, "GuidanceLoss") for value in OUTSIDE),
+    *((method, "warmup", value, "warmup to be a number") for method in METHODS for value in OUTSIDE),
+    *(("DKD", name, value, f"a finite {name} >= 0") for name in ("alpha", "beta") for value in OUTSIDE),
+    *((method, "temperature", value, "a finite temp") for method in ("CRD", "DKD") for value in (*OUTSIDE, 0.0)),
+    *(("CRD", "momentum", value, r"momentum in \[0, 1\)") for value in (*OUTSIDE, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("method", "setting", "value", "sentence"), RANGES)
+def test_settings_of_other_criteria_are_looked_at_before_the_student_is(
+    made: Case, method: str, setting: str, value: float, sentence: str
+) -> None:
+    build = {**METHODS, "GuidanceLoss": lambda student, _, **settings: GuidanceLoss(student, nn.MSELoss(), **settings)}
+    with pytest.raises(ValueError, match=f"Expected {sentence}.* but got {value}"):
+        build[method](made.student, made.teacher, **{setting: value})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in made.student.modules())
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+@pytest.mark.parametrize("value", OUTSIDE)
+def test_weights_of_dkds_terms_are_looked_at(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"Expected a finite {name} >= 0, but got {value}"):
+        BUILT_OR_CALLED["dkd_loss"](**{name: value})
+
+
+@pytest.mark.parametrize("option", ["explainer", "teacher_explainer"])
+@pytest.mark.parametrize("wrong", ["cam", e2kd.CAM, lambda features, gradient: features])
+def test_what_is_no_explainer_is_refused_when_the_criterion_is_built(made: Case, option: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"Expected {option} to be an object with a layer.*e2kd\.CAM\(\)"):
+        e2kd.E2KDLoss(made.student, made.teacher, **{option: wrong})
+    with pytest.raises(TypeError, match="Expected explainer to be"):
+        e2kd.explain(made.student, made.images, explainer=wrong)
+    assert not made.student._forward_hooks
+
+
+@pytest.mark.parametrize("distillation", [e2kd.KDLoss(), e2kd.MultiLabelKDLoss()])
+def test_a_distillation_loss_is_no_task(made: Case, distillation: nn.Module) -> None:
+    with pytest.raises(TypeError, match="Pass distillation="):
+        e2kd.E2KDLoss(made.student, made.teacher, distillation)
+    e2kd.E2KDLoss(made.student, made.teacher, distillation=distillation)(made.student(made.images), made.targets)
+
+
+def test_probabilities_in_the_place_of_logits_are_warned_of(made: Case) -> None:
+    criterion = e2kd.E2KDLoss(made.student, made.teacher, weight=0)
+    with pytest.warns(e2kd.NoEffectWarning, match="student's logits look like probabilities"):
+        criterion(made.student(made.images).softmax(1), made.targets)
+    criterion = e2kd.E2KDLoss(made.student, nn.Sequential(made.teacher, nn.Softmax(1)), weight=0)
+    with pytest.warns(e2kd.NoEffectWarning, match="teacher's logits look like probabilities"):
+        criterion(made.student(made.images), made.targets)
+
+
+@pytest.mark.parametrize("wrong", ["student", "teacher"])
+def test_features_in_the_place_of_logits_are_refused(wrong: str) -> None:
+    class Returning(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.trunk, self.head, self.first = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 4), first
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.trunk(images).relu().mean((2, 3))
+            return (self.head(features), features) if self.first else (features, self.head(features))
+
+    def step(wrong: str) -> None:
+        student, teacher = (Returning(first=name != wrong) for name in ("student", "teacher"))
+        criterion = e2kd.E2KDLoss(student, teacher)
+        criterion(student(torch.rand(2, 3, 32, 32)))
+
+    step("neither")
+    with pytest.raises(e2kd.UnsupportedModel, match=r"Expected logits first in what Returning returns"):
+        step(wrong)
+
+
+def test_a_criterion_in_eval_mode_is_warned_of(made: Case) -> None:
+    criterion = e2kd.E2KDLoss(made.student, made.teacher, nn.CrossEntropyLoss()).eval()
+    with pytest.warns(e2kd.NoEffectWarning, match=r"the criterion is in eval mode.* Call criterion\.train\(\)"):
+        criterion(made.student(made.images), made.targets)
 
 
 @pytest.mark.parametrize("wrong", ["student", "teacher"])

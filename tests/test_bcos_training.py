@@ -363,7 +363,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
-@pytest.mark.parametrize("where", ["around", "inside"])
+@pytest.mark.parametrize("where", ["around", "inside", "inside, float32 out"])
 def test_under_autocast_the_explanation_is_computed_in_float32(where: str, fraction: float) -> None:
     student, teacher, x = net().float(), net(seed=1).float(), encoded().float()
     torch.manual_seed(0)
@@ -376,14 +376,17 @@ def test_under_autocast_the_explanation_is_computed_in_float32(where: str, fract
 
     torch.manual_seed(0)
     criterion = e2kd.E2KDLoss(student, teacher, similarity=similarity, fraction=fraction, example=x)
-    if where == "inside":  # as Accelerate does
+    if where != "around":  # as Accelerate does
         student._original_forward = student.forward
         student.forward = torch.autocast("cpu", torch.bfloat16)(student.forward)
+    if where == "inside, float32 out":
+        inside = student.forward
+        student.forward = lambda images: inside(images).float()
     with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
         outputs = student(x)
         loss = criterion(outputs, None)
     loss.backward()
-    assert outputs.dtype == torch.bfloat16
+    assert outputs.dtype == (torch.float32 if where == "inside, float32 out" else torch.bfloat16)
     assert types == {torch.float32}
     assert criterion.student.way == ("separate" if fraction == 1 else "drawn")
     assert direction(gradient(student), wanted) > 0.98

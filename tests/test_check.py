@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -114,10 +116,38 @@ def test_all_classes_are_tried_and_counted() -> None:
     assert costs["class_token"][1] > 1.5 * costs["class_token"][0]
 
 
+def test_what_can_not_be_counted_is_no_problem() -> None:
+    """torch's counter fails where a module is given a part of a parameter without a graph."""
+    pit = pytest.importorskip("timm.models.pit")
+    sizes: dict[str, Any] = {"base_dims": (8, 8), "depth": (1, 1), "heads": (1, 2), "mlp_ratio": 2, "num_classes": 4}
+    teacher = pit.PoolingVisionTransformer(32, 4, 4, **sizes)
+    report = e2kd.check(pair("closed")[0].float(), teacher, torch.rand(4, 3, 32, 32))
+    assert report.ok, report
+    assert report.cost != report.cost
+    assert "can't be counted" in str(report)
+
+
 def test_classes_that_ask_for_targets_are_a_problem_in_words() -> None:
     student, teacher = pair("closed")
     report = e2kd.check(student, teacher, torch.rand(4, 3, 16, 16, dtype=torch.float64), classes="labels")
     assert any("needs targets" in problem for problem in report.problems)
+
+
+def test_the_teacher_is_asked_as_it_will_be_in_training() -> None:
+    """Its own normalisation and size make other maps, which are those that the criterion compares."""
+    student, teacher = pair("closed")
+    images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    settings: dict[str, Any] = {
+        "input_normalization": ((0.5,) * 3, (0.5,) * 3),
+        "teacher_normalization": ((0.4,) * 3, (0.2,) * 3),
+        "teacher_size": 24,
+    }
+    plain, report = e2kd.check(student, teacher, images), e2kd.check(student, teacher, images, **settings)
+    assert (plain.teacher.grid, report.teacher.grid) == ((4, 4), (6, 6))
+    assert report.explanation != plain.explanation
+    criterion = e2kd.E2KDLoss(student, teacher, **settings)
+    criterion(student.train()(images))
+    assert report.explanation == pytest.approx(float(criterion.parts["explanation"]), abs=1e-9)
 
 
 def test_zero_maps_are_those_of_the_classes_that_are_explained() -> None:

@@ -99,6 +99,16 @@ class TestCache:
         label_embeddings(NAMES, bert)
         assert len(list((tmp_path / "here").iterdir())) == 1
 
+    @pytest.mark.parametrize(("said", "place"), [("XDG_CACHE_HOME", "e2kd"), ("HOME", ".cache/e2kd")])
+    def test_lies_else_where_everybodys_does(
+        self, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, place: str
+    ) -> None:
+        for name in ("E2KD_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(said, str(tmp_path))
+        label_embeddings(NAMES, bert)
+        assert len(list((tmp_path / place).iterdir())) == 1
+
     def test_damaged_entries_are_named(self, bert: Path, tmp_path: Path) -> None:
         label_embeddings(NAMES, bert, cache=tmp_path)
         entry = next(tmp_path.iterdir())

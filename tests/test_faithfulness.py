@@ -141,6 +141,16 @@ class TestExplanations:
         expected = pairwise_cosine_similarity(student.flatten(1), larger.flatten(1), zero_diagonal=False).diag().mean()
         assert similarity.compute().item() == pytest.approx(expected.item(), abs=1e-6)
 
+    def test_another_similarity_on_another_grid_is_that_of_maps_brought_there(self) -> None:
+        def overlap(a: Tensor, b: Tensor) -> Tensor:
+            return torch.minimum(a, b).sum((1, 2, 3)) / torch.maximum(a, b).sum((1, 2, 3))
+
+        student, teacher = seeded(6, 1, 8, 8), seeded(6, 1, 4, 4, seed=1)
+        similarity = ExplanationSimilarity(overlap, (16, 16))
+        similarity.update(student, teacher)
+        grown = [F.interpolate(maps, (16, 16), mode="bilinear") for maps in (student, teacher)]
+        assert similarity.compute().item() == pytest.approx(overlap(*grown).mean().item(), abs=1e-6)
+
     def test_unknown_cells_count_in_neither_map(self) -> None:
         student, teacher, known = seeded(2, 1, 4, 4), seeded(2, 1, 4, 4, seed=1), torch.zeros(2, 1, 4, 4)
         known[..., :2] = 1

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import e2kd
 from e2kd.cli import main
 from e2kd.frozen.errors import CacheError
 from e2kd.frozen.samples import names_of, transformed
+from e2kd.probing import example_images
 from e2kd.taught import labels_of
 
 Shared = Callable[[str], Path]
@@ -810,6 +812,51 @@ def test_verify_rates_every_augmentation(tmp_path: Path) -> None:
         cache.verify(teacher, dataset, augmentations={"wrong": lambda i, t: (i / 64 - 2, t)})
 
 
+def test_a_teacher_whose_configuration_is_not_timms_is_one_without(tmp_path: Path) -> None:
+    """`pretrained_cfg` is an attribute that other networks may have for something of their own."""
+    teacher: Any = net()
+    teacher.pretrained_cfg = "resnet.yaml"
+    cache = frozen(tmp_path, teacher=teacher)
+    assert cache.plan["teacher"]["name"] == type(teacher).__name__
+    assert example_images(teacher) is not None
+
+
+@dataclass(frozen=True)
+class Energy:
+    """An explainer that is not one of e2kd's."""
+
+    layer: str | None = None
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        return features.square().sum(1, keepdim=True)
+
+
+def test_verify_takes_the_names_and_the_explainer_that_freeze_was_given(tmp_path: Path) -> None:
+    dataset, teacher = pixels(), net()
+    names = [f"photo {i}" for i in range(len(dataset))]
+    cache = frozen(tmp_path, dataset, teacher, ids=names, explainer=Energy())
+    asked: dict[str, Any] = {"augmentations": {}, "ids": names, "explainer": Energy()}
+    report = cache.verify(teacher, dataset, **asked)
+    assert report.ok, str(report)
+    with pytest.raises(ValueError, match=r"no names to find their rows by\. Pass ids="):
+        cache.verify(teacher, dataset, **asked | {"ids": None})
+    with pytest.raises(ValueError, match="same 40 samples in another order"):
+        cache.verify(teacher, dataset, **asked | {"ids": names[::-1]})
+    with pytest.raises(ValueError, match=r"made by Energy\. Pass it as explainer="):
+        cache.verify(teacher, dataset, **asked | {"explainer": None})
+    assert "live maps differ" in str(cache.verify(teacher, dataset, **asked | {"explainer": e2kd.GradCAM()}))
+
+
+def test_channels_that_are_refused_are_those_that_the_sentence_leaves_out() -> None:
+    for channels in range(1, 9):
+        image = torch.zeros(channels, 4, 4)
+        if channels in (1, 3, 4, 6):
+            assert e2kd.CanonicalView()(image).shape == image.shape
+        else:
+            with pytest.raises(ValueError, match=r"C one of \(1, 3, 4, 6\)"):
+                e2kd.CanonicalView()(image)
+
+
 def test_verify_takes_a_single_row_and_leaves_random_numbers_alone(tmp_path: Path) -> None:
     dataset, teacher = pixels(), net()
     cache = frozen(tmp_path, dataset, teacher)
@@ -835,6 +882,7 @@ def test_a_url_is_brought_here_once_and_only_what_belongs_to_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec = pytest.importorskip("fsspec")
+    monkeypatch.delenv("E2KD_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     local = frozen(tmp_path / "cache")
     memory = fsspec.filesystem("memory")
@@ -843,7 +891,7 @@ def test_a_url_is_brought_here_once_and_only_what_belongs_to_a_cache(
     cache = e2kd.FrozenTeacher.open("memory://somewhere/cache")
     assert torch.equal(cache.rows([3, 1]).logits, local.rows([3, 1]).logits)
     brought = cache.store.folder
-    assert brought.is_relative_to(tmp_path / "home")
+    assert brought.parent == tmp_path / "home" / "e2kd"
     assert {p.name for p in brought.iterdir()} == {p.name for p in (tmp_path / "cache").iterdir()}
     stamp = {p.name: p.stat().st_mtime_ns for p in brought.glob("shard-*")}
     e2kd.FrozenTeacher.open("memory://somewhere/cache")
@@ -860,6 +908,15 @@ def memory_with(folder: Path) -> Any:
         memory.rm("/there", recursive=True)
     memory.put(str(folder), "/there", recursive=True)
     return memory
+
+
+def test_what_a_url_brings_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen(tmp_path / "cache")
+    memory_with(tmp_path / "cache")
+    monkeypatch.setenv("E2KD_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "everybodys"))
+    assert e2kd.FrozenTeacher.open("memory://there").store.folder.parent == tmp_path / "own"
+    assert not (tmp_path / "everybodys").exists()
 
 
 @pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")

@@ -40,7 +40,8 @@ from e2kd.frozen.files import remove_leftovers
 from e2kd.frozen.fingerprints import canonical, digest
 from e2kd.frozen.records import Record
 from e2kd.frozen.shards import Shard, shard_name
-from e2kd.frozen.store import Store, Writer
+from e2kd.frozen.store import Store
+from e2kd.frozen.writer import Writer
 
 EVERYTHING = range(SAMPLES)
 RIGHT = expected(EVERYTHING)

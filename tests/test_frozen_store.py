@@ -36,7 +36,8 @@ from e2kd.frozen.errors import CacheError
 from e2kd.frozen.fingerprints import hash_ids, hash_json, hash_weights, id_hash
 from e2kd.frozen.merging import merge
 from e2kd.frozen.records import Record
-from e2kd.frozen.store import Store, Writer
+from e2kd.frozen.store import Store
+from e2kd.frozen.writer import Writer
 
 RECORDS = [
     RECORD,

@@ -145,8 +145,11 @@ def test_without_masks_or_training_it_is_the_criterion() -> None:
     assert loss(model(images), labels) == plain
     with torch.no_grad():
         assert loss(model(images), labels, masks) == plain
+    assert loss(model(images).detach(), labels, masks) == plain
     model.eval()
-    assert loss(model(images), labels, masks) == plain
+    with pytest.warns(e2kd.NoEffectWarning, match=r"the model is in eval mode.* Call model\.train\(\)"):
+        assert loss(model(images), labels, masks) == plain
+    assert loss.eval()(model(images), labels, masks) == plain
     assert not loss.parts
     assert not list(loss.parameters())
 

@@ -106,6 +106,40 @@ def test_regions_are_any_function() -> None:
     assert len(found.student) == 12
 
 
+def test_base_sees_its_own_images_and_labels_are_rows_of_embeddings() -> None:
+    larger, table = nn.functional.interpolate(images(), (32, 32)), torch.rand(3, 5)
+    found = layer_features(net(0), net(1), images(), LABELS, ["3"], embeddings=table, base_images=larger)["3"]
+    assert torch.equal(found.student, output(net(0), "3", images()))
+    assert torch.equal(found.base, output(net(1), "3", larger))
+    assert found.targets is not None
+    assert torch.equal(found.targets, table[LABELS])
+
+
+def test_noise_is_all_that_the_seed_changes() -> None:
+    maps = torch.rand(16, 1, 4, 4)
+
+    def student(noise: float, seed: int) -> Tensor:
+        given = net(0), net(1), images(), LABELS, ["3"]
+        return layer_features(*given, regions=lambda _: [(maps, maps)], noise=noise, seed=seed)["3"].student
+
+    assert len(student(0.0, 0)) == 16
+    assert torch.equal(student(0.0, 0), student(0.0, 1))
+    assert not torch.equal(student(0.5, 0), student(0.5, 1))
+    assert torch.equal(student(0.5, 1), student(0.5, 1))
+
+
+def test_mean_of_scores_is_over_the_batches() -> None:
+    """In place of the ratio of sums, which weighs batches by what varies in them."""
+    halves = [
+        layer_features(net(0), net(1), images()[rows] * scale, LABELS[rows], ["3"])["3"].sums
+        for rows, scale in ((slice(0, 8), 1), (slice(8, 16), 3))
+    ]
+    alone, mean = [scores_of(sums) for sums in halves], scores_of(halves[0] + halves[1], mean=True)
+    for name in ("fss", "rs_student", "rs_base", "rs_distilled", "rs_residual"):
+        assert mean[name].value == pytest.approx((alone[0][name].value + alone[1][name].value) / 2, abs=1e-9)
+    assert mean["fss"].value != pytest.approx(scores_of(halves[0] + halves[1])["fss"].value, abs=1e-6)
+
+
 def test_where_every_map_is_blank_there_is_no_score_but_a_reason() -> None:
     found = layer_features(net(0), net(0), images(), LABELS, ["3"], regions=UniCAMRegions())["3"]
     assert not found.rows.any()

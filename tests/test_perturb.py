@@ -298,6 +298,18 @@ class TestCurves:
         torch.testing.assert_close(good.score, -bad.score, rtol=0, atol=0.02)
         assert (good.most >= good.least - 1e-6).all()
 
+    def test_are_of_a_seed_which_counts_where_there_is_noise(self) -> None:
+        model, images, maps = cnn().float(), noise(2, 3, 16, 16, dtype=torch.float32), torch.rand(2, 1, 4, 4)
+
+        def most(grain: float, seed: int) -> Tensor:
+            return road_curves(model, images, maps, percentages=[50], noise=grain, seed=seed).most
+
+        state = torch.get_rng_state()
+        assert torch.equal(most(0.5, 1), most(0.5, 1))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not torch.equal(most(0.5, 1), most(0.5, 2))
+        assert torch.equal(most(0.0, 1), most(0.0, 2))
+
     def test_leaves_the_model_as_it_was_and_flags_constant_maps(self) -> None:
         model = cnn().float()
         model.train()

@@ -7,6 +7,8 @@ import doctest
 import inspect
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,10 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught", "graph", "embeddings", "pictures", "held", "sharding"],
+    ["errors", "version", "taught", "graph", "folders", "pictures", "held", "sharding"],
     ["kernels"],
-    ["similarity", "layout", "outputs", "modes", "objects", "regions", "bcos", "distance"],
+    ["embeddings", "modes"],
+    ["similarity", "layout", "outputs", "objects", "regions", "bcos", "distance"],
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],
@@ -42,6 +45,7 @@ LAYERS = [
     ["passes"],
     ["capture", "inspection"],
     ["student", "teacher", "answers"],
+    ["wrapping"],
     ["losses", "guidance", "frozen", "transfer", "baselines"],
     ["dryrun", "metrics", "monitor", "report"],
     ["demo", "commands"],
@@ -70,6 +74,24 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything inside that runs, and is not there for a type checker alone."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from executed(child)
+
+
+def needs(path: Path, names: Collection[str]) -> set[str]:
+    """The modules of e2kd that a file imports, at once or when a function of its is called."""
+    found = set()
+    for node in executed(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("e2kd"):
+            inside = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {name if name in names else str(node.module) for name in inside}
+    return found
+
+
 def test_public_names_are_these() -> None:
     """A name removed here breaks somebody's training script: deprecate it first and say so in CHANGELOG.md."""
     assert set(e2kd.__all__) == NAMES | PARTS
@@ -81,6 +103,12 @@ def test_imports_point_down(path: Path) -> None:
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for name in imports(path) - {own}:
         assert level(name) < level(own), f"{own} imports {name}"
+
+
+def test_no_modules_import_one_another() -> None:
+    dotted = (".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts) for p in modules())
+    paths = dict(zip((name.removesuffix(".__init__") for name in dotted), modules(), strict=True))
+    list(TopologicalSorter({name: needs(path, paths) for name, path in paths.items()}).static_order())
 
 
 def test_no_module_bears_the_name_of_a_public_function() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import cnn
+from nets import SharedActivation, cnn
 from torch import Tensor, nn
 
 import e2kd
@@ -33,6 +33,13 @@ NASTY = '<script>alert("x")</script> & $x_1$'
 
 def net(seed: int, classes: int = 3) -> nn.Sequential:
     return cnn(classes=classes, seed=seed).float()
+
+
+def torchvision_net(seed: int) -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(seed)
+    model: nn.Module = torchvision.models.resnet18(num_classes=3)
+    return model
 
 
 def images() -> Tensor:
@@ -450,5 +457,19 @@ class TestCommand:
         timm = pytest.importorskip("timm")
         vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=8)
         assert stages(vit, torch.rand(2, 3, 32, 32)) == ["blocks.1", "blocks.3", "blocks.5", "blocks.7"]
-        with pytest.raises(e2kd.UnsupportedModel, match="--layers"):
-            stages(net(0), images())
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [("own", ["1", "3"]), ("torchvision", ["layer1", "layer2", "layer3", "layer4"]), ("shared", None)],
+    )
+    def test_stages_of_networks_that_do_not_tell_them(self, name: str, expected: list[str] | None) -> None:
+        """They are found, and read as they were found; not where one module ends several and another layer too."""
+        models = {"own": net, "torchvision": torchvision_net, "shared": SharedActivation}
+        model = models[name](seed=0).float().eval()
+        if expected is None:
+            with pytest.raises(e2kd.UnsupportedModel, match=r"No stages .* --layers"):
+                stages(model, images())
+            return
+        pictures = torch.rand(24, 3, 64, 64) if name == "torchvision" else images()
+        assert stages(model, pictures) == expected
+        assert [layer.maps.shape[0] for layer in read(model, pictures, expected).layers] == [24] * len(expected)

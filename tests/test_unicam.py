@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -353,6 +354,17 @@ class TestTargets:
         assert torch.equal(a.maps, b.maps)
         assert not torch.allclose(a.maps, maps[0])
 
+    @pytest.mark.parametrize("papers", [False, True])
+    @pytest.mark.parametrize("objective", [None, energy])
+    def test_of_what_was_read_before_it_is_the_same(self, objective: Objective | None, papers: bool) -> None:
+        settings: dict[str, Any] = {"embeddings": torch.rand(3, 5), "objective": objective, "papers": papers}
+        whole = unicam(small(0), small(1), batch(), LABELS, ["3"], **settings)
+        readings = (read(small(s), batch(), ["3"], eps=PAPERS.distance if papers else 0.0) for s in (0, 1))
+        again = compare(*readings, LABELS, **settings)
+        for found, expected in ((again.distilled, whole.distilled), (again.residual, whole.residual)):
+            assert torch.equal(found["3"].maps, expected["3"].maps)
+            assert found["3"].score == expected["3"].score
+
     def test_two_classes_make_embeddings_equal(self) -> None:
         """Distances have two values then, and their scale does not matter."""
         labels = torch.arange(12) % 2
@@ -482,6 +494,19 @@ class TestStability:
             assert values.shape == (24,)
             assert values.nanmean() < 0.999
             assert values[values.isfinite()].abs().max() <= 1 + 1e-9
+
+    def test_is_of_the_labels_embeddings_and_the_objective(self) -> None:
+        readings, labels = [read(small(s), batch(24), ["3"]) for s in (0, 1)], torch.arange(24) % 3
+        table = torch.rand(3, 5)
+
+        def distilled(targets: Tensor | None = labels, **settings: Any) -> Tensor:
+            return stability(*readings, targets, **settings)["3"].distilled.nan_to_num(2)
+
+        assert torch.equal(distilled(embeddings=table), distilled(table[labels]))
+        assert not torch.equal(distilled(embeddings=table), distilled())
+        assert torch.equal(distilled(objective=relevance), distilled())
+        assert torch.equal(distilled(objective=energy), distilled(None, objective=energy))  # it does not ask for labels
+        assert not torch.equal(distilled(objective=energy), distilled())
 
     def test_halves_too_small_are_nan(self) -> None:
         student, base = (read(small(s), batch(6), ["3"]) for s in (0, 1))

@@ -3,8 +3,8 @@
     criterion = e2kd.baselines.CRD(student, teacher, criterion)                               # CRD
     criterion = e2kd.E2KDLoss(student, teacher, e2kd.baselines.CRD(student, teacher, criterion))  # CRD + KD + e²KD
 
-All are built as `METHODS[name](student, teacher, criterion, weight)` and called as the criterion was. Parts that a
-method trains are `criterion.parameters()`; see `Baseline`.
+All are built as `METHODS[name](student, teacher, criterion, weight=weight)` and called as the criterion was. Parts that
+a method trains are `criterion.parameters()`; see `Baseline`.
 """
 
 from collections.abc import Callable

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.capture import Record, Tap
-from e2kd.errors import UnsupportedModel
-from e2kd.guards import check_batch, check_module, check_not_empty, check_settled, is_teaching
+from e2kd.errors import UnsupportedModel, check_weight
+from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
 from e2kd.modes import device_of, dtype_of, unwrap
-from e2kd.outputs import logits_of
 from e2kd.probing import example_images
 from e2kd.similarity import at_least_float32
-from e2kd.tasks import remove_hooks, reported, share, task_loss
-from e2kd.taught import Taught, labels_of
-from e2kd.teacher import Normalization, Teacher, shared
+from e2kd.tasks import reported
+from e2kd.teacher import Normalization, Teacher
+from e2kd.wrapping import Wrapping
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict
@@ -113,12 +112,18 @@ class Pair:
         return mine, theirs if len(theirs) == some else self.teacher.stages(some)
 
 
-class Baseline(nn.Module, ABC):
+class Baseline(Wrapping, ABC):
     """A distillation method around any criterion: loss = criterion(outputs, targets) + weight * term.
 
-    Called and built as `E2KDLoss` is, and it may stand in the place of its criterion, which gives the method with e²KD
-    on top: `E2KDLoss(student, teacher, CRD(student, teacher, criterion))`. The teacher then runs once a step, and the
-    student's forward is always the trainer's own. In eval mode or under `no_grad` it is the plain task loss.
+    Called as `E2KDLoss` is, and it may stand in the place of its criterion, which gives the method with e²KD on top:
+    `E2KDLoss(student, teacher, CRD(student, teacher, criterion))`. The teacher then runs once a step, and the student's
+    forward is always the trainer's own. In eval mode or under `no_grad` it is the plain task loss. `.parts` holds
+    detached scalars of the last training call: loss, task (all of the criterion's loss) and the method's term, without
+    its weight.
+
+    A method of your own says which layers it compares, by `choose`, and computes its `term` from a `Batch` of what they
+    returned; `name` is the term's in `.parts`. One that compares logits alone leaves `choose` out, and takes frozen
+    teachers if it sets `takes_features = False`.
 
     Trainable parts, where a method has them, are its parameters, beside those of `criterion`: give them to the
     optimizer, `SGD([*student.parameters(), *criterion.parameters()])`, and save `criterion.state_dict()` with
@@ -131,14 +136,41 @@ class Baseline(nn.Module, ABC):
         teacher: a module, moved to its device by you, or a timm name; never trained, always in eval mode.
         criterion: the criterion you had; None for the term alone.
         weight: of the term.
+        choose: function of a pair of networks that returns the stages of both to compare, (student's, teacher's), in
+            whose order `Batch` has their maps: `pair.stages(layers, teacher_layers)` are the named modules, or up to
+            four of each network where None is named; `pair.student` and `pair.teacher` have `named`, `stages`,
+            `blocks`, `embedding` and `before_activation`. None compares no features.
         warmup: steps over which the weight grows linearly from 0 to its value.
         input_normalization, teacher_normalization, teacher_size: as of `E2KDLoss`. Without any of them a criterion
             inside of another asks the teacher as the outer one does.
         example: images [B, C, H, W] to find layers with; None makes noise of a usual size.
+
+    Raises:
+        UnsupportedModel: when a layer is not there or returns no map, and for a frozen teacher, which has no features,
+            unless the method takes none.
+        TypeError: for networks that are no modules.
+        ValueError: for settings outside their range, unequal numbers of named layers, and a student that no usual image
+            size runs through; its message says what to do.
+
+    >>> class Means(Baseline):
+    ...     name = "means"
+    ...
+    ...     def __init__(self, student, teacher, criterion=None, weight=1.0, **settings):
+    ...         super().__init__(student, teacher, criterion, weight, lambda pair: pair.stages(None, None), **settings)
+    ...
+    ...     def term(self, batch):
+    ...         pairs = zip(batch.student, batch.teacher)
+    ...         return sum((mine.mean(1) - theirs.mean(1)).square().mean() for mine, theirs in pairs)
+    >>> net = lambda width: nn.Sequential(
+    ...     nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+    >>> student, teacher = net(4), net(8)
+    >>> criterion = Means(student, teacher, nn.CrossEntropyLoss())
+    >>> criterion(student(torch.rand(2, 3, 32, 32)), torch.tensor([0, 3])).backward()
+    >>> sorted(criterion.parts)
+    ['loss', 'means', 'task']
     """
 
     name: ClassVar[str]  # of the term, in `.parts`
-    takes_lessons = True
     takes_features = True
     step: Tensor
 
@@ -156,13 +188,12 @@ class Baseline(nn.Module, ABC):
         teacher_size: int | tuple[int, int] | None = None,
         example: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(criterion)
         check_module(student, "student")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"Expected weight >= 0, but got {weight}.")
-        if warmup < 0 or warmup != int(warmup):
+        check_weight("weight", weight)
+        if not warmup >= 0 or warmup % 1:
             raise ValueError(f"Expected warmup to be a number of steps >= 0, but got {warmup}.")
-        self.criterion, self.weight, self.warmup = criterion, weight, warmup
+        self.weight, self.warmup = weight, warmup
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=_device(student)), warmup > 0)
         self._model = [unwrap(student)]  # in a list: neither network is a submodule
         self.teacher = self._asked(teacher, (teacher_normalization, input_normalization, teacher_size))
@@ -173,11 +204,10 @@ class Baseline(nn.Module, ABC):
         self.ear: Ear | None = None
         if isinstance(self.teacher, Teacher):
             self.ear = self.teacher.listen(stage.place for stage in self.teacher_stages)
-            self.teacher = shared(self.teacher, criterion)
+        self._share_teacher()
         self.tap = Tap(self.student)
         weakref.finalize(self, self.tap.remove)
         self.tap.listen(stage.place for stage in self.student_stages)
-        self._parts: dict[str, Tensor] = {}
 
     @abstractmethod
     def term(self, batch: Batch) -> Tensor:
@@ -188,39 +218,22 @@ class Baseline(nn.Module, ABC):
         """The network that is trained."""
         return self._model[0]
 
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """Detached scalars of the last training call: loss, task and the method's term, without its weight."""
-        return dict(self._parts)
-
     def remove(self) -> None:
         """Take every hook off the student, those of an e2kd criterion inside too. Neither can teach afterwards.
 
         It happens by itself when nobody holds the criterion any more.
         """
-        self.tap.remove()
+        super().remove()
         if isinstance(self.teacher, Teacher):
-            self.teacher.ears = [ear for ear in self.teacher.ears if ear is not self.ear]
-        remove_hooks(self.criterion)
-
-    def forward(
-        self, outputs: Any, targets: Any = None, *, num_items_in_batch: Tensor | int | None = None, **_: Any
-    ) -> Tensor:
-        """The loss [] for the student's outputs; see `E2KDLoss.forward`."""
-        logits = logits_of(outputs)
-        if is_teaching(self, self.student, logits):
-            loss = self._teach(outputs, logits, targets)
-        else:
-            loss = task_loss(self.criterion, outputs, targets, self._labels(targets))
-        return loss if num_items_in_batch is None else loss * share(logits, self._labels(targets), num_items_in_batch)
+            self.teacher.dismiss(self.ear)
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
         record = self.tap.record(logits)
-        zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        zero = at_least_float32(logits.new_zeros(()))
         parts = {"task": zero, self.name: zero}
         if self.criterion is not None:  # first, so that this one hears what a criterion inside asks the teacher
-            parts["task"] = task_loss(self.criterion, outputs, targets, self._labels(targets))
+            parts["task"] = self._task(outputs, targets)
         else:  # the graph of all that made the logits, whose gradients several processes wait for
             parts["task"] = at_least_float32(logits).mean() * 0
         if self.weight != 0:
@@ -280,9 +293,6 @@ class Baseline(nn.Module, ABC):
         images = example[:2].to(_device(student), dtype_of(student))
         return Pair(Layers(student, images), Layers(model, self.teacher.prepared(images.to(_device(model)))))
 
-    def _labels(self, targets: Any) -> Any:
-        return self.teacher.labels(targets) if isinstance(self.teacher, Prepared) else labels_of(targets)
-
     def _batch(self, record: Record, logits: Tensor, targets: Any) -> Batch:
         heard = self._ask(record, targets)
         check_batch(logits, heard.logits)
@@ -301,18 +311,14 @@ class Baseline(nn.Module, ABC):
 
     def _ask(self, record: Record, targets: Any) -> Heard:
         """What the teacher says of the recorded images; not asked again if somebody else has just done so."""
-        if isinstance(self.teacher, Prepared):
-            taught: Taught = self.teacher.taught(targets, record.images)
+        taught = self._taught(targets, record.images)
+        if taught is not None:
             return Heard(record.images, (0, 0), taught.logits, {})
-        if isinstance(targets, Taught):
-            raise ValueError(
-                "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live "
-                "one. Pass `targets.labels`."
-            )
+        assert isinstance(self.teacher, Teacher)
         assert self.ear is not None
         found = self.ear.take(record.images)
         if found is None:
-            with torch.autocast(record.images.device.type, record.autocast, enabled=record.autocast is not None):
+            with record.autocasting():
                 self.teacher.logits(record.images)
             found = self.ear.take(record.images)
         if found is None:

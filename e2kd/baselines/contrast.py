@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from e2kd.baselines.base import Baseline, Batch, Pair
 from e2kd.baselines.memory import ContrastMemory
 from e2kd.baselines.stages import Stage
+from e2kd.errors import check_temperature
 from e2kd.taught import Indexed
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ class CRD(Baseline):
         negatives: N, drawn anew for each sample, with repetition: of other classes as far as labels are class
             indices and the memory has seen them, else of other samples.
         temperature: τ.
-        momentum: of the memory.
+        momentum: of the memory, the share of the old embedding in a renewed one, in [0, 1).
         width: of the embeddings.
         settings: see `Baseline`.
 
     Raises:
-        ValueError: in the first step, when the targets carry no indices.
+        ValueError: for settings outside their range; in the first step, when the targets carry no indices.
 
     >>> from e2kd.baselines import IndexedDataset
     >>> net = lambda width: nn.Sequential(
@@ -91,8 +92,8 @@ class CRD(Baseline):
         student: nn.Module,
         teacher: nn.Module | str,
         criterion: Callable[..., Tensor] | None = None,
-        weight: float = 0.8,
         *,
+        weight: float = 0.8,
         negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
@@ -102,6 +103,9 @@ class CRD(Baseline):
         def choose(pair: Pair) -> tuple[list[Stage], list[Stage]]:
             return [pair.student.embedding()], [pair.teacher.embedding()]
 
+        check_temperature(temperature)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"Expected momentum in [0, 1), but got {momentum}. 0 keeps the last embeddings alone.")
         if negatives < 1 or width < 1:
             raise ValueError(f"Expected negatives >= 1 and width >= 1, but got {negatives} and {width}.")
         super().__init__(student, teacher, criterion, weight, choose, **settings)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.baselines.base import Baseline, Batch
-from e2kd.errors import shape
+from e2kd.errors import check_temperature, check_weight, shape
 from e2kd.lessons import Prepared
 from e2kd.similarity import at_least_float32
 from e2kd.tasks import IGNORED
@@ -43,12 +43,13 @@ def dkd_loss(
         [], >= 0.
 
     Raises:
-        ValueError: for labels that are no class indices.
+        ValueError: for labels that are no class indices, α or β below 0, or τ <= 0.
 
     >>> logits = torch.tensor([[1., 2., 0.]])
     >>> dkd_loss(logits, logits, torch.tensor([1]))
     tensor(0.)
     """
+    _check_settings(alpha, beta, temperature)
     if not isinstance(labels, Tensor) or labels.shape != student_logits.shape[:1] or labels.is_floating_point():
         came = f"{shape(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
@@ -62,6 +63,12 @@ def dkd_loss(
     others = _kl(*(_others(log_p, labels).log_softmax(1) for log_p in (log_s, log_t)))
     each = torch.where(known, alpha * target + beta * others, 0.0)
     return each.sum() / known.sum().clamp(min=1) * temperature**2
+
+
+def _check_settings(alpha: float, beta: float, temperature: float) -> None:
+    check_weight("alpha", alpha)
+    check_weight("beta", beta)
+    check_temperature(temperature)
 
 
 def _kl(log_s: Tensor, log_t: Tensor) -> Tensor:
@@ -104,15 +111,14 @@ class DKD(Baseline):
         student: nn.Module,
         teacher: nn.Module | str | Prepared,
         criterion: Callable[..., Tensor] | None = None,
-        weight: float = 1.0,
         *,
+        weight: float = 1.0,
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
         **settings: Unpack[Settings],
     ) -> None:
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"Expected a finite temperature > 0, but got {temperature}.")
+        _check_settings(alpha, beta, temperature)
         super().__init__(student, teacher, criterion, weight, **settings)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 

@@ -40,6 +40,10 @@ class FitNets(Baseline):
         layer, teacher_layer: name of the guided and of the hint layer; None is the middle one of up to four stages.
         settings: see `Baseline`.
 
+    Raises:
+        UnsupportedModel: when a named layer is not there or returns no map.
+        ValueError: in a step, for images on whose features the regressor does not fit; see `Baseline` for the rest.
+
     >>> import torch
     >>> net = lambda width: nn.Sequential(
     ...     nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
@@ -57,8 +61,8 @@ class FitNets(Baseline):
         student: nn.Module,
         teacher: nn.Module | str,
         criterion: Callable[..., Tensor] | None = None,
-        weight: float = 100.0,
         *,
+        weight: float = 100.0,
         layer: str | None = None,
         teacher_layer: str | None = None,
         **settings: Unpack[Settings],

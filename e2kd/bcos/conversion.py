@@ -14,6 +14,7 @@ from e2kd.bcos.loading import listed
 from e2kd.bcos.places import ATTENTIONS, POOL_NORM_HEAD, VIT, Places, places
 from e2kd.bcos.swaps import Recipe, Unconvertible, kind, swapped
 from e2kd.errors import UnsupportedModel
+from e2kd.modes import timm_configuration
 
 Model = TypeVar("Model", bound=nn.Module)
 # Modules that pass tensors through their children and add, join, reshape or scale them: what a swap of layers can't
@@ -201,7 +202,7 @@ def _normalisation(
     model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What was said, else what a timm model knows of itself."""
-    known = getattr(model, "pretrained_cfg", None) or {}
+    known = timm_configuration(model)
     mean, std = (known.get(name) if given is None else given for name, given in (("mean", mean), ("std", std)))
     if mean is None or std is None or len(mean) != len(std) or not all(s > 0 for s in std):
         raise ValueError(
@@ -217,7 +218,7 @@ def _added(model: nn.Module) -> list[str]:
 
 def _expect_plain_colours(model: Any) -> None:
     """What timm tells data loaders of the model: images in [0, 1], not normalised."""
-    if isinstance(known := getattr(model, "pretrained_cfg", None), dict):
+    if known := timm_configuration(model):
         colours = len(known["mean"]) if "mean" in known else 3
         model.pretrained_cfg = known | {"mean": (0.0,) * colours, "std": (1.0,) * colours}
         model.default_cfg = model.pretrained_cfg

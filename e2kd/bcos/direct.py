@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from e2kd.bcos.dynamic import typed
 from e2kd.bcos.mode import ExplanationMode, current_mode
 from e2kd.bcos.statistics import is_checkpointed, of_layer
 from e2kd.bcos.unit import Product, filters, inverse_norm, is_unit
@@ -61,23 +62,23 @@ def explained_directly(x: Tensor, layer: nn.Module, norm: Callable[[Tensor], Ten
         return None
     plain = x.dtype in PLAIN and not torch.is_autocast_enabled(x.device.type) and not is_checkpointed()
     if mode.detached:
-        return _fixed(mode, x, layer, norm) if plain and not layer.weight.requires_grad else None
+        return _detached_output(mode, x, layer, norm) if plain and not layer.weight.requires_grad else None
 
     def run() -> tuple[Tensor, ...]:
         weight, norms = filters(layer), norm(x)
-        return _typed(_AlignedOutput.apply(Product(layer).forwards(x, weight), norms)), norms, weight
+        return typed(_AlignedOutput.apply(Product(layer).forwards(x, weight), norms)), norms, weight
 
     ran = of_layer(run if plain else None)
     if ran is None or not x.requires_grad:
         return None if ran is None else ran[0]
     output, norms, weight = ran
     product = Product(layer)
-    result = _typed(_Step.apply(output, norms, None, x, weight, product, mode))
+    result = typed(_Step.apply(output, norms, None, x, weight, product, mode))
     mode.last = Ran(weakref.ref(result), output, norms, x, weight, product) if isinstance(layer, nn.Conv2d) else None
     return result
 
 
-def _fixed(mode: ExplanationMode, x: Tensor, layer: nn.Module, norm: Callable[[Tensor], Tensor]) -> Tensor:
+def _detached_output(mode: ExplanationMode, x: Tensor, layer: nn.Module, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """The output of a layer whose |cos| becomes a constant of the pass, the only one that is kept."""
     mode.met += 1
     weight = layer.weight
@@ -92,7 +93,7 @@ def _fixed(mode: ExplanationMode, x: Tensor, layer: nn.Module, norm: Callable[[T
         output.mul_(factor)
         if length is not None:
             factor.mul_(length)
-    return _typed(_Fixed.apply(x, output, factor, weight, product))
+    return typed(_Detached.apply(x, output, factor, weight, product))
 
 
 def scaled_directly(result: Tensor, scale: Tensor) -> Tensor | None:
@@ -102,20 +103,15 @@ def scaled_directly(result: Tensor, scale: Tensor) -> Tensor | None:
     if mode is None or ran is None or ran.result() is not result or scale.dtype != result.dtype:
         return None
     mode.last = None
-    return _typed(_Step.apply(ran.output, ran.norm, scale, ran.x, ran.weight, ran.product, mode))
+    return typed(_Step.apply(ran.output, ran.norm, scale, ran.x, ran.weight, ran.product, mode))
 
 
-def _typed(result: Any) -> Tensor:
-    assert isinstance(result, Tensor)
-    return result
-
-
-def _cosine(output: Tensor, norm: Tensor) -> Tensor:
+def _cosine_of_output(output: Tensor, norm: Tensor) -> Tensor:
     """|cos| in one new tensor."""
     return (output / norm).abs_().sqrt_()
 
 
-class _Fixed(Function):
+class _Detached(Function):
     """output, an explanation of which is the transposed product of g * factor."""
 
     @staticmethod
@@ -154,7 +150,7 @@ class _AlignedOutput(Function):
         if g is None:
             return None, None
         output, norm = ctx.saved_tensors
-        by_linear = _cosine(output, norm / 4).mul_(g)  # twice |cos|
+        by_linear = _cosine_of_output(output, norm / 4).mul_(g)  # twice |cos|
         return by_linear, -(g * output).sum_to_size(norm.shape) / norm
 
 
@@ -208,7 +204,7 @@ class _Explained(Function):
         product: Product,
         size: torch.Size,
     ) -> Tensor:
-        turned = _cosine(output, norm).mul_(g)
+        turned = _cosine_of_output(output, norm).mul_(g)
         if scale is None:
             return product.backwards(turned, weight, size)
         if _is_small(weight, output):
@@ -225,7 +221,7 @@ class _Explained(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (v,) = gradients
         g, output, norm, scale, weight = ctx.saved_tensors
-        product, cosine, by_scale = ctx.product, _cosine(output, norm), None
+        product, cosine, by_scale = ctx.product, _cosine_of_output(output, norm), None
         if scale is None:
             by_weight, by_turned = product.to_weight(cosine * g, v, weight.shape), product.forwards(v, weight)
         elif _is_small(weight, output):

@@ -34,7 +34,7 @@ def scaled(x: Tensor, weight: Tensor) -> Tensor:
     mode = _mode_for(x)
     if mode is not None and mode.detached:
         return (x * _constant(weight, mode)).to(x.dtype)
-    return _typed(_Scaled.apply(x, weight, mode))
+    return typed(_Scaled.apply(x, weight, mode))
 
 
 def aligned(linear: Tensor, norm: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def aligned(linear: Tensor, norm: Tensor) -> Tensor:
     mode = _mode_for(linear)
     if mode is not None and mode.detached:
         return (linear * _constant(linear.detach().abs() / norm.detach(), mode)).to(linear.dtype)
-    return _typed(_Aligned.apply(linear, norm, mode))
+    return typed(_Aligned.apply(linear, norm, mode))
 
 
 def attended(attention: Tensor, values: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def attended(attention: Tensor, values: Tensor) -> Tensor:
     mode, attention = _mode_for(values), attention.to(values.dtype)
     if mode is not None and mode.detached:
         return _constant(attention, mode) @ values
-    return _typed(_Attended.apply(attention, values, mode))
+    return typed(_Attended.apply(attention, values, mode))
 
 
 def _mode_for(x: Tensor) -> ExplanationMode | None:
@@ -100,10 +100,11 @@ def held(weights: Tensor) -> Tensor:
     >>> mode.weights(y, x)
     tensor([2., 3.])
     """
-    return _typed(_Held.apply(weights, current_mode()))
+    return typed(_Held.apply(weights, current_mode()))
 
 
-def _typed(result: Any) -> Tensor:
+def typed(result: Any) -> Tensor:
+    """What an autograd Function returned, which mypy does not know to be a tensor."""
     assert isinstance(result, Tensor)
     return result
 
@@ -113,7 +114,7 @@ def _cosine(linear: Tensor, norm: Tensor) -> Tensor:
     return (linear / norm).abs_()
 
 
-def _fixed(mode: ExplanationMode | None) -> bool:
+def _is_fixed(mode: ExplanationMode | None) -> bool:
     return mode is not None and mode.fixes()
 
 
@@ -134,7 +135,7 @@ class _Scaled(Function):
         (g,) = gradients
         x, weight = ctx.saved_tensors
         by_x = (g * weight).to(x.dtype)
-        if _fixed(ctx.mode) or not ctx.needs_input_grad[1]:
+        if _is_fixed(ctx.mode) or not ctx.needs_input_grad[1]:
             return by_x, None, None
         return by_x, (g.to(weight.dtype) * x).sum_to_size(weight.shape), None
 
@@ -156,7 +157,7 @@ class _Aligned(Function):
         (g,) = gradients
         linear, norm = ctx.saved_tensors
         by_linear = _Cosine.apply(g, linear, norm)
-        if _fixed(ctx.mode):
+        if _is_fixed(ctx.mode):
             return by_linear, None, None
         by_norm = -(by_linear * linear).sum_to_size(norm.shape) / norm if ctx.needs_input_grad[1] else None
         return 2 * by_linear, by_norm, None
@@ -203,7 +204,7 @@ class _Attended(Function):
         attention, values = ctx.saved_tensors
         g = gradients[0].to(values.dtype)
         by_values = attention.transpose(-1, -2) @ g
-        return None if _fixed(ctx.mode) else g @ values.transpose(-1, -2), by_values, None
+        return None if _is_fixed(ctx.mode) else g @ values.transpose(-1, -2), by_values, None
 
 
 class _Held(Function):
@@ -219,4 +220,4 @@ class _Held(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None if _fixed(ctx.mode) else gradients[0], None
+        return None if _is_fixed(ctx.mode) else gradients[0], None

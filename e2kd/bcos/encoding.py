@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from e2kd.bcos.dynamic import scaled
 from e2kd.bcos.unit import full_precision
+from e2kd.errors import check_temperature
 
 
 class AddInverse(nn.Module):
@@ -38,12 +39,16 @@ class GELU(nn.Module):
 class LogitLayer(nn.Module):
     """logits = x / temperature + bias; the bias makes the sigmoid of an undecided network 1 / classes.
 
+    Raises:
+        ValueError: for a temperature that is not > 0.
+
     >>> LogitLayer(bias=uniform_bias(10))(torch.zeros(1))
     tensor([-2.1972])
     """
 
     def __init__(self, bias: float, temperature: float = 1.0) -> None:
         super().__init__()
+        check_temperature(temperature)
         self.bias, self.temperature = bias, temperature
 
     @classmethod

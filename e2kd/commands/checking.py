@@ -12,8 +12,8 @@ from e2kd.bcos.images import is_bcos
 from e2kd.classes import choice_said
 from e2kd.commands.models import NAMES, count_said, make_model, taking_colours
 from e2kd.commands.photos import add_normalization, find_photos, normalization_of, normalized, read_photos
-from e2kd.explainers import NAMED
-from e2kd.teacher import Normalization, expected_normalization
+from e2kd.explainers import NAMED, default_explainer, explainer_asked
+from e2kd.teacher import Normalization, expected_normalization, told_to
 
 CLASSES = 1000
 
@@ -41,22 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the report; 1 if something stands in the way of training."""
     from e2kd.dryrun import check
-    from e2kd.explainers import Explainer, default_explainer, explainer_named
-
-    def at(layer: str | None) -> Explainer | None:
-        return explainer_named(args.explainer or "gradcam", layer) if layer or args.explainer else None
 
     student = make_model(args.student, args.num_classes, args.student_checkpoint, pretrained=False)
     teacher = make_model(args.teacher, args.num_classes, args.teacher_checkpoint, pretrained=args.pretrained)
     student, before = taking_colours(student)
-    own = at(args.student_layer and before + args.student_layer)
-    theirs = at(args.teacher_layer) or (default_explainer(teacher) if args.student_layer else None)
+    own = explainer_asked(args.explainer, args.student_layer and before + args.student_layer)
+    theirs = explainer_asked(args.explainer, args.teacher_layer)
+    if theirs is None and args.student_layer:
+        theirs = default_explainer(teacher)
     images, normalization = _images(args, student, colours=is_bcos(student) or is_bcos(teacher))
-    if expected_normalization(teacher, None) is None:
-        normalization = None  # it gets the images as the student does
     report = check(
         student, teacher, images,
-        explainer=own, teacher_explainer=theirs, classes=args.classes, input_normalization=normalization,
+        explainer=own, teacher_explainer=theirs, classes=args.classes,
+        input_normalization=told_to(teacher, normalization),
     )  # fmt: skip
     print(report)
     return 0 if report.ok else 1

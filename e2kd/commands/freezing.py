@@ -7,7 +7,7 @@ from pathlib import Path
 
 from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
 from e2kd.commands.photos import add_normalization, normalization_of
-from e2kd.explainers import NAMED, explainer_named
+from e2kd.explainers import NAMED, explainer_asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,15 +36,13 @@ def main(args: argparse.Namespace) -> int:
 
     if args.layer is not None and args.explainer == "none":
         raise ValueError(f"--explainer none reads no layer, but --layer {args.layer} was given. Leave it out.")
-    asked = args.explainer if args.layer is None else args.explainer or "gradcam"
-    explainer = None if asked in (None, "none") else explainer_named(asked, args.layer)
     dataset = make_dataset(args)
     teacher = make_teacher(args, dataset)
     frozen = freeze(
         teacher,
         dataset,
         args.out,
-        explainer=explainer,
+        explainer=None if args.explainer == "none" else explainer_asked(args.explainer, args.layer),
         maps=args.explainer != "none",
         classes=args.classes,
         view=CanonicalView((args.view, args.view), args.fit),

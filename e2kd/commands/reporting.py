@@ -21,6 +21,7 @@ from e2kd.commands.photos import (
     read_photos,
 )
 from e2kd.errors import UnsupportedModel
+from e2kd.modes import timm_configuration
 
 if TYPE_CHECKING:
     from e2kd.report.measuring import Measured, Pictures, Subject
@@ -120,8 +121,8 @@ def _subject(args: argparse.Namespace, role: str, paths: list[Path], classes: li
 
 
 def _as_expected(args: argparse.Namespace, model: nn.Module, paths: list[Path], side: object) -> Tensor:
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    size = side if isinstance(side, int) else int(configuration.get("input_size", (3, SIDE, SIDE))[-1])
+    own = timm_configuration(model).get("input_size", (3, SIDE, SIDE))
+    size = side if isinstance(side, int) else int(own[-1])
     images = normalized(read_photos(paths, size), normalization_of(model, args))
     return images.to(next(model.parameters()).device)
 

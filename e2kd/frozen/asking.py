@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from e2kd.classes import choose, every_class
 from e2kd.explainers import Explainer, GradCAM
 from e2kd.lessons import Lesson
-from e2kd.modes import device_of, dtype_of
+from e2kd.modes import device_of, dtype_of, timm_configuration
 from e2kd.similarity import pooled
 from e2kd.teacher import Normalization, Teacher, expected_normalization
 
@@ -137,7 +137,7 @@ def _expected(model: nn.Module, given: Normalization | None, pixels: bool) -> li
 
 def _smaller(model: nn.Module, example: Tensor) -> tuple[int, int] | None:
     """The input size of a timm model, where canonical images are larger."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    size = timm_configuration(model).get("input_size")
     if size is None or example.shape[-2] < size[-2] or example.shape[-1] < size[-1]:
         return None
     return (int(size[-2]), int(size[-1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from e2kd.frozen.samples import class_names_of, hashes_of, names_of, thumbnail, transformed
-from e2kd.frozen.teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    from e2kd.frozen.teacher import FrozenTeacher
 
 MATCHES = ("position", "id")
 ANOTHER_TRANSFORM = (

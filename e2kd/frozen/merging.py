@@ -18,7 +18,8 @@ from e2kd.frozen.manifest import (
 from e2kd.frozen.records import Record
 from e2kd.frozen.settings import Plan, check_same, differences, fingerprint
 from e2kd.frozen.shards import Shard, shard_name
-from e2kd.frozen.store import Store, Writer
+from e2kd.frozen.store import Store
+from e2kd.frozen.writer import Writer
 
 
 def merge(folders: Iterable[str | Path], out: str | Path) -> Store:

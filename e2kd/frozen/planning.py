@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from e2kd.explainers import BcosContributions, BcosWeights, Explainer
+from e2kd.explainers import KNOWN, BcosContributions, BcosWeights, Explainer, explainer_named
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.records import Record
 from e2kd.frozen.samples import class_names_of, thumbnail, transformed
 from e2kd.frozen.sources import Source
-from e2kd.modes import dtype_of
+from e2kd.modes import dtype_of, timm_configuration
 from e2kd.plans import plan_for
 
 
@@ -54,8 +55,7 @@ def teacher_of(asked: Asked) -> dict[str, Any]:
 
 def name_of(model: nn.Module) -> str:
     """timm's name of a model, else its class."""
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    return str(configuration.get("architecture") or type(model).__name__)
+    return str(timm_configuration(model).get("architecture") or type(model).__name__)
 
 
 def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:
@@ -74,3 +74,16 @@ def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:
         "layer": None if site is None else site.layer,
         "map_size": list(asked.map_size),
     }
+
+
+def explainer_said(said: Mapping[str, Any]) -> Explainer:
+    """The explainer that a cache's plan names, with the layer or the resolution that it says.
+
+    >>> explainer_said({"name": "BcosWeights", "layer": None, "resolution": [28, 28]})
+    BcosWeights(resolution=(28, 28), passes=None)
+    """
+    if "resolution" not in said:
+        return explainer_named(said["name"], said["layer"])
+    size = said["resolution"]
+    explainer: Explainer = KNOWN[said["name"]](tuple(size) if isinstance(size, list) else size)
+    return explainer

@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from e2kd.folders import cache_folder
 from e2kd.frozen.files import publish
 from e2kd.frozen.fingerprints import digest
 from e2kd.frozen.manifest import MANIFEST
@@ -24,7 +25,7 @@ def brought_here(path: str | Path, to: str | Path | None = None) -> Path:
 
     Args:
         path: a folder, or a URL that fsspec knows.
-        to: where to download; a folder of the user's cache directory if None.
+        to: where to download; a folder in $E2KD_CACHE, else in e2kd of $XDG_CACHE_HOME or ~/.cache, if None.
 
     Raises:
         FileNotFoundError: for a URL without a finished cache.
@@ -41,7 +42,7 @@ def brought_here(path: str | Path, to: str | Path | None = None) -> Path:
     if MANIFEST not in sizes:
         raise FileNotFoundError(f"Expected a finished cache at {path}, but there is no {MANIFEST} in it.")
     manifest = files.cat_file(f"{root}/{MANIFEST}")
-    folder = Path(to) if to is not None else _own_folder(str(path), manifest)
+    folder = Path(to) if to is not None else cache_folder() / digest(str(path).encode() + manifest)
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_of(folder, manifest):
         _remove_cache(folder)
@@ -60,11 +61,6 @@ def _remote_sizes(files: Any, root: str) -> dict[str, int | None]:
     """The cache's files with their sizes; None of a size that the server does not list, as over HTTP."""
     listed = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in files.ls(root, detail=True)}
     return {n: None if size is None else int(size) for n, size in sorted(listed.items()) if FILE.fullmatch(n)}
-
-
-def _own_folder(url: str, manifest: bytes) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "e2kd" / digest(url.encode() + manifest)
 
 
 def _is_of(folder: Path, manifest: bytes) -> bool:

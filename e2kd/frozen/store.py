@@ -17,12 +17,9 @@ from e2kd.frozen.errors import CacheError, listed
 from e2kd.frozen.fingerprints import digest
 from e2kd.frozen.manifest import read_manifest, rows_of, shard_count
 from e2kd.frozen.opening import REPAIR, complete_manifest, stamp
-from e2kd.frozen.ranks import Writer
 from e2kd.frozen.records import Record, Rows
 from e2kd.frozen.settings import Plan, fingerprint
 from e2kd.frozen.shards import Shard, shard_name
-
-__all__ = ["Store", "Writer"]
 
 
 class Store:
@@ -38,6 +35,7 @@ class Store:
         CacheError: for a folder with no cache, an unfinished or damaged one, or one of a later version.
 
     >>> import tempfile, torch
+    >>> from e2kd.frozen.writer import Writer
     >>> folder, record = tempfile.mkdtemp(), Record(num_classes=3)
     >>> writer = Writer(folder, {"dataset": {"samples": 4}, "shard_rows": 2}, record)
     >>> for index in writer.todo():

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
 
 from e2kd.classes import Name
 from e2kd.errors import shape
-from e2kd.explainers import KNOWN, Explainer, explainer_named
+from e2kd.explainers import KNOWN, Explainer
 from e2kd.frozen.packing import Packing, is_packed, labels_in
+from e2kd.frozen.planning import explainer_said
 from e2kd.frozen.records import Rows
 from e2kd.frozen.remote import brought_here
 from e2kd.frozen.store import Store
+from e2kd.frozen.verifying import Augmentation, Verification, verification
 from e2kd.frozen.views import CanonicalView
 from e2kd.taught import Taught
-
-if TYPE_CHECKING:
-    from e2kd.frozen.verifying import Verification
-
-Augmentation = Callable[[Tensor, Taught], tuple[Tensor, Taught]]
 
 NOT_TAUGHT = (
     "A frozen teacher has no lesson for this batch: expected targets of type e2kd.Taught, but got {came}. Train on "
     "FrozenDataset(dataset, frozen), whose samples are (image, Taught)."
 )
-
-
-def explainer_said(said: Mapping[str, Any]) -> Explainer:
-    """The explainer that a cache's plan names, with the layer or the resolution that it says.
-
-    >>> explainer_said({"name": "BcosWeights", "layer": None, "resolution": [28, 28]})
-    BcosWeights(resolution=(28, 28), passes=None)
-    """
-    if "resolution" not in said:
-        return explainer_named(said["name"], said["layer"])
-    size = said["resolution"]
-    explainer: Explainer = KNOWN[said["name"]](tuple(size) if isinstance(size, list) else size)
-    return explainer
 
 
 class FrozenTeacher:
@@ -75,7 +59,7 @@ class FrozenTeacher:
         Args:
             path: a folder, or the URL of one that fsspec knows (`s3://`, `gs://`, `hf://`, `https://`): it is first
                 brought to local disk and verified.
-            download_to: where to; a folder of the user's cache directory if None.
+            download_to: where to; a folder in $E2KD_CACHE, else in e2kd of $XDG_CACHE_HOME or ~/.cache, if None.
 
         Raises:
             ValueError, FileNotFoundError: for a cache that is unfinished, damaged or of a later version.
@@ -198,8 +182,6 @@ class FrozenTeacher:
         Returns:
             A printable report; `.ok` is whether the rows agree.
         """
-        from e2kd.frozen.verifying import verification
-
         if augmentations is None:
             from e2kd.augment import usual_augmentations
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,11 +15,16 @@ from e2kd.explainers import KNOWN, Explainer
 from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.fingerprints import hash_weights
 from e2kd.frozen.matching import match_rows
+from e2kd.frozen.planning import explainer_said
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
-from e2kd.frozen.teacher import Augmentation, FrozenTeacher, explainer_said
 from e2kd.similarity import cosine
 from e2kd.taught import Taught, all_known
+
+if TYPE_CHECKING:
+    from e2kd.frozen.teacher import FrozenTeacher
+
+Augmentation = Callable[[Tensor, Taught], tuple[Tensor, Taught]]
 
 SAME_MAPS = 0.999  # cosine from which a recomputed map is the stored one; 8 bits alone cost 1e-4
 SAME_LOGITS = 0.01  # largest difference relative to the logits' spread; another device's rounding stays below

@@ -13,6 +13,7 @@ from torch import Tensor
 from e2kd.errors import shape
 
 FITS = ("crop", "squash")
+CHANNELS = (1, 3, 4, 6)
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def _pixels(image: Any) -> Tensor:
 def _checked(image: Tensor) -> Tensor:
     if image.ndim == 2:
         image = image[None]
-    if image.ndim != 3 or image.shape[0] not in (1, 3, 4, 6):
+    if image.ndim != 3 or image.shape[0] not in CHANNELS:
         raise ValueError(
-            f"Expected an image [C, H, W] with 1, 3 or 6 channels, but the data set gave {shape(image.shape)}."
+            f"Expected an image [C, H, W] with C one of {CHANNELS}, but the data set gave {shape(image.shape)}."
         )
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"Expected images of uint8 or a floating-point type, but the data set gave {image.dtype}.")

@@ -21,9 +21,9 @@ from e2kd.frozen.progress import progress_bar
 from e2kd.frozen.records import Record
 from e2kd.frozen.samples import hashes_of, names_of
 from e2kd.frozen.sources import Batch, Sample, Source, Unreadable, batches, check_deterministic, unreadable_message
-from e2kd.frozen.store import Writer
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.frozen.views import CanonicalView, view_of
+from e2kd.frozen.writer import Writer
 from e2kd.teacher import Normalization
 
 SMALL = 4096  # values of a map up to which 16 bits are not worth saving

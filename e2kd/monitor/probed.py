@@ -14,7 +14,7 @@ from e2kd.inspection import explain
 from e2kd.monitor.answers import Answers, answered, check_classes, compared
 from e2kd.monitor.fixed import Fixed
 from e2kd.pictures import displayable, enlarge, overlay, panel
-from e2kd.transfer import Models, Reading, Regions, compare, read, scores_of, untrained
+from e2kd.transfer import Models, Reading, Regions, compare, read, scores_of
 from e2kd.transfer.contrasting import names_of, read_one
 from e2kd.transfer.seeing import features_of
 
@@ -48,43 +48,37 @@ class Part:
         )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Probed:
     """Models and images; what `TransferMonitor` was given. Base and teacher are asked once while they stay the same.
 
-    Args:
+    Attributes:
         images, base_images, teacher_images: the same pictures for each model, [n, C, H, W].
         targets: what stands for the labels, [n, d].
+        control: the student untrained, to compare it with.
         pictures: images shown in a picture, 0 for none.
+        readings: of the probe that is under way, for its later stages.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        base: nn.Module,
-        teacher: nn.Module | None,
-        images: Tensor,
-        base_images: Tensor,
-        teacher_images: Tensor,
-        targets: Tensor | None,
-        masks: Tensor | None,
-        *,
-        layers: Sequence[str | tuple[str, str]] | None,
-        regions: Regions | None,
-        control: bool,
-        explainer: Explainer | None,
-        pictures: int,
-        normalization: tuple[Sequence[float], Sequence[float]] | None,
-        batch_size: int | None,
-    ) -> None:
-        self.student, self.base, self.teacher = student, base, teacher
-        self.images, self.base_images, self.teacher_images = images, base_images, teacher_images
-        self.targets, self.masks = targets, masks
-        self.layers, self.regions, self.explainer, self.batch_size = layers, regions, explainer, batch_size
-        self.pictures, self.normalization = pictures, normalization
-        self.control = untrained(student) if control else None
-        self.reference, self.base_reading = Fixed[Answers](), Fixed[Reading](lambda found: _bytes(found) <= ROOM)
-        self.readings: tuple[Reading, Reading] | None = None  # of the probe that is under way, for its later stages
-        self.control_distances: list[Tensor] = []
+    student: nn.Module
+    base: nn.Module
+    teacher: nn.Module | None
+    images: Tensor
+    base_images: Tensor
+    teacher_images: Tensor
+    targets: Tensor | None
+    masks: Tensor | None
+    layers: Sequence[str | tuple[str, str]] | None
+    regions: Regions | None
+    control: nn.Module | None
+    explainer: Explainer | None
+    pictures: int
+    normalization: tuple[Sequence[float], Sequence[float]] | None
+    batch_size: int | None
+    readings: tuple[Reading, Reading] | None = field(default=None, init=False)
+    _reference: Fixed[Answers] = field(default_factory=Fixed, init=False)
+    _base_reading: Fixed[Reading] = field(default_factory=lambda: Fixed(_has_room), init=False)
+    _control_distances: list[Tensor] = field(default_factory=list, init=False)
 
     def answers(self, device: torch.device) -> Part:
         """How the student's answers and explanations compare with the teacher's, or the base's."""
@@ -99,7 +93,7 @@ class Probed:
             check_classes(explain(self.student, images[:2], explainer=mine).logits, found.logits)
             return found
 
-        reference = self.reference(model, ask)
+        reference = self._reference(model, ask)
         student = answered(self.student, images, reference.classes, mine, self.masks, self.batch_size)
         drawn = self._drawn("explanations", student.maps, reference.maps)
         scalars, reasons = compared(student, reference)
@@ -119,23 +113,24 @@ class Probed:
 
     def _read(self, device: torch.device) -> tuple[Reading, Reading]:
         """The layers of both models."""
-        (mine, others), size = names_of(self.layers), {"batch_size": self.batch_size}
+        mine, others = names_of(self.layers)
 
         def ask() -> Reading:
-            return read_one("base", self.base, self.base_images.to(device), others, size)
+            return read_one("base", self.base, self.base_images.to(device), others, batch_size=self.batch_size)
 
-        return read_one("student", self.student, self.images.to(device), mine, size), self.base_reading(self.base, ask)
+        student = read_one("student", self.student, self.images.to(device), mine, batch_size=self.batch_size)
+        return student, self._base_reading(self.base, ask)
 
     def _against_control(self, student: Reading, images: Tensor) -> Part:
         """The student's similarity to the untrained network."""
         part = Part()
         if self.control is None:
             return part
-        if not self.control_distances:
+        if not self._control_distances:
             names = [layer.layer for layer in student.layers]
             found = read(self.control.to(images.device), images, names, batch_size=self.batch_size)
-            self.control_distances = [layer.distances for layer in found.layers]
-        for layer, control in zip(student.layers, self.control_distances, strict=True):
+            self._control_distances = [layer.distances for layer in found.layers]
+        for layer, control in zip(student.layers, self._control_distances, strict=True):
             sums = DistanceSums.of_distances(student=layer.distances, control=control)
             part |= Part.of({"fss_control": sums.score("student", "control")}, layer.layer)
         return part
@@ -161,5 +156,5 @@ class Probed:
         return {name: panel([enlarge(images, SIZE), *(overlay(images, m, SIZE) for m in maps)])}
 
 
-def _bytes(reading: Reading) -> int:
-    return sum(layer.maps.nbytes for layer in reading.layers)
+def _has_room(reading: Reading) -> bool:
+    return sum(layer.maps.nbytes for layer in reading.layers) <= ROOM

@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from e2kd.monitor.watching import TransferMonitor
 
 Log = Callable[[dict[str, float], int], None]
 LogImages = Callable[[dict[str, Tensor], int], None]
@@ -135,7 +132,7 @@ def to_trainer(trainer: Any) -> Sinks:
     return Sinks(log)
 
 
-def trainer_callback(monitor: TransferMonitor) -> Any:
+def trainer_callback(monitor: Callable[[int], object]) -> Any:
     """A callback for a Hugging Face `Trainer` that calls the monitor after every optimizer step.
 
     `trainer.add_callback(trainer_callback(TransferMonitor(student, base, probe, *to_trainer(trainer))))`

@@ -16,7 +16,7 @@ from e2kd.monitor.budget import Budget
 from e2kd.monitor.probed import Part, Probed
 from e2kd.monitor.sinks import Log, LogImages
 from e2kd.sharding import reshard
-from e2kd.transfer import Regions
+from e2kd.transfer import Regions, untrained
 from e2kd.transfer.contrasting import label_rows
 
 Probe = Tensor | Sequence[Tensor]
@@ -121,17 +121,17 @@ class TransferMonitor:
         self.reasons: dict[str, str] = {}
         self._warned: set[str] = set()
         self._probed = Probed(
-            self.student,
-            self.base,
-            None if teacher is None else self._models[2],
-            images,
-            images if base_images is None else base_images,
-            images if teacher_images is None else teacher_images,
-            label_rows(labels, embeddings, len(images)),
-            masks,
+            student=self.student,
+            base=self.base,
+            teacher=None if teacher is None else self._models[2],
+            images=images,
+            base_images=images if base_images is None else base_images,
+            teacher_images=images if teacher_images is None else teacher_images,
+            targets=label_rows(labels, embeddings, len(images)),
+            masks=masks,
             layers=layers,
             regions=regions,
-            control=control,
+            control=untrained(self.student) if control else None,
             explainer=explainer,
             pictures=0 if log_images is None else pictures,
             normalization=normalization,

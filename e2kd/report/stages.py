@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from e2kd.baselines.stages import Layers
 from e2kd.errors import UnsupportedModel
 from e2kd.modes import unwrap
 from e2kd.probe import trace
@@ -13,29 +14,43 @@ from e2kd.sites import layout_in
 
 
 def stages(model: nn.Module, images: Tensor, count: int = 4) -> list[str]:
-    """Names of at most `count` layers with a map, from early to late: evenly spaced ends of a timm model's stages.
+    """Names of at most `count` layers with a map, from early to late: ends of stages, those that a timm model tells,
+    evenly spaced, else those that are found.
 
     Args:
         images: [n, C, H, W] as the model expects them; two of them are run.
 
     Raises:
-        UnsupportedModel: when the model does not tell its stages (timm's `feature_info`).
+        UnsupportedModel: when no stage ends in a module that can be read by its name.
     """
-    model = unwrap(model)
-    found = trace(model, images[:2])
-    with_map = {call.name for call in found.calls if layout_in(call, found, model) is not None}
-    names = [name for name in _told(model) if name in with_map]
+    model, images = unwrap(model), images[:2]
+    names = evenly(_told(model, images), count) or _found(model, images, count)
     if not names:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not tell the layers at which its stages end. Name them through --layers."
+            f"No stages were found in {type(model).__name__} that end in a module of their own. Name layers through "
+            "--layers."
         )
-    return evenly(names, count)
+    return names
 
 
-def _told(model: nn.Module) -> list[str]:
-    """The modules in a timm model's `feature_info`, in order."""
+def _told(model: nn.Module, images: Tensor) -> list[str]:
+    """The modules in a timm model's `feature_info` that return maps, in order."""
     info: Any = getattr(model, "feature_info", None) or []
-    return list(dict.fromkeys(str(stage["module"]) for stage in getattr(info, "info", info) if "module" in stage))
+    names = dict.fromkeys(str(stage["module"]) for stage in getattr(info, "info", info) if "module" in stage)
+    if not names:
+        return []
+    found = trace(model, images)
+    with_map = {call.name for call in found.calls if layout_in(call, found, model) is not None}
+    return [name for name in names if name in with_map]
+
+
+def _found(model: nn.Module, images: Tensor, count: int) -> list[str]:
+    """The modules whose last output, which is what is read by a name, ends a stage."""
+    try:
+        turns = [stage.place.turn for stage in Layers(model, images).stages(count)]
+    except UnsupportedModel:
+        return []
+    return [turn.name for turn in turns if turn.index == turn.count - 1]
 
 
 def evenly(names: list[str], count: int) -> list[str]:
@@ -46,9 +61,7 @@ def evenly(names: list[str], count: int) -> list[str]:
     >>> evenly([f"blocks.{k}" for k in range(12)], 4)
     ['blocks.2', 'blocks.5', 'blocks.8', 'blocks.11']
     """
-    if len(names) <= count + 1:
-        return names[-count:]
-    return [names[round((k + 1) * len(names) / count) - 1] for k in range(count)]
+    return names[-count:] if len(names) <= count + 1 else _spread(names, count)
 
 
 def paired(student: list[str], base: list[str]) -> list[tuple[str, str]]:

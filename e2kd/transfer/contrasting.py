@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +130,8 @@ def unicam(
     """
     features = label_rows(targets, embeddings, len(images))  # before the forwards: it may raise
     pictures = (images, images if base_images is None else base_images)
-    options = {"pooled": pooled, "batch_size": batch_size, "eps": PAPERS.distance if papers else 0.0}
-    readings = read_both(student, base, pictures, layers, **options)
+    eps = PAPERS.distance if papers else 0.0
+    readings = read_both(student, base, pictures, layers, pooled=pooled, batch_size=batch_size, eps=eps)
     _warn_few(len(images))
     return contrast(*readings, features, objective, papers)
 
@@ -255,19 +254,32 @@ def read_both(
     base: nn.Module,
     images: tuple[Tensor, Tensor],
     layers: Sequence[str | tuple[str, str]] | None,
-    **options: Any,
+    *,
+    pooled: bool = False,
+    batch_size: int | None = None,
+    eps: float = 0.0,
 ) -> tuple[Reading, Reading]:
     """The readings of two models, each of the pictures as it expects them, at layers as `unicam` takes them."""
     if len(images[0]) != len(images[1]):
         raise ValueError(f"Expected the same pictures for both models, but got {len(images[0])} and {len(images[1])}.")
     mine, others = names_of(layers)
-    return read_one("student", student, images[0], mine, options), read_one("base", base, images[1], others, options)
+    first = read_one("student", student, images[0], mine, pooled=pooled, batch_size=batch_size, eps=eps)
+    return first, read_one("base", base, images[1], others, pooled=pooled, batch_size=batch_size, eps=eps)
 
 
-def read_one(who: str, model: nn.Module, images: Tensor, names: list[str] | None, options: dict[str, Any]) -> Reading:
+def read_one(
+    who: str,
+    model: nn.Module,
+    images: Tensor,
+    names: list[str] | None,
+    *,
+    pooled: bool = False,
+    batch_size: int | None = None,
+    eps: float = 0.0,
+) -> Reading:
     """The reading of one of two models, and an error that says which of them can't take the images."""
     with taking_images(who, model, images.shape, OTHER_IMAGES):
-        return read(model, images, names, **options)
+        return read(model, images, names, pooled=pooled, batch_size=batch_size, eps=eps)
 
 
 def _check(student: Reading, base: Reading) -> None:

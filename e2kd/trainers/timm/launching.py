@@ -25,7 +25,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from e2kd.classes import choice_said
-from e2kd.explainers import NAMED, explainer_named
+from e2kd.explainers import NAMED, explainer_asked
 from e2kd.modes import unwrap
 from e2kd.teacher import expected_normalization
 from e2kd.trainers.timm.logs import Logs
@@ -212,16 +212,17 @@ def settings(args: argparse.Namespace, frozen: Any = None) -> dict[str, Any]:
         found["teacher_pretrained_path"] = args.teacher_checkpoint
     if frozen is not None and args.e2kd_teacher_layer is not None:
         raise SystemExit(FROZEN_LAYER)
-    name = args.e2kd_explainer or "gradcam"
-    if frozen is not None and args.e2kd_explainer is None and args.e2kd_layer is not None:
+    name = args.e2kd_explainer
+    if frozen is not None and name is None and args.e2kd_layer is not None:
         if frozen.explainer is None:
             raise SystemExit(UNNAMED)
         name = type(frozen.explainer).__name__
-    chosen = args.e2kd_explainer is not None or args.e2kd_layer is not None
-    if chosen:
-        found["explainer"] = explainer_named(name, args.e2kd_layer)
-    if frozen is None and (chosen or args.e2kd_teacher_layer is not None):
-        found["teacher_explainer"] = explainer_named(name, args.e2kd_teacher_layer)
+    own = explainer_asked(name, args.e2kd_layer)
+    theirs = explainer_asked(None if own is None else type(own).__name__, args.e2kd_teacher_layer)
+    if own is not None:
+        found["explainer"] = own
+    if frozen is None and theirs is not None:
+        found["teacher_explainer"] = theirs
     return found
 
 

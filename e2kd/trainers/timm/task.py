@@ -14,7 +14,7 @@ from e2kd.commands.models import make_model
 from e2kd.lessons import Prepared
 from e2kd.losses import E2KDLoss
 from e2kd.modes import unwrap
-from e2kd.teacher import expected_normalization
+from e2kd.teacher import expected_normalization, told_to
 from e2kd.trainers.averages import Averages
 
 RETURNED = ("task", "kd", "explanation")
@@ -84,8 +84,9 @@ class E2KDTask(ClassificationTask):
         else:
             checkpoint = None if teacher_pretrained_path is None else Path(teacher_pretrained_path)
             teacher = self._teacher(teacher_model, checkpoint, teacher_pretrained_cfg_overlay)
-            if expected_normalization(teacher, settings.get("teacher_normalization")) is not None:
-                settings = {"input_normalization": expected_normalization(unwrap(student_model), None)} | settings
+            given = expected_normalization(unwrap(student_model), None)
+            given = told_to(teacher, given, settings.get("teacher_normalization"))
+            settings = {"input_normalization": given} | settings
         only_task = task_loss_weight is not None and distill_loss_weight is None
         criterion = E2KDLoss(
             student_model,

@@ -4,7 +4,7 @@
     accelerate launch -m benchmarks.full_scale --data voc VOC --arm e2kd --teacher-checkpoint epg.pth --out runs/voc
     python -m benchmarks.full_scale --presets                  # what there is
     python -m benchmarks.full_scale --data voc VOC --grid      # the commands that choose τ and λ
-    python -m benchmarks.full_scale --table runs               # what was run, with paired differences
+    python -m benchmarks.full_scale --table runs               # what was run, paired; what a grid found
     python -m benchmarks.full_scale --quick                    # tiny noise and networks, to see that it runs
 
 The layouts are those the data sets are unpacked in:
@@ -13,7 +13,7 @@ The layouts are those the data sets are unpacked in:
     sun397        a/abbey/*.jpg, ClassName.txt, Partitions/Training_01.txt and Testing_01.txt
     waterbirds    metadata.csv and the folders of images it names
     voc           VOCdevkit/VOC2012 or VOCdevkit/VOC2007
-    plantvillage  train/CLASS and val/CLASS, or CLASS alone
+    plantvillage  train/CLASS and val/CLASS, test/CLASS or both; or CLASS alone
 
 A run that was stopped goes on from its last epoch when the same command is given again. Every number of a preset can
 be set by an option of its name. Nothing is downloaded but the pretrained weights of a teacher named without a
@@ -35,16 +35,23 @@ from typing import Any
 
 from benchmarks.common import markdown_table
 from benchmarks.full_scale_arms import ARMS
-from benchmarks.full_scale_data import READERS
 from benchmarks.full_scale_folders import FOLDERS
+from benchmarks.full_scale_layouts import READERS
 from benchmarks.full_scale_networks import NAMES
 from benchmarks.full_scale_presets import PRESETS, Recipe
-from benchmarks.full_scale_run import Run
+from benchmarks.full_scale_run import Run, read_by
 from benchmarks.full_scale_table import report
 from benchmarks.full_scale_training import OPTIMIZERS, distil
-from benchmarks.limited_training import EXPLAINED
 
-QUICK = {"epochs": 1, "batch": 4, "held_out": 0, "size": 64, "teacher": "test_resnet", "student": "test_resnet"}
+QUICK = {
+    "epochs": 1,
+    "warmup": 0,
+    "batch": 4,
+    "held_out": 0,
+    "size": 64,
+    "teacher": "test_resnet",
+    "student": "test_resnet",
+}
 
 
 def _or_all(word: str) -> int | None:
@@ -118,15 +125,19 @@ def _listed(numbers: Sequence[float]) -> str:
 
 
 def grid(args: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    """The same command line for each τ and λ that the paper tries, measured on images kept from all students."""
-    recipe = recipe_of(args)
+    """The same command line for each τ and λ that the paper tries, as far as the arm reads them, measured on images
+    kept from all students."""
+    recipe, reads = recipe_of(args), read_by(args.arm)
     given = shlex.join(word for word in words if word != "--grid")
-    weights = recipe.weights if args.arm in EXPLAINED else (0.0,)
-    return [
-        f"accelerate launch -m benchmarks.full_scale {given} --split validation --temperature {tau:g} "
-        f"--weight {weight:g} --out {shlex.quote(str(args.out / f'{args.arm}-{tau:g}-{weight:g}'))}"
-        for tau, weight in product(recipe.temperatures, weights)
-    ]
+    tried = {"temperature": recipe.temperatures, "weight": recipe.weights}
+    names = [name for name in tried if name in reads]
+    commands = []
+    for values in product(*(tried[name] for name in names)):
+        chosen = " ".join(f"--{name} {value:g}" for name, value in zip(names, values, strict=True))
+        out = args.out / "-".join([args.arm, *(f"{value:g}" for value in values)])
+        parts = [f"accelerate launch -m benchmarks.full_scale {given} --split validation", chosen]
+        commands.append(" ".join([*filter(None, parts), f"--out {shlex.quote(str(out))}"]))
+    return commands
 
 
 def quick() -> None:
@@ -145,7 +156,10 @@ def quick() -> None:
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What was asked for; options of a recipe are there only where they were given."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.full_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.full_scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--data", nargs=2, metavar=("LAYOUT", "FOLDER"), help=" or ".join(READERS))
     parser.add_argument("--preset", choices=list(PRESETS), metavar="NAME", help="the layout's own if not given")
@@ -153,10 +167,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unrelated", type=Path, help="folder of images to distil on instead")
     parser.add_argument("--seed", type=int, default=Run.seed)
     parser.add_argument("--temperature", type=float, default=Run.temperature, help="τ")
-    parser.add_argument("--weight", type=float, default=Run.weight, help="λ")
+    parser.add_argument("--weight", type=float, default=Run.weight, help="λ; of a rival a multiple of its own weight")
     parser.add_argument("--fraction", type=float, default=Run.fraction, help="of each batch that is explained")
     parser.add_argument("--split", choices=("test", "validation"), default=Run.split)
     parser.add_argument("--teacher-checkpoint", type=Path, help="its maker's weights if not given")
+    parser.add_argument(
+        "--teacher-logit-bias", type=float, help="of bcos.official; that of the B-cos releases if not given"
+    )
     parser.add_argument("--student-checkpoint", type=Path, help="weights to start from")
     parser.add_argument("--cache", type=Path, help="of a frozen teacher; below --out if not given")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of this student, or of a grid")

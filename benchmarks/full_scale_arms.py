@@ -36,16 +36,22 @@ def distilled(
     classes: Choice = "teacher",
     rival: type[Baseline] | None = None,
 ) -> nn.Module:
-    """The teacher alone, with its explanations or not; a rival comes on top, with its own weight; DKD replaces KD."""
+    """The teacher alone, with its explanations or not; a rival comes on top, DKD in the place of KD.
+
+    λ multiplies a rival's own weight, unless it is that of e²KD around it.
+    """
     settings: dict[str, Any] = {}
     if isinstance(teacher, Teacher):
         settings = {"teacher_normalization": teacher.wanted, "input_normalization": teacher.given}
         if isinstance(teacher.explainer, e2kd.CAM):
             settings["explainer"] = teacher.explainer
+    inner = None if rival is None or not isinstance(teacher, Teacher) else rival(student, teacher.model)
+    if inner is not None and not explained:
+        inner.weight *= run.weight
     return e2kd.E2KDLoss(
         student,
         teacher.model if isinstance(teacher, Teacher) else teacher,
-        None if rival is None or not isinstance(teacher, Teacher) else rival(student, teacher.model),
+        inner,
         kd_weight=0.0 if rival is DKD else 1.0,
         weight=run.weight if explained else 0.0,
         temperature=run.temperature,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from e2kd.bcos import AddInverse, load_official
@@ -19,7 +20,9 @@ OFFICIAL, TORCHVISION = "bcos.official", "torchvision."
 NAMES = "timm name, torchvision.resnet34 and the like, bcos.resnet18 and the like, or bcos.official for a checkpoint"
 
 
-def network(name: str, classes: int, checkpoint: Path | None, *, pretrained: bool = False) -> nn.Module:
+def network(
+    name: str, classes: int, checkpoint: Path | None, *, pretrained: bool = False, logit_bias: float | None = None
+) -> nn.Module:
     """A network for images of three colours; with the weights of a checkpoint, of its maker, or at random.
 
     Args:
@@ -28,14 +31,20 @@ def network(name: str, classes: int, checkpoint: Path | None, *, pretrained: boo
         classes: of its head.
         checkpoint: a state_dict (.safetensors, .pth).
         pretrained: the maker's weights and head, whatever its classes; they may have to be downloaded.
+        logit_bias: that "bcos.official" was trained with, which no file says; None for that of the B-cos releases.
 
     Raises:
-        ValueError: for a B-cos network without the weights that were asked for.
+        ValueError: for a B-cos network without the weights that were asked for, or a bias of another network.
     """
+    if logit_bias is not None and name != OFFICIAL:
+        raise ValueError(f"A logit bias is an official B-cos network's, but the teacher is {name}.")
     if name == OFFICIAL:
         if checkpoint is None:
             raise ValueError(f"Expected the file of an official B-cos network beside {OFFICIAL}: --teacher-checkpoint.")
-        return taking_colours(load_official(checkpoint))
+        model = taking_colours(load_official(checkpoint, logit_bias=logit_bias))
+        if logit_bias is not None:
+            model.register_buffer("told_logit_bias", torch.tensor(logit_bias))  # the weights' hash, a cache's, has it
+        return model
     if name.startswith(TORCHVISION):
         return _torchvision(name.removeprefix(TORCHVISION), classes, checkpoint, pretrained=pretrained)
     if pretrained and name.startswith(BCOS):

@@ -10,13 +10,17 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torchvision.transforms import v2
 
-from benchmarks.full_scale_data import Layout, Split, few, held_out, unrelated
+from benchmarks.full_scale_data import Layout, Split, few, held_out
+from benchmarks.full_scale_layouts import unrelated
 from benchmarks.full_scale_presets import Recipe
+from benchmarks.limited_training import EXPLAINED, RIVALS
 from benchmarks.paired import Row
 from e2kd.teacher import Normalization
 
 WARMUP_FROM = 0.01  # of the learning rate
+READING_LABELS = ("cross_entropy", "dkd")
 SHORTER_SIDE = 256 / 224  # of a test image, to the side of its centre crop
+CHOSEN = ("temperature", "weight", "fraction")
 ELSEWHERE = ("out", "workers", "evaluate_every", "track", "cpu")  # may be others when a run goes on
 
 
@@ -29,9 +33,11 @@ class Run:
         data, path: layout and folder of the data set.
         unrelated: folder of the images to distil on instead; any images.
         arm: a name in `ARMS`.
-        temperature, weight, fraction: τ, λ and the share of each batch that is explained.
+        temperature, weight, fraction: τ, λ and the share of each batch that is explained, as far as the arm reads
+            them. λ is e²KD's weight or, of a rival without it, a multiple of the rival's own.
         split: "test", or "validation" to choose settings.
         teacher_checkpoint, student_checkpoint: state_dicts.
+        teacher_logit_bias: of an official B-cos network that was trained with another than -log(classes - 1).
         pretrained: whether a teacher without a checkpoint has its maker's weights.
         cache: of a frozen teacher; made where it is not complete.
         out: folder of the result and the checkpoints.
@@ -51,6 +57,7 @@ class Run:
     fraction: float = 1.0
     split: str = "test"
     teacher_checkpoint: Path | None = None
+    teacher_logit_bias: float | None = None
     student_checkpoint: Path | None = None
     pretrained: bool = True
     cache: Path | None = None
@@ -62,10 +69,25 @@ class Run:
     cpu: bool = False
 
     def settings(self) -> Row:
-        """What makes the student what it is, in JSON's types."""
+        """What makes the student what it is, in JSON's types; None for what its arm does not read."""
         kept = {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
+        kept |= {name: None for name in CHOSEN if name not in read_by(self.arm)}
         found: Row = json.loads(json.dumps(kept, default=str))
         return found
+
+
+def read_by(arm: str) -> list[str]:
+    """Which of τ, λ and the explained share make a difference to an arm.
+
+    >>> read_by("e2kd"), read_by("kd"), read_by("dkd")
+    (['temperature', 'weight', 'fraction'], ['temperature'], ['weight'])
+    """
+    reads = {
+        "temperature": arm not in ("cross_entropy", "dkd"),  # DKD has its own
+        "weight": arm in EXPLAINED or arm in RIVALS,
+        "fraction": arm in EXPLAINED,
+    }
+    return [name for name in CHOSEN if reads[name]]
 
 
 def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
@@ -75,28 +97,37 @@ def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
         train, kept = held_out(train, run.recipe.held_out)
         validation = validation or kept
     if run.unrelated is not None:
-        if run.arm == "cross_entropy":
-            raise ValueError("Unrelated images have no labels of these classes: name an arm with a teacher.")
+        if run.arm in READING_LABELS:
+            raise ValueError(
+                f"Unrelated images have no labels of these classes, which {run.arm} reads: name another arm."
+            )
         train = unrelated(run.unrelated)
     if run.recipe.per_class is not None:
         train = few(train, run.recipe.per_class, run.seed)
-    if run.split == "test":
-        return train, layout.test
-    if validation is None:
+    measured = layout.test if run.split == "test" else validation
+    if measured is None:
         raise ValueError("There are no images to choose settings on. Pass --held-out, images of each class.")
-    return train, validation
+    if not len(measured):
+        raise ValueError(f"Expected {run.split} images in {run.path}, but the data set names none.")
+    return train, measured
 
 
 def augmentation(recipe: Recipe, normalization: Normalization) -> v2.Compose:
     """What a training image goes through; the maps of a frozen teacher follow it."""
-    policy = [] if recipe.rand_augment is None else [v2.RandAugment(magnitude=recipe.rand_augment)]
+    magnitude, bilinear = recipe.rand_augment, v2.InterpolationMode.BILINEAR
+    policy = [] if magnitude is None else [v2.RandAugment(magnitude=magnitude, interpolation=bilinear)]
     crop = v2.RandomResizedCrop(recipe.size, (recipe.least_area, 1.0))
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *policy, encoding(normalization)])
 
 
 def centre(size: int) -> v2.Compose:
-    """The square that an image is measured on."""
+    """The square that an image is classified by."""
     return v2.Compose([v2.Resize(round(size * SHORTER_SIDE)), v2.CenterCrop(size)])
+
+
+def whole(size: int) -> v2.Resize:
+    """All of an image, which objects are looked for in, as a square."""
+    return v2.Resize((size, size))
 
 
 def encoding(normalization: Normalization) -> v2.Compose:
@@ -108,6 +139,9 @@ def encoding(normalization: Normalization) -> v2.Compose:
 
 def schedule_of(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LRScheduler:
     """The rate rises to its value, linearly, and falls to 0 in a cosine; stepped after each batch.
+
+    The authors step it after each epoch, and after each batch for the ViT of Fig. 5 alone: in the warm-up an epoch's
+    mean rate is higher here, by half of what it rises in that epoch.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     >>> schedule = schedule_of(optimizer, 2, 6)

@@ -23,7 +23,8 @@ VISIBLE = 0.5  # of some pixel, so that a class counts as one that the image sho
 class Scores:
     """Measures over batches and processes, as shares in [0, 1].
 
-    `accuracy`, or `f1` (macro) where images show several classes; `agreement` of the top classes (e²KD, Eq. 4); both
+    `accuracy`, or where images show several classes `f1` over all of them together, at logits >= 0, as the authors
+    count it, and `f1_macro`, the mean over classes; `agreement` of the top classes (e²KD, Eq. 4); both
     for every group, the worst, and the groups whose class and background belong together or don't; `epg`, the share
     of positive evidence for each class in an image that lies on its objects; where there is none it is left out.
 
@@ -44,7 +45,8 @@ class Scores:
         names += ["epg"] * regions + ["teacher_epg"] * (regions and taught)
         self.metrics: dict[str, Metric] = {name: MeanMetric(nan_strategy="ignore") for name in names}
         if multilabel:
-            self.metrics["f1"] = MultilabelF1Score(classes, average="macro")
+            self.metrics["f1"] = MultilabelF1Score(classes, average="micro")
+            self.metrics["f1_macro"] = MultilabelF1Score(classes, average="macro")
 
     def to(self, device: torch.device) -> Scores:
         """With the sums on a device."""
@@ -56,7 +58,8 @@ class Scores:
         """Of a batch: the student's logits [B, K], the teacher's, targets and groups."""
         found = logits.argmax(1)
         if self.multilabel:
-            self.metrics["f1"].update(logits.sigmoid(), batch["target"].long())
+            for name in ("f1", "f1_macro"):
+                self.metrics[name].update((logits >= 0).long(), batch["target"].long())
         else:
             self._add("accuracy", found == batch["target"], batch)
         if taught is not None:
@@ -107,9 +110,9 @@ def measured(
             logits = logits_of(student(images)).float()
         scores.update(logits, None if teacher is None else teacher.logits(images), batch)
         if scores.regions:
-            scores.localize("epg", student, images, batch["masks"])
+            scores.localize("epg", student, batch["whole"], batch["masks"])
             if teacher is not None:
-                scores.localize("teacher_epg", teacher.model, teacher.prepared(images), batch["masks"])
+                scores.localize("teacher_epg", teacher.model, teacher.prepared(batch["whole"]), batch["masks"])
     return scores.compute()
 
 

@@ -41,3 +41,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny folder of a full-scale layout, made once. Tests that change it take a copy."""
+    from benchmarks.full_scale_folders import FOLDERS
+
+    made: dict[str, Path] = {}
+
+    def find(layout: str) -> Path:
+        if layout not in made:
+            made[layout] = tmp_path_factory.mktemp(layout) / "data"
+            FOLDERS[layout](made[layout])
+        return made[layout]
+
+    return find
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate's state is the process's: the next test finds none."""
+    from tests.full_scale_cases import reset
+
+    yield
+    reset()

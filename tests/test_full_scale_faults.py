@@ -1,0 +1,105 @@
+"""Full scale: folders that are not as their layout has them say what was expected, before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import full_scale_layouts
+from benchmarks.full_scale_data import few, held_out
+from benchmarks.full_scale_folders import Painter
+from benchmarks.full_scale_run import images_of
+from tests.full_scale_cases import Make, names, run_on
+
+PLANTS = ("Apple___healthy", "Tomato___healthy")
+
+
+def plants(path: Path, **parts: int) -> Path:
+    """Folders of splits with so many images of two classes."""
+    for name, each in parts.items():
+        Painter().folders(path / name, PLANTS, each)
+    return path
+
+
+def test_plantvillage_of_three_splits_chooses_on_val_and_tests_on_test(tmp_path: Path) -> None:
+    found = full_scale_layouts.plantvillage(plants(tmp_path, train=3, Val=2, test=1))
+    assert found.validation is not None
+    assert names(found.train)[0].startswith("Apple")
+    assert [len(split) for split in (found.train, found.validation, found.test)] == [6, 4, 2]
+    assert found.test.root == tmp_path / "test"
+
+
+@pytest.mark.parametrize("name", ["Val", "validation", "valid", "test"])
+def test_plantvillage_of_two_splits_tests_on_the_other(tmp_path: Path, name: str) -> None:
+    found = full_scale_layouts.plantvillage(plants(tmp_path, train=3, **{name: 2}))
+    assert (found.train.classes, found.validation, len(found.test)) == (list(PLANTS), None, 4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"train": 2}, "of splits it has train alone"),
+        ({"val": 2, "test": 2}, "of splits it has test, val alone"),
+        ({"color": 2, "grayscale": 2, "segmented": 2}, "color, grayscale, segmented: name one of them"),
+    ],
+)
+def test_plantvillage_with_splits_or_versions_that_do_not_fit(tmp_path: Path, parts: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        full_scale_layouts.plantvillage(plants(tmp_path, **parts))
+
+
+def changed(path: Path, file: str, now: str, then: str) -> None:
+    text = (path / file).read_text()
+    assert now in text
+    (path / file).write_text(text.replace(now, then))
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "now", "then", "said"),
+    [
+        ("waterbirds", "metadata.csv", "place,", "where,", r"it lacks place\."),
+        ("sun397", "ClassName.txt", "/b/bakery/shop", "/b/bakery", r"Training_01\.txt has /b/bakery/shop/"),
+        ("sun397", "Partitions/Testing_01.txt", "/a/abbey", "/abbey", r"Testing_01\.txt has /abbey/"),
+        ("voc", "VOCdevkit/VOC2012/Annotations/2008_000000.xml", "dog", "wolf", r"2008_000000\.xml has a wolf"),
+    ],
+)
+def test_names_that_a_data_set_does_not_have(
+    folder: Make, tmp_path: Path, layout: str, file: str, now: str, then: str, said: str
+) -> None:
+    shutil.copytree(folder(layout), tmp_path, dirs_exist_ok=True)
+    changed(tmp_path, file, now, then)
+    with pytest.raises(ValueError, match=said):
+        full_scale_layouts.READERS[layout](tmp_path)
+
+
+def test_a_split_without_images_is_not_measured_on(folder: Make, tmp_path: Path) -> None:
+    shutil.copytree(folder("waterbirds"), tmp_path, dirs_exist_ok=True)
+    changed(tmp_path, "metadata.csv", ",2,", ",0,")
+    layout = full_scale_layouts.waterbirds(tmp_path)
+    with pytest.raises(ValueError, match="Expected test images"):
+        images_of(run_on(tmp_path, tmp_path / "out", "waterbirds"), layout)
+
+
+def test_a_damaged_image_is_named(folder: Make, tmp_path: Path) -> None:
+    shutil.copytree(folder("imagenet"), tmp_path, dirs_exist_ok=True)
+    split = full_scale_layouts.imagenet(tmp_path).train
+    path = Path(split.samples[3][0])
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(OSError, match=rf"{path.name}.*truncated"):
+        split[3]
+    path.write_bytes(b"no image")
+    with pytest.raises(OSError, match=path.name):
+        split[3]
+
+
+def test_more_images_of_a_class_than_there_are(folder: Make) -> None:
+    split = full_scale_layouts.imagenet(folder("imagenet")).train
+    assert len(few(split, 6, 0)) == 12
+    with pytest.raises(ValueError, match=r"at least 7 images of each class to train on.*has 6 of n01440764"):
+        few(split, 7, 0)
+    with pytest.raises(ValueError, match="to hold out 6 of them"):
+        held_out(split, 6)
+    with pytest.raises(ValueError, match="hold out 1 a class"):
+        held_out(full_scale_layouts.voc(folder("voc")).train, 1)

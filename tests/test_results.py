@@ -177,8 +177,8 @@ def test_a_frozen_explanation_teaches(name: str) -> None:
         "limited_bcos_200",
     ],
 )
-def test_few_images_teach_more_with_explanations(name: str) -> None:
-    for gain in differences(tables.results(name)["rows"], "e2kd", "kd", limited.MEASURES).values():
+def test_few_images_teach_more_with_explanations(study: str) -> None:
+    for gain in differences(tables.results(f"limited_{study}")["rows"], "e2kd", "kd", limited.MEASURES).values():
         assert len(gain["each"]) == 5
         assert gain["interval"][0] > 0
 

@@ -229,7 +229,8 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
 def _last(model: nn.Module, outputs: Any) -> Tensor:
     """The logits in what a model returned, from which nothing else in it was computed."""
     logits = logits_of(outputs)
-    for other in outputs if isinstance(outputs, (tuple, list)) and logits.grad_fn is not None else ():
+    unnamed = isinstance(outputs, (tuple, list)) and not hasattr(outputs, "logits")
+    for other in outputs if unnamed and logits.grad_fn is not None else ():
         if isinstance(other, Tensor) and other.ndim == 2 and logits.grad_fn in before(other.grad_fn)[1:]:
             raise UnsupportedModel(
                 FEATURES_FIRST.format(name=type(model).__name__, first=shape(logits.shape), other=shape(other.shape))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 def is_sharded(parameter: Tensor) -> bool:
     """Whether fully_shard holds only a part of a parameter here, at this moment.
 
+    >>> import torch
     >>> is_sharded(torch.zeros(3))
     False
     """

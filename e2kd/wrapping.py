@@ -49,7 +49,6 @@ class Wrapping(nn.Module):
         self.tap.remove()
         remove_hooks(self.criterion)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # in a step that is compiled whole
     def forward(
         self,
         outputs: Any,
@@ -66,6 +65,9 @@ class Wrapping(nn.Module):
             num_items_in_batch: labels of the whole accumulated batch, over all processes (Hugging Face Trainer); the
                 loss is then this call's share of the batch's mean.
         """
+        if torch.compiler.is_compiling():  # a whole step; asked for only then, since it loads the compiler
+            loss: Tensor = torch.compiler.disable(self.forward)(outputs, targets, num_items_in_batch=num_items_in_batch)
+            return loss
         logits = logits_of(outputs)
         if is_teaching(self, self.tap.student, logits):
             loss = self._teach(outputs, logits, targets)

@@ -167,16 +167,7 @@ def test_a_frozen_explanation_teaches(name: str) -> None:
         assert gain["interval"][0] > 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "limited_standard_50",
-        "limited_standard_50_longer",
-        "limited_standard_200",
-        "limited_bcos_50",
-        "limited_bcos_200",
-    ],
-)
+@pytest.mark.parametrize("study", ["standard_50", "standard_50_longer", "standard_200", "bcos_50", "bcos_200"])
 def test_few_images_teach_more_with_explanations(study: str) -> None:
     for gain in differences(tables.results(f"limited_{study}")["rows"], "e2kd", "kd", limited.MEASURES).values():
         assert len(gain["each"]) == 5

@@ -528,7 +528,8 @@ def test_criterion_in_eval_mode_returns_the_plain_task_loss(name: str) -> None:
     student = made.copy()
     criterion = teach(student, made, weight=100.0).eval()
     outputs = student(made.images)
-    assert criterion(outputs, made.targets) == nn.functional.cross_entropy(outputs, made.targets)
+    with pytest.warns(e2kd.NoEffectWarning, match=r"criterion\.train\(\)"):
+        assert criterion(outputs, made.targets) == nn.functional.cross_entropy(outputs, made.targets)
 
 
 @both
@@ -905,6 +906,18 @@ def test_compiled_student_is_exact_without_graph_breaks(name: str, way: str, ord
         assert_exact(student, loss, wanted)
         with torch.no_grad():
             model(made.images)
+
+
+@both
+def test_a_step_that_is_compiled_as_a_whole_is_exact(name: str) -> None:
+    """As Lightning compiles a module; the criterion's first call would else be traced with its search for layers."""
+    made, *wanted = expected(name)
+    student = made.copy()
+    criterion = teach(student, made)
+    step = torch.compile(lambda images, targets: criterion(student(images), targets), backend="aot_eager")
+    loss = step(made.images, made.targets)
+    loss.backward()
+    assert_exact(student, loss, wanted)
 
 
 def test_compiled_student_under_autocast_with_outputs_cast_by_the_host_has_the_float32_direction() -> None:

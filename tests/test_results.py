@@ -167,7 +167,9 @@ def test_a_frozen_explanation_teaches(name: str) -> None:
         assert gain["interval"][0] > 0
 
 
-@pytest.mark.parametrize("study", ["standard_50", "standard_50_longer", "standard_200", "bcos_50", "bcos_200"])
+@pytest.mark.parametrize(
+    "study", ["standard_50", "standard_50_longer", "standard_200", "standard_4500", "bcos_50", "bcos_200"]
+)
 def test_few_images_teach_more_with_explanations(study: str) -> None:
     for gain in differences(tables.results(f"limited_{study}")["rows"], "e2kd", "kd", limited.MEASURES).values():
         assert len(gain["each"]) == 5
@@ -183,6 +185,7 @@ def test_few_images_teach_more_with_explanations(study: str) -> None:
         ("limited_standard_50_again", "afd_e2kd_all", ("e2kd_all", "afd")),
         ("limited_standard_50", "frozen_e2kd_all", ("frozen_e2kd", "frozen_kd")),
         ("limited_standard_200", "e2kd_all", ("e2kd", "kd")),
+        ("limited_standard_4500", "e2kd_all", ("e2kd", "kd")),
         ("limited_vit_50", "e2kd_all", ("e2kd", "kd")),
         ("limited_standard_200_unrelated", "e2kd_all", ("e2kd", "kd")),
         ("limited_turned_50", "e2kd_all", ("e2kd", "kd")),

@@ -210,6 +210,16 @@ def test_attention_of_all_blocks_teaches_as_much_as_maps_of_all_classes() -> Non
     assert {row["weight"] for row in rows if row["arm"] == "afd"} == {0.2, 1.0, 5.0, 25.0}
 
 
+def test_reviewkd_teaches_more_than_maps_of_all_classes() -> None:
+    """The rival that is ahead of e²KD; the largest weight that was tried was its best."""
+    rows = tables.results("limited_standard_50_again")["rows"]
+    for gain in differences(rows, "reviewkd", "e2kd_all", limited.MEASURES).values():
+        assert len(gain["each"]) == 5
+        assert gain["interval"][0] > 0
+    tried = {row["weight"] for row in rows if row["arm"] == "reviewkd"}
+    assert {row["weight"] for row in rows if row["arm"] == "reviewkd" and row["split"] == "test"} == {max(tried)}
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

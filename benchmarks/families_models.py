@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from e2kd.modes import timm_configuration
 from e2kd.outputs import logits_of
 
 CLASSES = 10
@@ -84,8 +85,7 @@ def _by_parameters(family: str) -> list[str]:
 
 
 def _own_size(model: nn.Module) -> int:
-    configuration: Any = getattr(model, "pretrained_cfg", None) or {}
-    return int(configuration.get("input_size", (3, 224, 224))[-1])
+    return int(timm_configuration(model).get("input_size", (3, 224, 224))[-1])
 
 
 def _smallest_input(family: str, name: str) -> Subject:

@@ -12,6 +12,7 @@ from e2kd.bcos.images import channels_of, colours_of, is_bcos
 from e2kd.commands.models import BCOS, make_model, read_state
 from e2kd.explainers import CAM, BcosContributions, Explainer, GradCAM, explainers_of
 from e2kd.inspection import explain
+from e2kd.modes import timm_configuration
 from e2kd.teacher import Normalization, Teacher
 
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -72,7 +73,7 @@ def normalization_of(model: nn.Module) -> Normalization:
     """(mean, std) that a network expects: its own where timm says so, ImageNet's of torchvision, none of B-cos."""
     if is_bcos(model):
         return UNCHANGED
-    known = getattr(model, "pretrained_cfg", None) or {}
+    known = timm_configuration(model)
     return (tuple(known["mean"]), tuple(known["std"])) if "mean" in known else IMAGENET
 
 

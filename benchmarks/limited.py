@@ -46,7 +46,7 @@ from benchmarks.limited_training import (
     shift_curve,
     train,
 )
-from benchmarks.paired import Case, Row, Study
+from benchmarks.paired import Case, Row, Study, tested
 from benchmarks.paired_tables import BETWEEN, gains, made_by, percent, plain
 from benchmarks.records import Record, existing
 
@@ -135,7 +135,7 @@ def table(found: Row) -> str:
 
 def rivals_table(rows: list[Row]) -> str:
     """What e²KD is ahead of each rival, as Markdown; empty without rivals."""
-    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    arms = tested(rows)
     ours = [arm for arm in ("e2kd", "e2kd_all") if arm in arms]
     header = ["", *(f"{ARMS[arm]}: {field}" for arm in ours for field in MEASURES)]
     body = [
@@ -148,7 +148,7 @@ def rivals_table(rows: list[Row]) -> str:
 
 def on_top_table(rows: list[Row]) -> str:
     """What explanations and a rival together are ahead of each alone, as Markdown; empty without such arms."""
-    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    arms = tested(rows)
     pairs = [
         (arm, part)
         for arm, (method, _) in ON_TOP.items()
@@ -162,7 +162,7 @@ def on_top_table(rows: list[Row]) -> str:
 def section(found: Row) -> str:
     """A study's part of the page."""
     rows, settings = found["rows"], found["settings"]
-    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    arms = tested(rows)
     over = ", those of frozen arms over frozen KD" if "frozen_kd" in arms else ""
     epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
     note = (

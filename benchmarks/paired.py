@@ -109,6 +109,11 @@ def parser_of(doc: str | None, weights: Sequence[float], work: Path) -> Argument
     return parser
 
 
+def tested(rows: list[Row]) -> set[str]:
+    """The arms that were measured on the test images."""
+    return {row["arm"] for row in rows if row["split"] == "test"}
+
+
 def values(rows: list[Row], arm: str, field: str) -> dict[int, float]:
     """A measure of an arm's students on the test images, by seed."""
     return {row["seed"]: row[field] for row in rows if row["split"] == "test" and row["arm"] == arm}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.paired import Row, differences
+from benchmarks.paired import Row, differences, tested
 from e2kd.demo.results import summarise
 
 BETWEEN = "in points, same seeds, with 95 % confidence"
@@ -31,7 +31,7 @@ def plain(value: float | None) -> str | None:
 
 def gains(rows: list[Row], arm: str, base: str | None, fields: Sequence[str]) -> list[str | None]:
     """An arm less another in points, a cell for each measure; empty where one of them was not run."""
-    arms = {row["arm"] for row in rows if row["split"] == "test"}
+    arms = tested(rows)
     if base is None or arm == base or not {arm, base} <= arms:
         return [None] * len(fields)
     return [in_points(found) for found in differences(rows, arm, base, fields).values()]

@@ -22,7 +22,7 @@ from benchmarks.common import RESULTS, between, command, markdown_table, read_ro
 from benchmarks.frozen import interleaved, ratios
 from benchmarks.limited import MEASURES
 from benchmarks.limited_training import ARMS, BATCH, STRETCHES, criterion_of
-from benchmarks.paired import Case, Row, differences
+from benchmarks.paired import Case, Row, differences, tested
 
 FAMILY, STUDY = FAMILIES["bcos"], "limited_bcos_50"
 STEPS = 40
@@ -58,7 +58,7 @@ def costs(rounds: int) -> list[Row]:
 def gains() -> dict[str, dict[str, Row]]:
     """Of every arm that was trained: its paired differences to KD."""
     rows = read_rows(STUDY)
-    trained = {row["arm"] for row in rows if row["split"] == "test"}
+    trained = tested(rows)
     return {arm: differences(rows, arm, "kd", MEASURES) for arm in COMPARED if arm in trained}
 
 

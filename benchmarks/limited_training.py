@@ -16,7 +16,7 @@ from benchmarks.cifar import NORMALIZATION
 from benchmarks.cifar_data import Images, few, orders, places
 from benchmarks.cifar_families import BCOS, Family, predictions
 from benchmarks.paired import Case, Row
-from e2kd.baselines import AFD, AT, CRD, METHODS, Indexed
+from e2kd.baselines import AFD, AT, CRD, METHODS, Indexed, ReviewKD
 from e2kd.metrics import ShiftEquivariance
 
 BATCH = 50
@@ -31,7 +31,8 @@ SPARING = {
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
-TOGETHER = {"at_e2kd_all": f"AT + {EVERY_CLASS['e2kd_all']}", "afd_e2kd_all": f"AFD + {EVERY_CLASS['e2kd_all']}"}
+UNDER_ALL = ("at", "afd", "reviewkd")  # rivals with e²KD of all classes on top
+TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
 SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER)
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
@@ -44,7 +45,9 @@ ARMS = (
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
-ON_TOP = {"crd_e2kd": (CRD, 1.0), "at_e2kd_all": (AT, 1.0), "afd_e2kd_all": (AFD, 5.0)}  # times a rival's own weight
+ON_TOP = {  # what is under e²KD, and how many times its own weight
+    "crd_e2kd": (CRD, 1.0), "at_e2kd_all": (AT, 1.0), "afd_e2kd_all": (AFD, 5.0), "reviewkd_e2kd_all": (ReviewKD, 25.0),
+}  # fmt: skip
 UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")

@@ -59,8 +59,8 @@ MIXED = (
     "name a layer through layer=."
 )
 NO_PICKLE = (
-    "An E2KDLoss listens to its student in this process, so it can't be pickled. Save the student and "
-    "`criterion.step`, and build the criterion anew where they are loaded."
+    "The criterion listens to the network that it trains in this process, so it can't be pickled. Save that network, "
+    "and the step of an E2KDLoss, and build the criterion anew where they are loaded."
 )
 ONE_CELL = (
     "The student's maps have one cell (at {place}), which says nothing about where it looks. That layer was found on "

@@ -38,6 +38,7 @@ LAYERS = [
     ["lessons", "listening"],
     ["guards"],
     ["sites"],
+    ["tracing"],
     ["heads"],
     ["narrow"],
     ["plans"],

@@ -17,6 +17,7 @@ import e2kd
 from e2kd import bcos
 from e2kd.baselines import AFD, AT, CATKD, CRD, DKD, FitNets, Indexed, IndexedDataset, Overhaul, ReviewKD, dkd_loss
 from e2kd.baselines.stages import Layers
+from e2kd.baselines.untrained import STEPS
 from e2kd.guidance import GuidanceLoss
 from e2kd.localization import energy_on_mask
 from e2kd.metrics import Agreement, EnergyPointingGame, FeatureSimilarityScore
@@ -179,6 +180,23 @@ def test_settings_of_a_frozen_teacher_are_refused(tmp_path: Path) -> None:
 def test_a_rival_is_not_copied(copied: Any, x: Tensor) -> None:
     with pytest.raises(TypeError, match="FitNets listens to its student in this process"):
         copied(FitNets(net(4), net(6), CE, example=x))
+
+
+@pytest.mark.parametrize("given", ["student", "both", "nothing"])
+def test_parts_that_no_optimizer_has_are_warned_of_once(
+    given: str, x: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    student = net(4)
+    criterion = e2kd.E2KDLoss(student, net(6), FitNets(student, net(6), CE, example=x), example=x)
+    trained = {"student": student, "both": nn.ModuleList([student, criterion]), "nothing": nn.Linear(1, 1)}[given]
+    optimizer = torch.optim.SGD(trained.parameters(), 0.01)
+    for _ in range(3 * STEPS):
+        criterion(student(x), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        student.zero_grad()
+    told = [w for w in recwarn if "trainable parts of FitNets are what they were" in str(w.message)]
+    assert len(told) == (given == "student")
 
 
 def test_an_indexed_data_set_of_triples_says_what_came() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.baselines.stages import Layers, Stage
+from e2kd.baselines.untrained import Watch
 from e2kd.capture import Record, Tap
 from e2kd.errors import UnsupportedModel, check_weight
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
@@ -193,7 +194,7 @@ class Baseline(Wrapping, ABC):
         check_weight("weight", weight)
         if not warmup >= 0 or warmup % 1:
             raise ValueError(f"Expected warmup to be a number of steps >= 0, but got {warmup}.")
-        self.weight, self.warmup = weight, warmup
+        self.weight, self.warmup, self.watch = weight, warmup, Watch()
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=_device(student)), warmup > 0)
         self._model = [unwrap(student)]  # in a list: neither network is a submodule
         self.teacher = self._asked(teacher, (teacher_normalization, input_normalization, teacher_size))
@@ -239,6 +240,7 @@ class Baseline(Wrapping, ABC):
         if self.weight != 0:
             with torch.autocast(logits.device.type, enabled=False):
                 parts[self.name] = self.term(self._batch(record, logits, targets))
+            self.watch.look(type(self).__name__, self._trainable(), self.student.parameters())
         loss = parts["task"] + self._weight() * parts[self.name]
         self._parts = reported(self.criterion, parts, loss)
         return loss

@@ -115,8 +115,15 @@ def tested(rows: list[Row]) -> set[str]:
 
 
 def values(rows: list[Row], arm: str, field: str) -> dict[int, float]:
-    """A measure of an arm's students on the test images, by seed."""
-    return {row["seed"]: row[field] for row in rows if row["split"] == "test" and row["arm"] == arm}
+    """A measure of an arm's students on the test images, by seed.
+
+    Raises:
+        ValueError: where an arm was tested with two settings, as when more were tried after the first test.
+    """
+    mine = [row for row in rows if row["split"] == "test" and row["arm"] == arm]
+    if len({row["seed"] for row in mine}) < len(mine):
+        raise ValueError(f"{arm} was tested with several settings. Keep the rows of the one that was chosen.")
+    return {row["seed"]: row[field] for row in mine}
 
 
 def differences(rows: list[Row], arm: str, base: str, fields: Sequence[str]) -> Row:

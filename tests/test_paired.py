@@ -62,6 +62,14 @@ def row(arm: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
     return {**case, "accuracy": accuracy, "agreement": accuracy, "cpu_seconds": 1.0, **more}
 
 
+def test_an_arm_that_was_tested_with_two_settings_has_no_difference() -> None:
+    rows = [{"split": "test", "seed": 0, "accuracy": 0.5} | case for case in (
+        {"arm": "kd"}, {"arm": "e2kd", "weight": 1.0}, {"arm": "e2kd", "weight": 5.0},
+    )]  # fmt: skip
+    with pytest.raises(ValueError, match="e2kd was tested with several settings"):
+        differences(rows, "e2kd", "kd", ["accuracy"])
+
+
 def test_gains_are_empty_where_there_is_nothing_to_compare() -> None:
     rows = [row(arm, seed, worth) for arm, worth in (("kd", 0.5), ("e2kd", 0.7)) for seed in (3, 4)]
     assert gains(rows, "e2kd", "kd", ["accuracy"]) == ["+20.0 (+20.0 to +20.0)"]

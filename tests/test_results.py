@@ -245,10 +245,12 @@ def test_a_vit_taught_by_a_cnn_moves_its_explanations_with_the_image(name: str) 
 
 
 def test_students_of_misleading_photos_look_right_and_some_are_right() -> None:
-    """All have the teacher's EPG within 5 points; which of them gain by it is what the page says."""
+    """All but the one with 4x4 cells have the teacher's EPG within 5 points; which gain by it is what the page says."""
     found = {result["student"]: result for result in right_reasons.all_results()}
-    for result in found.values():
-        assert abs(statistics.mean(values(result["rows"], "e2kd", "epg").values()) - result["teacher"]["epg"]) < 0.05
+    for name, result in found.items():
+        off = abs(statistics.mean(values(result["rows"], "e2kd", "epg").values()) - result["teacher"]["epg"])
+        assert (off < 0.05) == (name != "shufflenet")
+        assert differences(result["rows"], "e2kd", "kd", ["epg"])["epg"]["interval"][0] > 0.1
     gains = {
         name: differences(result["rows"], "e2kd", "kd", ["ood_accuracy"])["ood_accuracy"]
         for name, result in found.items()

@@ -17,7 +17,7 @@ import e2kd
 from e2kd import bcos
 from e2kd.baselines import AFD, AT, CATKD, CRD, DKD, FitNets, Indexed, IndexedDataset, Overhaul, ReviewKD, dkd_loss
 from e2kd.baselines.stages import Layers
-from e2kd.baselines.untrained import STEPS
+from e2kd.baselines.untrained import STEPS, Watch
 from e2kd.guidance import GuidanceLoss
 from e2kd.localization import energy_on_mask
 from e2kd.metrics import Agreement, EnergyPointingGame, FeatureSimilarityScore
@@ -197,6 +197,16 @@ def test_parts_that_no_optimizer_has_are_warned_of_once(
         student.zero_grad()
     told = [w for w in recwarn if "trainable parts of FitNets are what they were" in str(w.message)]
     assert len(told) == (given == "student")
+
+
+def test_networks_that_change_their_type_between_steps_are_no_news(recwarn: pytest.WarningsRecorder) -> None:
+    watch, parts, student = Watch(), nn.Linear(2, 2), nn.Linear(2, 2)
+    for step in range(3 * STEPS):
+        watch.look("FitNets", parts.parameters(), student.parameters())
+        if step == STEPS // 2:
+            student.double()
+    assert not watch.known
+    assert not recwarn
 
 
 def test_an_indexed_data_set_of_triples_says_what_came() -> None:

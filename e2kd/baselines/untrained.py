@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.errors import NoEffectWarning
 
-STEPS = 50  # more calls than a trainer usually accumulates gradients over
+STEPS = 50  # between two looks
 VALUES = 1000  # compared of a parameter
 UNTRAINED = (
     "The student has learned for {steps} steps and the trainable parts of {name} are what they were, so its term "
@@ -38,13 +38,15 @@ class Watch:
         mine, theirs = _some(parts), _some(student)
         if mine is None or theirs is None:  # nothing that could be trained
             self.known = True
-        elif self.before is None:
-            self.before = mine, theirs
-        else:
-            trained, learned = (not torch.equal(a, b) for a, b in zip(self.before, (mine, theirs), strict=True))
-            self.known = trained or learned
-            if learned and not trained:
-                warnings.warn(UNTRAINED.format(steps=self.steps, name=name), NoEffectWarning, stacklevel=6)
+            return
+        now = mine, theirs
+        if self.before is None or not all(map(_comparable, self.before, now)):
+            self.before = now
+            return
+        trained, learned = (not torch.equal(*pair) for pair in zip(self.before, now, strict=True))
+        self.known = trained or learned
+        if learned and not trained:
+            warnings.warn(UNTRAINED.format(steps=self.steps, name=name), NoEffectWarning, stacklevel=6)
 
 
 def _some(parameters: Iterable[nn.Parameter]) -> Tensor | None:
@@ -54,3 +56,8 @@ def _some(parameters: Iterable[nn.Parameter]) -> Tensor | None:
         return None
     local = largest.to_local() if hasattr(largest, "to_local") else largest
     return local.detach().flatten()[:VALUES].clone()
+
+
+def _comparable(before: Tensor, now: Tensor) -> bool:
+    """Whether a network was not moved to another device or type meanwhile."""
+    return before.device == now.device and before.dtype == now.dtype

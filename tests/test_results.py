@@ -260,6 +260,20 @@ def test_students_of_misleading_photos_look_right_and_some_are_right() -> None:
     assert gains["vit"]["interval"][1] < 0
 
 
+@pytest.mark.parametrize("task", ["pets", "coco"])
+def test_students_look_where_their_teacher_was_guided_to_look(task: str) -> None:
+    """More than KD students of it, and more than e²KD students of a teacher that was not guided."""
+    rows = {
+        guidance: tables.results(f"localisation_{task}_{guidance}")["rows"] for guidance in ("energy", "l1", "none")
+    }
+    for guidance, field in (("energy", "epg"), ("l1", "iou")):
+        for measure in ("epg", "iou"):
+            assert differences(rows[guidance], "e2kd", "kd", [measure])[measure]["interval"][0] > 0
+        mine, others = (values(rows[name], "e2kd", field) for name in (guidance, "none"))
+        assert len(mine) == 5
+        assert all(mine[seed] - others[seed] > 0.05 for seed in mine)
+
+
 def test_where_the_background_misleads_the_teachers_class_teaches_more_than_all() -> None:
     rows = tables.results("right_reasons_resnet")["rows"]
     for base, arm in (("kd", "e2kd_all"), ("e2kd_all", "e2kd")):

@@ -16,7 +16,7 @@ from benchmarks.cifar import NORMALIZATION
 from benchmarks.cifar_data import Images, few, orders, places
 from benchmarks.cifar_families import BCOS, Family, predictions
 from benchmarks.paired import Case, Row
-from e2kd.baselines import AFD, AT, CRD, METHODS, Indexed, ReviewKD
+from e2kd.baselines import AFD, AT, CRD, METHODS, FitNets, Indexed, ReviewKD
 from e2kd.metrics import ShiftEquivariance
 
 BATCH = 50
@@ -31,7 +31,7 @@ SPARING = {
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
-UNDER_ALL = ("at", "afd", "reviewkd")  # rivals with e²KD of all classes on top
+UNDER_ALL = ("at", "fitnets", "afd", "reviewkd")  # rivals with e²KD of all classes on top
 TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
 SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER)
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
@@ -46,7 +46,8 @@ ARMS = (
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
 ON_TOP = {  # what is under e²KD, and how many times its own weight
-    "crd_e2kd": (CRD, 1.0), "at_e2kd_all": (AT, 1.0), "afd_e2kd_all": (AFD, 5.0), "reviewkd_e2kd_all": (ReviewKD, 25.0),
+    "crd_e2kd": (CRD, 1.0), "at_e2kd_all": (AT, 1.0), "fitnets_e2kd_all": (FitNets, 1.0), "afd_e2kd_all": (AFD, 5.0),
+    "reviewkd_e2kd_all": (ReviewKD, 25.0),
 }  # fmt: skip
 UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see

@@ -183,6 +183,7 @@ def test_few_images_teach_more_with_explanations(study: str) -> None:
         ("limited_standard_50_again", "e2kd_all", ("e2kd", "kd", "at", "dkd")),
         ("limited_standard_50_again", "at_e2kd_all", ("e2kd_all", "at")),
         ("limited_standard_50_again", "afd_e2kd_all", ("e2kd_all", "afd")),
+        ("limited_standard_50_again", "fitnets_e2kd_all", ("e2kd_all", "fitnets", "afd_e2kd_all")),
         ("limited_standard_50_again", "reviewkd_e2kd_all", ("e2kd_all", "afd_e2kd_all")),
         ("limited_standard_50", "frozen_e2kd_all", ("frozen_e2kd", "frozen_kd")),
         ("limited_standard_200", "e2kd_all", ("e2kd", "kd")),

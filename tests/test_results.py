@@ -222,6 +222,16 @@ def test_reviewkd_teaches_more_than_maps_of_all_classes() -> None:
     assert {row["weight"] for row in rows if row["arm"] == "reviewkd" and row["split"] == "test"} == {max(tried)}
 
 
+def test_reviewkd_teaches_more_with_maps_of_all_classes_at_the_same_weight() -> None:
+    """Beside the rows that those of a larger weight replaced."""
+    ours, replaced = (tables.results(f"limited_{name}")["rows"] for name in ("standard_50_again", "replaced"))
+    rows = [*replaced, *(row for row in ours if row["arm"] == "reviewkd_e2kd_all")]
+    gain = differences(rows, "reviewkd_e2kd_all", "reviewkd", ["accuracy"])
+    assert len(gain["accuracy"]["each"]) == 5
+    assert gain["accuracy"]["interval"][0] > 0
+    assert round(100 * gain["accuracy"]["mean"], 1) == 1.2
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

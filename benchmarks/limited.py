@@ -47,7 +47,7 @@ from benchmarks.limited_training import (
     train,
 )
 from benchmarks.paired import Case, Row, Study, tested
-from benchmarks.paired_tables import BETWEEN, gains, made_by, percent, plain
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
 from benchmarks.records import Record, existing
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
@@ -121,11 +121,9 @@ def table(found: Row) -> str:
     teacher = [f"teacher ({family.kind.title})", f"{100 * found['teacher']['test']:.1f}"]
     body = [[*teacher, None, None, None, None, None]]
     for arm, name in ARMS.items():
-        mine = [row for row in rows if row["split"] == "test" and row["arm"] == arm]
-        if mine:
-            cells = [percent(list(paired.values(rows, arm, field).values())) for field in MEASURES]
-            chosen = [plain(mine[0][setting]) for setting in ("temperature", "weight")]
-            body.append([name, *cells, *gains(rows, arm, BASES.get(arm, "kd"), MEASURES), *chosen])
+        if arm in tested(rows):
+            added = gains(rows, arm, BASES.get(arm, "kd"), MEASURES)
+            body.append([name, *means(rows, arm, MEASURES), *added, *chosen(rows, arm)])
     images = found["settings"]["per_class"]
     seen = f"{10 * images:,} photographs of other data sets" if found["unrelated"] else f"{images} images per class"
     seen += STUDIES[found.get("study", "")]
@@ -151,8 +149,8 @@ def on_top_table(rows: list[Row]) -> str:
     arms = tested(rows)
     pairs = [
         (arm, part)
-        for arm, (method, _) in ON_TOP.items()
-        for part in (method.__name__.lower(), "e2kd_all" if arm in SIGNED_ARMS else "e2kd")
+        for arm, (rival, _) in ON_TOP.items()
+        for part in (rival, "e2kd_all" if arm in SIGNED_ARMS else "e2kd")
         if {arm, part} <= arms
     ]
     body = [[f"{ARMS[arm]} less {ARMS[part]}", *gains(rows, arm, part, MEASURES)] for arm, part in pairs]

@@ -16,7 +16,7 @@ from benchmarks.cifar import NORMALIZATION
 from benchmarks.cifar_data import Images, few, orders, places
 from benchmarks.cifar_families import BCOS, Family, predictions
 from benchmarks.paired import Case, Row
-from e2kd.baselines import AFD, AT, CRD, METHODS, FitNets, Indexed, ReviewKD
+from e2kd.baselines import METHODS, Indexed
 from e2kd.metrics import ShiftEquivariance
 
 BATCH = 50
@@ -31,7 +31,7 @@ SPARING = {
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
-UNDER_ALL = ("at", "fitnets", "afd", "reviewkd")  # rivals with e²KD of all classes on top
+UNDER_ALL = {"at": 1.0, "fitnets": 1.0, "afd": 5.0, "reviewkd": 25.0}  # times a rival's own weight
 TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
 SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER)
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
@@ -45,10 +45,10 @@ ARMS = (
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
-ON_TOP = {  # what is under e²KD, and how many times its own weight
-    "crd_e2kd": (CRD, 1.0), "at_e2kd_all": (AT, 1.0), "fitnets_e2kd_all": (FitNets, 1.0), "afd_e2kd_all": (AFD, 5.0),
-    "reviewkd_e2kd_all": (ReviewKD, 25.0),
-}  # fmt: skip
+ON_TOP = {  # the rival under e²KD, and how many times its own weight
+    "crd_e2kd": ("crd", 1.0),
+    **{f"{name}_e2kd_all": (name, multiple) for name, multiple in UNDER_ALL.items()},
+}
 UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")
@@ -88,8 +88,8 @@ def criterion_of(
         rival = RIVALS[case.arm](student, teacher)
         rival.weight, weight = rival.weight * weight, 0.0
     elif case.arm in ON_TOP:
-        method, multiple = ON_TOP[case.arm]
-        rival = method(student, teacher)
+        name, multiple = ON_TOP[case.arm]
+        rival = RIVALS[name](student, teacher)
         rival.weight *= multiple
     assert case.temperature is not None
     return e2kd.E2KDLoss(

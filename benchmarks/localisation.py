@@ -32,8 +32,8 @@ from benchmarks.common import markdown_table
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC
 from benchmarks.objects import TASKS, Objects, Task
-from benchmarks.paired import Case, Row, Study
-from benchmarks.paired_tables import BETWEEN, gains, made_by, percent, plain
+from benchmarks.paired import Case, Row, Study, tested
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
 from benchmarks.records import Record, existing
 from benchmarks.small_networks import from_cifar, trained_once
 from e2kd.demo.train import batches, train
@@ -121,10 +121,8 @@ def table(results: list[Row]) -> str:
         fields, where = measures(found), f"{TASKS[found['task']].title}, {TITLES[found['guidance']]}"
         body.append([where, "teacher", *(f"{100 * found['teacher'][field]:.1f}" for field in fields), None, None])
         for arm, name in BASIC.items():
-            mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
-            if mine:
-                cells = [percent(list(paired.values(mine, arm, field).values())) for field in fields]
-                body.append(["", name, *cells, *(plain(mine[0][setting]) for setting in ("temperature", "weight"))])
+            if arm in tested(found["rows"]):
+                body.append(["", name, *means(found["rows"], arm, fields), *chosen(found["rows"], arm)])
         added = gains(found["rows"], "e2kd", "kd", fields)
         if any(added):
             body.append(["", "e²KD - KD", *added, None, None])

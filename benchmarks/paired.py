@@ -114,8 +114,8 @@ def tested(rows: list[Row]) -> set[str]:
     return {row["arm"] for row in rows if row["split"] == "test"}
 
 
-def values(rows: list[Row], arm: str, field: str) -> dict[int, float]:
-    """A measure of an arm's students on the test images, by seed.
+def tests_of(rows: list[Row], arm: str) -> list[Row]:
+    """An arm's students as they were measured on the test images.
 
     Raises:
         ValueError: where an arm was tested with two settings, as when more were tried after the first test.
@@ -123,7 +123,12 @@ def values(rows: list[Row], arm: str, field: str) -> dict[int, float]:
     mine = [row for row in rows if row["split"] == "test" and row["arm"] == arm]
     if len({row["seed"] for row in mine}) < len(mine):
         raise ValueError(f"{arm} was tested with several settings. Keep the rows of the one that was chosen.")
-    return {row["seed"]: row[field] for row in mine}
+    return mine
+
+
+def values(rows: list[Row], arm: str, field: str) -> dict[int, float]:
+    """A measure of an arm's students on the test images, by seed."""
+    return {row["seed"]: row[field] for row in tests_of(rows, arm)}
 
 
 def differences(rows: list[Row], arm: str, base: str, fields: Sequence[str]) -> Row:

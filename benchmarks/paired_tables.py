@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.paired import Row, differences, tested
+from benchmarks.paired import Row, differences, tested, tests_of, values
 from e2kd.demo.results import summarise
 
 BETWEEN = "in points, same seeds, with 95 % confidence"
@@ -27,6 +27,17 @@ def plain(value: float | None) -> str | None:
     ('4', None)
     """
     return None if value is None else f"{value:g}"
+
+
+def means(rows: list[Row], arm: str, fields: Iterable[str]) -> list[str]:
+    """An arm's mean ± sd on the test images, a cell for each measure."""
+    return [percent(list(values(rows, arm, field).values())) for field in fields]
+
+
+def chosen(rows: list[Row], arm: str) -> list[str | None]:
+    """The τ and λ that an arm was tested with."""
+    row = tests_of(rows, arm)[0]
+    return [plain(row["temperature"]), plain(row["weight"])]
 
 
 def gains(rows: list[Row], arm: str, base: str | None, fields: Sequence[str]) -> list[str | None]:

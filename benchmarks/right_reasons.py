@@ -32,8 +32,8 @@ from benchmarks.common import markdown_table
 from benchmarks.composites import composites
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC, EVERY_CLASS, FROZEN, settings_of
-from benchmarks.paired import Case, Row, Study
-from benchmarks.paired_tables import BETWEEN, gains, made_by, percent, plain
+from benchmarks.paired import Case, Row, Study, tested
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
 from benchmarks.records import Record, existing
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
@@ -161,14 +161,9 @@ def table(results: list[Row]) -> str:
 
 def arms_of(found: Row) -> list[list[str]]:
     """A student's rows of the table."""
-    body = []
-    for arm, name in ARMS.items():
-        mine = [row for row in found["rows"] if row["split"] == "test" and row["arm"] == arm]
-        if mine:
-            cells = [percent(list(paired.values(mine, arm, field).values())) for field in TITLES]
-            chosen = [plain(mine[0][setting]) for setting in ("temperature", "weight")]
-            body.append([STUDENTS[found["student"]].title, name, *cells, *chosen])
-    return body
+    rows, student = found["rows"], STUDENTS[found["student"]].title
+    arms = tested(rows)
+    return [[student, name, *means(rows, arm, TITLES), *chosen(rows, arm)] for arm, name in ARMS.items() if arm in arms]
 
 
 def gains_table(results: list[Row]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from e2kd.errors import NoEffectWarning
+from e2kd.sharding import is_sharded
 
 STEPS = 50  # between two looks
 VALUES = 1000  # compared of a parameter
@@ -54,8 +56,11 @@ def _some(parameters: Iterable[nn.Parameter]) -> Tensor | None:
     largest = max(filter(lambda p: p.requires_grad, parameters), key=torch.numel, default=None)
     if largest is None:
         return None
-    local = largest.to_local() if hasattr(largest, "to_local") else largest
-    return local.detach().flatten()[:VALUES].clone()
+    local: Any = largest
+    if is_sharded(largest):
+        local = local.to_local()
+    found: Tensor = local.detach().flatten()[:VALUES].clone()
+    return found
 
 
 def _comparable(before: Tensor, now: Tensor) -> bool:

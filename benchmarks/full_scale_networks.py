@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from e2kd.bcos import AddInverse, load_official
 from e2kd.bcos.images import channels_of, colours_of, is_bcos
+from e2kd.choosing import explainers_of
 from e2kd.commands.models import BCOS, make_model, read_state
-from e2kd.explainers import CAM, BcosContributions, Explainer, GradCAM, explainers_of
+from e2kd.explainers import CAM, BcosContributions, Explainer, GradCAM
 from e2kd.inspection import explain
 from e2kd.modes import timm_configuration
 from e2kd.teacher import Normalization, Teacher

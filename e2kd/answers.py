@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from e2kd.explainers import BcosContributions, Explainer, default_explainer, fixes_weights
+from e2kd.choosing import default_explainer
+from e2kd.explainers import BcosContributions, Explainer, fixes_weights
 from e2kd.inspection import Explanation, explain
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.bcos.images import check_range
+from e2kd.choosing import default_explainer
 from e2kd.errors import UnsupportedModel, shape
-from e2kd.explainers import Explainer, default_explainer
+from e2kd.explainers import Explainer
 from e2kd.guards import check_explainers, check_not_empty
 from e2kd.modes import as_written, dtype_of, evaluating, replaying, untrained, unwrap
 from e2kd.narrow import NotNarrow

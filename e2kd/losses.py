@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.capture import Record
+from e2kd.choosing import default_explainer, explainer_beside, explainers_of
 from e2kd.classes import Choice, check_choice, choose, equal_weights
 from e2kd.comparing import Similarity, compare, compare_each
 from e2kd.errors import check_reduction
-from e2kd.explainers import Explainer, default_explainer, explainer_beside, explainers_of, reads_images
+from e2kd.explainers import Explainer, reads_images
 from e2kd.guards import (
     check_batch,
     check_explainers,

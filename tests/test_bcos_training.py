@@ -612,7 +612,7 @@ def test_a_bcos_teacher_is_frozen_and_checked_from_the_command_line(
     pair = ["--student", "bcos.resnet20", *teacher, "--num-classes", "2", "--size", "32", "--batch", "2"]
     assert main(["check", *pair]) == 0
     assert "its own forward" in capsys.readouterr().out
-    assert main(["check", *pair, "--student-layer", "layer2", "--images", str(tmp_path / "data")]) in (0, 1)
+    assert main(["check", *pair, "--student-layer", "layer2", "--images", str(tmp_path / "data")]) == 0
     assert "network.layer2" in capsys.readouterr().out
     student = ["--student", "test_resnet", *teacher, "--num-classes", "2", "--size", "32", "--batch", "2"]
     for images in ([], ["--images", str(tmp_path / "data")]):

@@ -35,7 +35,7 @@ LAYERS = [
     ["warping", "kornia_stages"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],
-    ["lessons", "listening"],
+    ["choosing", "lessons", "listening"],
     ["guards"],
     ["sites"],
     ["tracing"],

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.bcos.images import is_bcos
+from e2kd.choosing import NAMED, explainers_asked
 from e2kd.classes import choice_said
 from e2kd.commands.models import NAMES, count_said, make_model, taking_colours
 from e2kd.commands.photos import add_normalization, find_photos, normalization_of, normalized, read_photos
-from e2kd.explainers import NAMED, default_explainer, explainer_asked
 from e2kd.teacher import Normalization, expected_normalization, told_to
 
 CLASSES = 1000
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_normalization(parser)
     parser.add_argument("--batch", type=count_said, default=8)
     parser.add_argument("--explainer", choices=tuple(NAMED), help="of both; by the kind of model if not given")
-    parser.add_argument("--student-layer", help="dotted name; found if not given")
-    parser.add_argument("--teacher-layer", help="dotted name; found if not given")
+    parser.add_argument("--student-layer", help="dotted name, of GradCAM unless named; found if not given")
+    parser.add_argument("--teacher-layer", help="likewise")
     parser.add_argument(
         "--classes", type=choice_said, help="teacher, all, or the teacher's top k; teacher if not given"
     )
@@ -45,10 +45,8 @@ def main(args: argparse.Namespace) -> int:
     student = make_model(args.student, args.num_classes, args.student_checkpoint, pretrained=False)
     teacher = make_model(args.teacher, args.num_classes, args.teacher_checkpoint, pretrained=args.pretrained)
     student, before = taking_colours(student)
-    own = explainer_asked(args.explainer, args.student_layer and before + args.student_layer)
-    theirs = explainer_asked(args.explainer, args.teacher_layer)
-    if theirs is None and args.student_layer:
-        theirs = default_explainer(teacher)
+    layer = args.student_layer and before + args.student_layer
+    own, theirs = explainers_asked(args.explainer, layer, args.teacher_layer)
     images, normalization = _images(args, student, colours=is_bcos(student) or is_bcos(teacher))
     report = check(
         student, teacher, images,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from e2kd.choosing import NAMED, explainers_asked
 from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
 from e2kd.commands.photos import add_normalization, normalization_of
-from e2kd.explainers import NAMED, explainer_asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
         teacher,
         dataset,
         args.out,
-        explainer=None if args.explainer == "none" else explainer_asked(args.explainer, args.layer),
+        explainer=None if args.explainer == "none" else explainers_asked(args.explainer, None, args.layer)[1],
         maps=args.explainer != "none",
         classes=args.classes,
         view=CanonicalView((args.view, args.view), args.fit),

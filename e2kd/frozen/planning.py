@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from e2kd.explainers import KNOWN, BcosContributions, BcosWeights, Explainer, explainer_named
+from e2kd.choosing import KNOWN, explainer_named
+from e2kd.explainers import BcosContributions, BcosWeights, Explainer
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.records import Record

@@ -10,9 +10,10 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, nn
 
+from e2kd.choosing import KNOWN
 from e2kd.classes import Name
 from e2kd.errors import shape
-from e2kd.explainers import KNOWN, Explainer
+from e2kd.explainers import Explainer
 from e2kd.frozen.packing import Packing, is_packed, labels_in
 from e2kd.frozen.planning import explainer_said
 from e2kd.frozen.records import Rows

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from e2kd.choosing import KNOWN
 from e2kd.comparing import compare_each
-from e2kd.explainers import KNOWN, Explainer
+from e2kd.explainers import Explainer
 from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.fingerprints import hash_weights
 from e2kd.frozen.matching import match_rows

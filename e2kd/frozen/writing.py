@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from e2kd.choosing import default_explainer
 from e2kd.errors import NoEffectWarning
-from e2kd.explainers import Explainer, default_explainer
+from e2kd.explainers import Explainer
 from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.encoding import Array
 from e2kd.frozen.forecast import check_space

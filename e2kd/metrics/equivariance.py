@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e2kd.choosing import explainers_of
 from e2kd.comparing import Similarity, compare
 from e2kd.errors import shape
-from e2kd.explainers import Explainer, explainers_of
+from e2kd.explainers import Explainer
 from e2kd.inspection import explain
 from e2kd.metrics.means import BLANK, NAN, SOUND, Mean, MeanMetric
 from e2kd.similarity import cosine, resize

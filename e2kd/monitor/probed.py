@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from e2kd.choosing import explainers_of
 from e2kd.distance import DistanceSums, Score
-from e2kd.explainers import Explainer, explainers_of
+from e2kd.explainers import Explainer
 from e2kd.inspection import explain
 from e2kd.monitor.answers import Answers, answered, check_classes, compared
 from e2kd.monitor.fixed import Fixed

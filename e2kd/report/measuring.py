@@ -9,9 +9,9 @@ from itertools import combinations
 from torch import Tensor, nn
 
 from e2kd.answers import answers_of, places_of
+from e2kd.choosing import default_explainer, explainers_of
 from e2kd.comparing import compare as compare_maps
 from e2kd.distance import DistanceSums, Score
-from e2kd.explainers import default_explainer, explainers_of
 from e2kd.inspection import Explanation
 from e2kd.localization import energy_on_mask, intersection_over_union
 from e2kd.report.stages import paired

@@ -24,8 +24,8 @@ import yaml  # type: ignore[import-untyped]
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from e2kd.choosing import NAMED, explainers_asked
 from e2kd.classes import choice_said
-from e2kd.explainers import NAMED, explainer_asked
 from e2kd.modes import unwrap
 from e2kd.teacher import expected_normalization
 from e2kd.trainers.timm.logs import Logs
@@ -97,8 +97,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--e2kd-explainer", choices=tuple(NAMED), help="by the kind of model, or the cache's, if not given"
     )
-    made.add_argument("--e2kd-layer", help="the student's, by its dotted name; found if not given")
-    made.add_argument("--e2kd-teacher-layer", help="the teacher's; found if not given")
+    made.add_argument("--e2kd-layer", help="the student's, of GradCAM unless an explainer is named or cached")
+    made.add_argument("--e2kd-teacher-layer", help="the teacher's, likewise; layers are found if not given")
     made.add_argument(
         "--e2kd-classes",
         type=choice_said,
@@ -217,8 +217,7 @@ def settings(args: argparse.Namespace, frozen: Any = None) -> dict[str, Any]:
         if frozen.explainer is None:
             raise SystemExit(UNNAMED)
         name = type(frozen.explainer).__name__
-    own = explainer_asked(name, args.e2kd_layer)
-    theirs = explainer_asked(None if own is None else type(own).__name__, args.e2kd_teacher_layer)
+    own, theirs = explainers_asked(name, args.e2kd_layer, args.e2kd_teacher_layer)
     if own is not None:
         found["explainer"] = own
     if frozen is None and theirs is not None:

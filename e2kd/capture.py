@@ -6,7 +6,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +14,13 @@ from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 from e2kd.errors import shape
+from e2kd.forward import Forward
+from e2kd.hooks import Hooks
 from e2kd.kernels import Within
 from e2kd.listening import Place
 from e2kd.modes import rng_state
 from e2kd.outputs import first_tensor, images_in, logits_of
-from e2kd.passes import Pass, PassKeeper
+from e2kd.passes import PassKeeper
 from e2kd.probe import Turn
 from e2kd.sites import Site
 
@@ -35,51 +36,6 @@ NO_RECORD = (
 )
 
 
-@dataclass
-class Record:
-    """One training forward of the student, kept until the loss has used it."""
-
-    images: Tensor
-    features: Tensor | None = None
-    rng: list[Tensor] | None = None  # random state when the head began
-    autocast: torch.dtype | None = None
-    static_graph: bool = False  # inside DistributedDataParallel(static_graph=True)
-    compiled: bool = False
-    node: Node | None = None  # what made the logits
-    logits: weakref.ref[Tensor] | None = None
-    random: bool = False  # whether it drew random numbers, where that was looked at
-    explained: Pass | None = None  # of a B-cos network
-    heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
-
-    def autocasting(self) -> AbstractContextManager[Any]:
-        """The precision that the forward ran in, for a teacher that is asked in the same."""
-        return torch.autocast(self.images.device.type, self.autocast, enabled=self.autocast is not None)
-
-
-def _inert(*_: Any) -> None:
-    """What a copied or unpickled hook does."""
-
-
-def _make_inert() -> Any:
-    return _inert
-
-
-class _Hook:
-    """A hook of one module that copies and pickles to nothing, so that EMA copies and checkpoints stay clean."""
-
-    def __init__(self, module: nn.Module, action: Any) -> None:
-        self.module, self.action = module, action
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return self.action(*args) if module is self.module else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _inert
-
-    def __reduce__(self) -> Any:
-        return _make_inert, ()
-
-
 class Meeting(Protocol):
     """Somebody who wants to see the first images of a training before the student does."""
 
@@ -92,74 +48,64 @@ class Tap:
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
-        self.records: list[Record] = []
-        self.images: Tensor | None = None  # of the open forward
-        self.features: Tensor | None = None
-        self.rng: list[Tensor] | None = None
-        self.open = self.paused = self.static_graph = self.compiled = False
-        self.autocast: torch.dtype | None = None
-        self.handles: list[Any] = []
-        self.site_handles: list[Any] = []
+        self.forwards: list[Forward] = []
+        self.current: Forward | None = None  # of the forward that runs, or of a compiled student, ran last
+        self.open = self.paused = False  # whether one runs, outside of compiled code
+        self.hooks, self.site_hooks = Hooks(), Hooks()
         self.at_images = False
         self.keeper: PassKeeper | None = None
         self.explaining = True  # whether the next forward's loss is expected to explain it
         self.first: weakref.ref[Meeting] | None = None  # is shown the first images
-        self.heard: dict[str, Tensor] = {}
         self.calls: dict[str, int] = {}  # how often modules ran that run several times, by their hooks
         _taps.setdefault(student, weakref.WeakSet()).add(self)
-        self._add(self.handles, student, self._enter, pre=True, kwargs=True)
-        self._add(self.handles, student, self._leave)
+        self.hooks.before(student, self._enter, kwargs=True)
+        self.hooks.after(student, self._leave)
         _forget_compiled()
 
     def read(self, site: Site | None) -> None:
         """Capture at this site from now on; None captures images alone."""
-        self._drop(self.site_handles)
+        self.site_hooks.remove()
         self.at_images, self.keeper = site is None, None
         if site is None:
             for child in self.student.children():
-                self._add(self.site_handles, child, self._began, pre=True)
+                self.site_hooks.before(child, self._began)
             return
         # Consumers come last and outside of checkpointed trunks; the last capture of a forward counts.
         turns = [*site.producers, *(turn for turn, _ in site.consumers)]
         sure = [turn for turn in turns if turn.count == 1] or turns
         for turn in reversed(site.producers):
             if turn in sure:
-                self._capture(self.site_handles, turn, self._produced)
+                self.site_hooks.after(self._module(turn), self._in(turn, self._produced))
         for turn, position in site.consumers:
             if turn in sure:
-                self._capture(self.site_handles, turn, _Consumed(self, position), pre=True)
+                self.site_hooks.before(self._module(turn), self._in(turn, _Consumed(self, position)))
 
     def listen(self, places: Iterable[Place]) -> None:
         """Hear these places in every recorded forward, besides the site."""
         for place in places:
-            self._capture(self.handles, place.turn, _Passed(self, place), pre=place.before)
-
-    def _capture(self, handles: list[Any], turn: Turn, action: Any, *, pre: bool = False) -> None:
-        """Hook one call of a module."""
-        if turn.count > 1:
-            action = _InTurn(self, turn, action)
-        self._add(handles, self.student.get_submodule(turn.name), action, pre=pre)
+            add = self.hooks.before if place.before else self.hooks.after
+            add(self._module(place.turn), self._in(place.turn, _Passed(self, place)))
 
     def run_within(self, names: tuple[str, ...], context: Callable[[], AbstractContextManager[Any]]) -> None:
         """Run each of these modules inside of a context, in training forwards."""
         for name in names:  # every one, since a checkpoint may run a part again without what is around it
             module, within = self.student.get_submodule(name), Within(self.student, context)
-            self._add(self.site_handles, module, within.enter, pre=True)
-            self._add(self.site_handles, module, within.leave, always=True)
+            self.site_hooks.before(module, within.enter)
+            self.site_hooks.after(module, within.leave, always=True)
 
     def keep_passes(self, keeper: PassKeeper) -> None:
         """Run the forwards that are expected to be explained so that their dynamic weights can be read."""
         self.keeper = keeper
         if keeper.encoder is not None:
-            self._add(self.site_handles, self.student.get_submodule(keeper.encoder), keeper.encoded)
-        self._add(self.site_handles, self.student, keeper.end, always=True)
+            self.site_hooks.after(self.student.get_submodule(keeper.encoder), keeper.encoded)
+        self.site_hooks.after(self.student, keeper.end, always=True)
 
     def remove(self) -> None:
         """Take every hook off the student and forget what was recorded."""
-        self._drop(self.handles)
-        self._drop(self.site_handles)
-        self.records.clear()
-        self._clear()
+        self.hooks.remove()
+        self.site_hooks.remove()
+        self.forwards.clear()
+        self._begin(None)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -174,104 +120,31 @@ class Tap:
             for tap, paused in zip(taps, before, strict=True):
                 tap.paused = paused
 
-    def record(self, logits: Tensor) -> Record:
+    def forward_of(self, logits: Tensor) -> Forward:
         """The forward that made these logits.
 
         Raises:
             RuntimeError: when there was none.
         """
-        record = self.take(logits)
-        if record is None:
+        forward = self.take(logits)
+        if forward is None:
             raise RuntimeError(NO_RECORD)
-        if len(record.images) != len(logits):
+        if len(forward.images) != len(logits):
             raise ValueError(
-                f"The student was given images {shape(record.images.shape)} but the criterion logits "
+                f"The student was given images {shape(forward.images.shape)} but the criterion logits "
                 f"{shape(logits.shape)}. Pass the whole output of one forward."
             )
-        return record
+        return forward
 
-    def take(self, logits: Tensor) -> Record | None:
+    def take(self, logits: Tensor) -> Forward | None:
         """The record of the forward that made these logits; None if there is none or it can't be told which."""
-        if self.open or self.compiled:
-            self._close(None)
-        made = [r for r in self.records if r.node is not None and _descends(logits, r.node)]
-        unknown = [r for r in self.records if r.node is None]
+        self._close(None)  # a compiled student's forward does not, nor one that was interrupted
+        made = [r for r in self.forwards if r.node is not None and _descends(logits, r.node)]
+        unknown = [r for r in self.forwards if r.node is None]
         found = made[-1] if made else unknown[-1] if unknown else None
         if found is not None:
-            self.records = [r for r in self.records if r is not found]
+            self.forwards = [r for r in self.forwards if r is not found]
         return found
-
-    def _add(
-        self,
-        handles: list[Any],
-        module: nn.Module,
-        action: Any,
-        *,
-        pre: bool = False,
-        kwargs: bool = False,
-        always: bool = False,
-    ) -> None:
-        hook = _Hook(module, action)
-        if pre:
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs))
-        else:
-            handles.append(module.register_forward_hook(hook, always_call=always))
-
-    def _drop(self, handles: list[Any]) -> None:
-        for handle in handles:
-            handle.remove()
-        handles.clear()
-
-    def _clear(self) -> None:
-        self.images = self.features = self.rng = None
-        self.heard, self.calls = {}, {}
-        self.open = self.compiled = False
-
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the arguments to run the student with, None for those that came."""
-        if self.paused or not self.student.training or not torch.is_grad_enabled():
-            return None
-        if torch.compiler.is_compiling():
-            self.images, self.features, self.compiled = images_in(args, kwargs), None, True
-            self.heard, self.calls = {}, {}
-            self.autocast = None if self.images is None else _autocast_type(self.images.device)
-            return None
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
-            return None
-        self.records = [r for r in self.records if r.logits is not None and r.logits() is not None]
-        self._clear()
-        images = images_in(args, kwargs)
-        if images is not None and self.first is not None and (meeting := self.first()) is not None:
-            meeting.meet(images)
-        self.images, self.open = images, True
-        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        self.static_graph = bool(ddp is not None and ddp.static_graph)
-        if images is None:
-            return None
-        self.autocast = _autocast_type(images.device)
-        self.rng = rng_state(images.device) if self.at_images else None
-        return self.keeper.begin(images, args, kwargs) if self.keeper is not None and self.explaining else None
-
-    def _began(self, args: tuple[Any, ...]) -> None:
-        """The forward has come to a part of the student: inside of what hosts put into it."""
-        if self.recording and self.images is not None and self.autocast is None:
-            self.autocast = _autocast_type(self.images.device)
-
-    def _produced(self, args: tuple[Any, ...], output: Any) -> None:
-        self.keep(first_tensor(output))
-
-    def keep(self, features: Tensor | None) -> None:
-        """Remember the tensor at the site, if it belongs to a recorded forward."""
-        if self.paused or features is None or not torch.is_grad_enabled():
-            return
-        if torch.compiler.is_compiling():
-            if self.student.training:
-                self.features, self.compiled = features, True
-                self.autocast = _autocast_type(features.device)
-            return
-        if self.open:
-            self.features, self.rng = features, rng_state(features.device)
-            self.autocast = _autocast_type(features.device)  # hosts may put it inside of the forward, as Accelerate
 
     @property
     def recording(self) -> bool:
@@ -280,45 +153,91 @@ class Tap:
             return False
         return self.open or (torch.compiler.is_compiling() and self.student.training and torch.is_grad_enabled())
 
+    def keep(self, features: Tensor | None) -> None:
+        """Remember the tensor at the site, if it belongs to a recorded forward."""
+        forward = self.current if self.recording and torch.is_grad_enabled() else None
+        if forward is None or features is None:
+            return
+        forward.features = features
+        forward.autocast = _autocast_type(features.device)  # hosts may put it inside of the forward, as Accelerate
+        if torch.compiler.is_compiling():
+            forward.compiled = True
+        else:
+            forward.rng = rng_state(features.device)
+
     def hear(self, key: str, tensor: Tensor | None) -> None:
         """Remember a tensor at a place, if it belongs to a recorded forward."""
-        if self.paused or tensor is None or not torch.is_grad_enabled():
-            return
-        if self.open or (torch.compiler.is_compiling() and self.student.training):
-            self.heard[key] = tensor
+        forward = self.current if self.recording and torch.is_grad_enabled() else None
+        if forward is not None and tensor is not None:
+            forward.heard[key] = tensor
+
+    def _module(self, turn: Turn) -> nn.Module:
+        return self.student.get_submodule(turn.name)
+
+    def _in(self, turn: Turn, action: Any) -> Any:
+        """An action in this call of a module alone."""
+        return action if turn.count == 1 else _InTurn(self, turn, action)
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the arguments to run the student with, None for those that came."""
+        if self.paused or not self.student.training or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling():
+            self._begin(images_in(args, kwargs), compiled=True)
+            return None
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
+            return None
+        self.forwards = [r for r in self.forwards if r.logits is not None and r.logits() is not None]
+        images = images_in(args, kwargs)
+        if images is not None and self.first is not None and (meeting := self.first()) is not None:
+            meeting.meet(images)
+        forward, self.open = self._begin(images), True
+        if forward is None:
+            return None
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        forward.static_graph = bool(ddp is not None and ddp.static_graph)
+        forward.rng = rng_state(forward.device) if self.at_images else None
+        if self.keeper is None or not self.explaining:
+            return None
+        return self.keeper.begin(forward.images, args, kwargs)
+
+    def _begin(self, images: Tensor | None, *, compiled: bool = False) -> Forward | None:
+        """A new record; None, with none of another forward left, where the student was given no images."""
+        self.current, self.calls, self.open = None, {}, False
+        if images is not None:
+            self.current = Forward(images, autocast=_autocast_type(images.device), compiled=compiled)
+        return self.current
+
+    def _began(self, args: tuple[Any, ...]) -> None:
+        """The forward has come to a part of the student: inside of what hosts put into it."""
+        if self.recording and self.current is not None and self.current.autocast is None:
+            self.current.autocast = _autocast_type(self.current.device)
+
+    def _produced(self, args: tuple[Any, ...], output: Any) -> None:
+        self.keep(first_tensor(output))
 
     def _leave(self, args: tuple[Any, ...], output: Any) -> None:
-        if self.paused or torch.compiler.is_compiling() or not self.open:
-            return
-        self._close(logits_of(output))
-
-    def _drew(self) -> bool:
-        """Whether the open forward drew random numbers; looked at where samples may be run again on their own."""
-        if not (self.at_images and self.rng is not None and self.images is not None):
-            return False
-        return _differ(self.rng, rng_state(self.images.device))
+        if not self.paused and not torch.compiler.is_compiling() and self.open:
+            self._close(logits_of(output))
 
     def _close(self, logits: Tensor | None) -> None:
-        if self.images is not None:
-            explained = None if self.keeper is None else self.keeper.found
-            if explained is not None and logits is not None:
-                explained.logits = logits.clone()  # the trainer's own may be changed in place, or wrapped
-            self.records.append(
-                Record(
-                    self.images,
-                    self.features,
-                    self.rng,
-                    self.autocast,
-                    self.static_graph,
-                    self.compiled,
-                    None if logits is None else logits.grad_fn,
-                    None if logits is None else weakref.ref(logits),
-                    self._drew(),
-                    explained,
-                    self.heard,
-                )
-            )
-        self._clear()
+        forward = self.current
+        self._begin(None)
+        if forward is None:
+            return
+        forward.explained = None if self.keeper is None else self.keeper.found
+        if forward.explained is not None and logits is not None:
+            forward.explained.logits = logits.clone()  # the trainer's own may be changed in place, or wrapped
+        if logits is not None:
+            forward.node, forward.logits = logits.grad_fn, weakref.ref(logits)
+        forward.random = self._drew(forward)
+        self.forwards.append(forward)
+
+    def _drew(self, forward: Forward) -> bool:
+        """Whether a forward drew random numbers; looked at where samples may be run again on their own."""
+        if not self.at_images or forward.rng is None:
+            return False
+        return _differ(forward.rng, rng_state(forward.device))
 
 
 def _forget_compiled() -> None:

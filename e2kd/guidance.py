@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.bcos.images import is_bcos
-from e2kd.capture import Record
 from e2kd.classes import Chosen, choose
 from e2kd.errors import check_weight, shape
 from e2kd.explainers import BcosContributions, Explainer, GradCAM
+from e2kd.forward import Forward
 from e2kd.guards import check_grid, check_module, check_not_empty, is_teaching
 from e2kd.localization import on_grid
 from e2kd.modes import unwrap
@@ -154,22 +154,22 @@ class GuidanceLoss(nn.Module):
         if masks is None or not is_teaching(self, self.model.student, logits, "model"):
             return task
         check_not_empty(logits)
-        record = self.model.record(logits)
+        forward = self.model.forward_of(logits)
         if not isinstance(masks, Tensor):
-            masks = box_masks(masks, (record.images.shape[-2], record.images.shape[-1])).to(logits.device)
+            masks = box_masks(masks, forward.size).to(logits.device)
         _check_masks(masks, logits)
-        guidance, zero = self._guide(record, logits, labels_of(targets), masks)
+        guidance, zero = self._guide(forward, logits, labels_of(targets), masks)
         loss = task + self.weight * guidance
         found = {"task": task, "guidance": guidance, "zero_maps": zero}
         self._parts = reported(self.criterion, found, loss)
         return loss
 
-    def _guide(self, record: Record, logits: Tensor, labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def _guide(self, forward: Forward, logits: Tensor, labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of the explained classes, and how many samples have a map that is zero."""
         classes, weights = _guided(logits.detach(), labels)
         total = dead = torch.zeros((), device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
-            view = self.model.view(record, logits)
+            view = self.model.view(forward, logits)
             for chosen, weight in zip(classes.T, weights.T, strict=True):
                 maps = view.explain(self.explainer, chosen)
                 check_grid(maps, f"model's (at {self.model.place})")

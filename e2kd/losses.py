@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2kd.capture import Record
 from e2kd.choosing import default_explainer, explainer_beside, explainers_of
 from e2kd.classes import Choice, check_choice, choose, equal_weights
 from e2kd.comparing import Similarity, compare, compare_each
 from e2kd.errors import check_reduction
 from e2kd.explainers import Explainer, reads_images
+from e2kd.forward import Forward
 from e2kd.guards import (
     check_batch,
     check_explainers,
@@ -211,8 +211,8 @@ class E2KDLoss(Wrapping):
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
-        record = self.student.record(logits)
-        taught = self._taught(targets, record.images)
+        forward = self.student.forward_of(logits)
+        taught = self._taught(targets, forward.images)
         labels = labels_of(targets) if taught is None else taught.labels
         explaining = self._explains()
         self.step += 1
@@ -222,7 +222,7 @@ class E2KDLoss(Wrapping):
         parts |= dict.fromkeys(("cosine", "agreement"), zero + torch.nan)
         loss, lesson = zero, None
         if explaining or self.kd_weight != 0:  # asked first, so that criteria inside of this one hear the answer
-            lesson = self._lesson(record, explaining, rows, taught)
+            lesson = self._lesson(forward, explaining, rows, taught)
             check_batch(logits, lesson.logits)
         if self.task_weight != 0:
             parts["task"] = task_loss(self.criterion, outputs, targets, labels)
@@ -233,7 +233,7 @@ class E2KDLoss(Wrapping):
                 parts["kd"] = self._distill(logits, lesson.logits)
                 loss = loss + self.kd_weight * parts["kd"]
             if explaining:
-                parts |= self._explain(record, logits, lesson, labels, rows)
+                parts |= self._explain(forward, logits, lesson, labels, rows)
                 loss = loss + self.weight * parts["explanation"]
         self._parts = reported(self.criterion, parts, loss)
         return loss
@@ -247,12 +247,12 @@ class E2KDLoss(Wrapping):
         start, stop = self.during or (0, math.inf)
         return self.weight != 0 and start <= self.step < stop and (self.step - start) % self.every == 0
 
-    def _lesson(self, record: Record, explaining: bool, rows: Tensor | None, taught: Taught | None) -> Lesson:
+    def _lesson(self, forward: Forward, explaining: bool, rows: Tensor | None, taught: Taught | None) -> Lesson:
         if not isinstance(self.teacher, Teacher):
             assert taught is not None
             return lesson_of(taught, self.teacher.choice)
-        with record.autocasting():
-            return self.teacher.lesson(record.images, explaining=explaining, rows=rows)
+        with forward.autocasting():
+            return self.teacher.lesson(forward.images, explaining=explaining, rows=rows)
 
     def _distill(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         if self.distillation is not None:
@@ -260,12 +260,12 @@ class E2KDLoss(Wrapping):
         return kd_loss(logits, teacher_logits, self.temperature)
 
     def _explain(
-        self, record: Record, logits: Tensor, lesson: Lesson, labels: Tensor | None, rows: Tensor | None
+        self, forward: Forward, logits: Tensor, lesson: Lesson, labels: Tensor | None, rows: Tensor | None
     ) -> dict[str, Tensor]:
         """The explanation term, unbiased over steps and batch, with what is reported of it."""
         if lesson.explain is None:
             raise ValueError(NO_MAPS)
-        images, valid = record.images, lesson.valid
+        images, valid = forward.images, lesson.valid
         classes, weights = self._choose(lesson, labels)
         if rows is not None:
             weights, valid = weights[rows], None if valid is None else valid[rows]
@@ -274,7 +274,7 @@ class E2KDLoss(Wrapping):
         size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
         with torch.autocast(images.device.type, enabled=False):
             theirs = lesson.explain(classes, rows)  # first: the teacher's graph is gone when the student's is made
-            mine = self.student.view(record, logits, rows).explain_each(self.explainer, classes, rows)
+            mine = self.student.view(forward, logits, rows).explain_each(self.explainer, classes, rows)
             check_grid(mine, f"student's (at {self.student.place})")
             check_grid(theirs, "teacher's", "teacher_explainer")
             if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged

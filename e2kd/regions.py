@@ -53,7 +53,7 @@ class Region(NamedTuple):
         return share
 
 
-class View(NamedTuple):
+class Sight(NamedTuple):
     """What the cells of an augmented image see of maps of the canonical one.
 
     Attributes:
@@ -72,13 +72,13 @@ class View(NamedTuple):
     out: tuple[int, int]
     near: float
 
-    def at(self, rows: Tensor) -> View:
-        """The view of some samples."""
+    def at(self, rows: Tensor) -> Sight:
+        """What some samples see."""
         frames, holes = ([r.at(rows) for r in part] for part in (self.frames, self.holes))
         return self._replace(grid=self.grid[rows], frames=frames, holes=holes)
 
-    def like(self, tensor: Tensor) -> View:
-        """The view on the device and in the type of a tensor."""
+    def like(self, tensor: Tensor) -> Sight:
+        """The same on the device and in the type of a tensor."""
         frames, holes = ([r.like(tensor) for r in part] for part in (self.frames, self.holes))
         return self._replace(grid=self.grid.to(tensor), frames=frames, holes=holes)
 

@@ -17,9 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2kd.bcos.images import check_range
 from e2kd.bcos.statistics import Kept, NotKept
-from e2kd.capture import COMPILED, NO_RECORD, Record, Tap
+from e2kd.capture import COMPILED, NO_RECORD, Tap
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, shares_pass
+from e2kd.forward import Forward
 from e2kd.heads import Head
 from e2kd.held import Holding, uses_batch
 from e2kd.kernels import fused_attention_between, math_kernel
@@ -156,36 +157,36 @@ class StudentExplainer:
         """Say whether the next forward's loss will ask for an explanation, so that others needn't prepare for it."""
         self.tap.explaining = explaining
 
-    def record(self, logits: Tensor) -> Record:
+    def forward_of(self, logits: Tensor) -> Forward:
         """The forward that made these logits.
 
         Raises:
             RuntimeError: when there was none.
         """
-        return self.tap.record(logits)
+        return self.tap.forward_of(logits)
 
-    def view(self, record: Record, logits: Tensor, rows: Tensor | None = None) -> View:
+    def view(self, forward: Forward, logits: Tensor, rows: Tensor | None = None) -> View:
         """The differentiable view of a recorded forward, logits [B, K] being what it returned.
 
         Args:
             rows: indices of the samples that will be explained; None for all.
         """
         plan = self._plan()
-        if plan.site is not None and record.features is None:
+        if plan.site is not None and forward.features is None:
             raise RuntimeError(NO_FEATURES.format(layer=plan.site.layer))
-        if plan.dynamic and self._looks(record):
-            check_range(record.images, "student")
-        self._check_grid(record, plan)
+        if plan.dynamic and self._looks(forward):
+            check_range(forward.images, "student")
+        self._check_grid(forward, plan)
         groups = groups_of(self.student, plan.after)
         gather(groups)
-        return _gathering(self._view(record, logits, plan, rows), groups)
+        return _gathering(self._view(forward, logits, plan, rows), groups)
 
-    def _view(self, record: Record, logits: Tensor, plan: Plan, rows: Tensor | None) -> View:
+    def _view(self, forward: Forward, logits: Tensor, plan: Plan, rows: Tensor | None) -> View:
         """By the first way whose logits are those that were given; what fails once is not tried again."""
         failed, error = self.failed[self.student.training], 0.0
         tried: set[str] = set()
         with self.tap.silent():
-            for way, make in self._ways(record, logits, plan, rows):
+            for way, make in self._ways(forward, logits, plan, rows):
                 if way in failed:
                     continue
                 tried.add(way)
@@ -194,21 +195,21 @@ class StudentExplainer:
                 except (NotNarrow, NotKept):
                     continue
                 given = logits if view.rows is None else logits[view.rows]
-                error = _difference(view.logits, given) if self._must_check(record) else 0.0
-                if error <= _tolerance(record, logits):
+                error = _difference(view.logits, given) if self._must_check(forward) else 0.0
+                if error <= _tolerance(forward, logits):
                     failed |= tried - {way}
                     self.last = way
                     return view
-        view = self._graph_view(record, logits, plan, error)
+        view = self._graph_view(forward, logits, plan, error)
         failed |= tried
         self.last = "graph"
         return view
 
-    def _check_grid(self, record: Record, plan: Plan) -> None:
+    def _check_grid(self, forward: Forward, plan: Plan) -> None:
         """Raise for maps of one cell where real images may lead to another layer than noise did."""
-        if record.features is None or not self._outgrows_images(_size(record)):
+        if forward.features is None or not self._outgrows_images(forward.size):
             return
-        maps = plan.maps(record.features.detach(), _size(record))
+        maps = plan.maps(forward.features.detach(), forward.size)
         if maps.shape[2] * maps.shape[3] == 1:
             raise UnsupportedModel(ONE_CELL.format(place=plan.place, noise=self.noise))
 
@@ -233,34 +234,36 @@ class StudentExplainer:
         return self.plan
 
     def _ways(
-        self, record: Record, logits: Tensor, plan: Plan, rows: Tensor | None
+        self, forward: Forward, logits: Tensor, plan: Plan, rows: Tensor | None
     ) -> Iterator[tuple[str, Callable[[], View]]]:
         """The ways that need no graph of the trainer's but that of an explained pass, cheapest first."""
         if plan.head is None or not plan.head.follows():
             return
         if plan.site is None:
-            yield from self._whole_ways(record, plan, rows)
+            yield from self._whole_ways(forward, plan, rows)
             return
-        if plan.linear is not None and record.features is not None:
-            yield "closed", partial(self._closed, record.features, logits, plan, plan.head, _size(record))
+        if plan.linear is not None and forward.features is not None:
+            yield "closed", partial(self._closed, forward.features, logits, plan, plan.head, forward.size)
         if plan.narrow is not None:
-            yield "narrow", partial(self._replay, record, plan, plan.narrow)
-        yield "replay", partial(self._replay, record, plan, plan.head)
+            yield "narrow", partial(self._replay, forward, plan, plan.narrow)
+        yield "replay", partial(self._replay, forward, plan, plan.head)
 
-    def _whole_ways(self, record: Record, plan: Plan, rows: Tensor | None) -> Iterator[tuple[str, Callable[[], View]]]:
-        found = record.explained
+    def _whole_ways(
+        self, forward: Forward, plan: Plan, rows: Tensor | None
+    ) -> Iterator[tuple[str, Callable[[], View]]]:
+        found = forward.explained
         if found is not None and found.readable:
             assert found.encoded is not None
             assert found.logits is not None
             yield "shared", partial(dynamic_view, found.encoded, found.logits, found.mode, create_graph=True)
         kept = None if found is None else found.statistics
-        if rows is not None and not record.random and alone_in_batch(self.student, kept=kept is not None):
-            yield "drawn", partial(self._again, record, plan, rows, kept)
-        yield "separate", partial(self._again, record, plan, None, None)
+        if rows is not None and not forward.random and alone_in_batch(self.student, kept=kept is not None):
+            yield "drawn", partial(self._again, forward, plan, rows, kept)
+        yield "separate", partial(self._again, forward, plan, None, None)
 
-    def _again(self, record: Record, plan: Plan, rows: Tensor | None, kept: Kept | None) -> View:
-        images = record.images if rows is None else record.images[rows]
-        with replaying(self.student, images.device, record.rng):
+    def _again(self, forward: Forward, plan: Plan, rows: Tensor | None, kept: Kept | None) -> View:
+        images = forward.images if rows is None else forward.images[rows]
+        with replaying(self.student, images.device, forward.rng):
             view = whole_view(self.student, plan, images, create_graph=True, kept=kept, rows=rows)
         return replace(view, rows=rows)
 
@@ -273,38 +276,38 @@ class StudentExplainer:
             pooled = F.linear(means, linear.weight, linear.bias)  # not the module, around which hosts have hooks
         return replace(view, logits=pooled)
 
-    def _replay(self, record: Record, plan: Plan, run: Head | NarrowHead) -> View:
+    def _replay(self, forward: Forward, plan: Plan, run: Head | NarrowHead) -> View:
         assert plan.head is not None
-        assert record.features is not None
-        source = record.features.to(dtype_of(self.student))
+        assert forward.features is not None
+        source = forward.features.to(dtype_of(self.student))
         if not source.requires_grad:  # the features of a frozen trunk
             source = source.detach().requires_grad_()
-        with replaying(self.student, source.device, record.rng):
+        with replaying(self.student, source.device, forward.rng):
             captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
-            return autograd_view(captured, run(captured), plan, _size(record), create_graph=True)
+            return autograd_view(captured, run(captured), plan, forward.size, create_graph=True)
 
-    def _must_check(self, record: Record) -> bool:
+    def _must_check(self, forward: Forward) -> bool:
         self.checks += 1
-        return self._looks(record) or self.checks % 1000 == 0
+        return self._looks(forward) or self.checks % 1000 == 0
 
-    def _looks(self, record: Record) -> bool:
+    def _looks(self, forward: Forward) -> bool:
         """Whether values may be looked at: on an accelerator that waits for the device."""
-        return record.images.device.type == "cpu" or self.checks <= FIRST_CHECKS
+        return forward.images.device.type == "cpu" or self.checks <= FIRST_CHECKS
 
-    def _graph_view(self, record: Record, logits: Tensor, plan: Plan, error: float) -> View:
+    def _graph_view(self, forward: Forward, logits: Tensor, plan: Plan, error: float) -> View:
         layer = plan.site.layer if plan.site else "images"
-        if record.compiled or record.static_graph:
-            where = "a compiled student" if record.compiled else "DistributedDataParallel(static_graph=True)"
+        if forward.compiled or forward.static_graph:
+            where = "a compiled student" if forward.compiled else "DistributedDataParallel(static_graph=True)"
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
-        if record.features is None or not record.features.requires_grad or record.node is None:
+        if forward.features is None or not forward.features.requires_grad or forward.node is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
         mixing = [name for name in self._norms(plan) if uses_batch(self.student.get_submodule(name))]
         if mixing and self.holding is None:
             raise UnsupportedModel(MIXED.format(layer=layer, norm=mixing[0]))
-        fused = fused_attention_between(logits, record.features)
+        fused = fused_attention_between(logits, forward.features)
         if fused is not None:
             raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
-        return autograd_view(record.features, logits, plan, _size(record), create_graph=True, holding=self.holding)
+        return autograd_view(forward.features, logits, plan, forward.size, create_graph=True, holding=self.holding)
 
     def _norms(self, plan: Plan) -> tuple[str, ...]:
         """The BatchNorms that run after the site."""
@@ -336,10 +339,6 @@ def _outside_of_hosts(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _size(record: Record) -> tuple[int, int]:
-    return (record.images.shape[-2], record.images.shape[-1])
-
-
 def _difference(replayed: Tensor, logits: Tensor) -> float:
     """Largest difference relative to the spread of the logits."""
     if replayed.shape != logits.shape:
@@ -349,7 +348,7 @@ def _difference(replayed: Tensor, logits: Tensor) -> float:
     return float((replayed.detach().double() - given).abs().amax() / spread)
 
 
-def _tolerance(record: Record, logits: Tensor) -> float:
-    low = WHOLE_TOLERANCE if record.features is None else LOW_PRECISION_TOLERANCE
-    types = {logits.dtype, record.images.dtype if record.features is None else record.features.dtype}
-    return low if record.autocast is not None else max(TOLERANCE.get(dtype, low) for dtype in types)
+def _tolerance(forward: Forward, logits: Tensor) -> float:
+    low = WHOLE_TOLERANCE if forward.features is None else LOW_PRECISION_TOLERANCE
+    types = {logits.dtype, forward.images.dtype if forward.features is None else forward.features.dtype}
+    return low if forward.autocast is not None else max(TOLERANCE.get(dtype, low) for dtype in types)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from e2kd.regions import Flags, Floats, Region, View, array, project, visible
+from e2kd.regions import Flags, Floats, Region, Sight, array, project, visible
 
 SPECK = 1e-3  # share of a cell that is nothing: what rounding leaves of an erased map must not look like a map
 
@@ -82,7 +82,7 @@ def warp_by_matrix(
     to_cells = _scaling(matrices, cells[1] / canonical_size[1], cells[0] / canonical_size[0])
     frames, holes = ([region.after(from_cells) for region in regions] for regions in (frames, holes))
     near = max(n / min(pair) for n, *pair in zip(cells, image_size, canonical_size, strict=True)) / 2
-    warped, valid = _warp_view(maps, View(to_cells @ matrices @ from_cells, frames, holes, cells, out, near))
+    warped, valid = _warp_seen(maps, Sight(to_cells @ matrices @ from_cells, frames, holes, cells, out, near))
     return warped * (valid > SPECK), valid * (valid > SPECK)
 
 
@@ -90,65 +90,65 @@ def _scaling(like: Tensor, x: float, y: float) -> Tensor:
     return torch.diag(like.new_tensor([x, y, 1.0]))
 
 
-def _warp_view(maps: Tensor, view: View) -> tuple[Tensor, Tensor]:
+def _warp_seen(maps: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
     """Each sample the way it needs, so that no sample depends on its batch."""
-    parts = _parts(view)
+    parts = _parts(sight)
     kinds = sorted(set(parts.tolist()))
     if len(kinds) == 1:
-        return _warp_alike(maps, view, kinds[0])
-    warped = maps.new_empty(*maps.shape[:2], *view.out), maps.new_empty(len(maps), 1, *view.out)
+        return _warp_alike(maps, sight, kinds[0])
+    warped = maps.new_empty(*maps.shape[:2], *sight.out), maps.new_empty(len(maps), 1, *sight.out)
     for kind in kinds:
         rows = torch.from_numpy(np.flatnonzero(parts == kind))
         index = rows.to(maps.device)
-        for whole, some in zip(warped, _warp_alike(maps[index], view.at(rows), kind), strict=True):
+        for whole, some in zip(warped, _warp_alike(maps[index], sight.at(rows), kind), strict=True):
             whole[index] = some
     return warped
 
 
-def _parts(view: View) -> NDArray[np.int64]:
+def _parts(sight: Sight) -> NDArray[np.int64]:
     """How many parts per axis stand for an output cell, [B]; 0 where the mean has a closed form.
 
-    4 for each cell of a coarse map, 2 for each of a fine one, unless the view zooms out.
+    4 for each cell of a coarse map, 2 for each of a fine one, unless it zooms out.
     """
-    upright = view.upright()
+    upright = sight.upright()
     if upright.all():
         return np.zeros(len(upright), np.int64)
-    ratio = max(1.0, *(n / m for n, m in zip(view.cells, view.out, strict=True)))
-    many = (array(view.zoom()) > 1.3 * ratio) | (max(view.cells) <= 20)
+    ratio = max(1.0, *(n / m for n, m in zip(sight.cells, sight.out, strict=True)))
+    many = (array(sight.zoom()) > 1.3 * ratio) | (max(sight.cells) <= 20)
     return np.where(upright, 0, np.where(many, math.ceil(4 * ratio), math.ceil(2 * ratio)))
 
 
-def _warp_alike(maps: Tensor, view: View, parts: int) -> tuple[Tensor, Tensor]:
-    return _by_sampling(maps, view, parts) if parts else _in_closed_form(maps, view)
+def _warp_alike(maps: Tensor, sight: Sight, parts: int) -> tuple[Tensor, Tensor]:
+    return _by_sampling(maps, sight, parts) if parts else _in_closed_form(maps, sight)
 
 
-def _by_sampling(maps: Tensor, view: View, s: int) -> tuple[Tensor, Tensor]:
+def _by_sampling(maps: Tensor, sight: Sight, s: int) -> tuple[Tensor, Tensor]:
     """Means over s x s parts of cells, each read at its centre and weighted with what of it is no fill."""
-    (height, width), out = view.cells, view.out
-    spread = torch.from_numpy(~view.moved()).to(maps)[:, None]
-    view = view.like(maps)
+    (height, width), out = sight.cells, sight.out
+    spread = torch.from_numpy(~sight.moved()).to(maps)[:, None]
+    sight = sight.like(maps)
     parts = [(torch.arange(n * s, device=maps.device, dtype=maps.dtype) + 0.5) / s for n in out]
-    inside = visible(view.frames, view.holes, parts[1][None, None], parts[0][None, :, None], 1 / s)
+    inside = visible(sight.frames, sight.holes, parts[1][None, None], parts[0][None, :, None], 1 / s)
     centres = [part.floor() + 0.5 for part in parts]
     y, x = (centre + (part - centre) * spread for centre, part in zip(centres, parts, strict=True))
-    u, v, _ = project(view.grid, x[:, None], y[:, :, None])
+    u, v, _ = project(sight.grid, x[:, None], y[:, :, None])
     points = torch.stack([2 * u / width - 1, 2 * v / height - 1], 3).clamp(-2, 2)
     return warp(maps, points, inside.expand(len(maps), -1, -1), s)
 
 
-def _in_closed_form(maps: Tensor, view: View) -> tuple[Tensor, Tensor]:
+def _in_closed_form(maps: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
     """Exact means: the average of a bilinear map over an upright box is a product of one matrix per axis."""
-    moved = view.moved()
+    moved = sight.moved()
 
     def product(regions: list[Region]) -> tuple[Tensor, Tensor]:
-        columns, rows = (_means(view, axis, regions, moved, maps.shape[3 - axis]) for axis in (0, 1))
+        columns, rows = (_means(sight, axis, regions, moved, maps.shape[3 - axis]) for axis in (0, 1))
         valid = rows.sum(2)[:, None, :, None] * columns.sum(2)[:, None, None]
         means = _both_sides(torch.from_numpy(rows).to(maps), maps, torch.from_numpy(columns).to(maps))
         return means, torch.from_numpy(valid).to(maps)
 
-    warped, valid = product(view.frames)
-    for hole in view.holes:
-        erased, share = product([*view.frames, hole])
+    warped, valid = product(sight.frames)
+    for hole in sight.holes:
+        erased, share = product([*sight.frames, hole])
         warped, valid = warped - erased, valid - share
     return warped, valid
 
@@ -161,14 +161,14 @@ def _both_sides(rows: Tensor, maps: Tensor, columns: Tensor) -> Tensor:
     return stacked.view(batch, n, channels, m).transpose(1, 2)
 
 
-def _means(view: View, axis: int, regions: list[Region], moved: Flags, cells: int) -> Floats:
+def _means(sight: Sight, axis: int, regions: list[Region], moved: Flags, cells: int) -> Floats:
     """Means along one axis of linear interpolation between cell centres, as matrices [B, n, cells].
 
     Interpolation is a sum of ramps, one between each two neighbouring centres; a ramp's integral is a parabola. Rows
     sum to the share of the output cell that lies in all regions. Where a map is moved, its centres are read.
     """
-    scale, offset = _along(view.grid, axis)
-    edges = np.tile(np.arange(view.out[1 - axis] + 1, dtype=scale.dtype), (len(scale), 1))
+    scale, offset = _along(sight.grid, axis)
+    edges = np.tile(np.arange(sight.out[1 - axis] + 1, dtype=scale.dtype), (len(scale), 1))
     low, high = (part.clip(*_interval(regions, axis)) for part in (edges[:, :-1], edges[:, 1:]))
     share = (high - low)[:, :, None]
     starts = np.arange(cells - 1, dtype=scale.dtype) + 0.5

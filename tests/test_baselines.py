@@ -405,7 +405,7 @@ def test_outside_of_training_it_is_the_wrapped_criterion(name: str, x: Tensor) -
         assert criterion(student(x), TARGETS) == expected
     with pytest.warns(e2kd.NoEffectWarning, match="the criterion is in eval mode"):
         assert criterion.eval()(student(x), Y) == expected
-    assert not criterion.tap.records[1:]
+    assert not criterion.tap.forwards[1:]
     with pytest.warns(e2kd.NoEffectWarning, match="eval mode"):
         assert criterion.train()(student.eval()(x), TARGETS) == expected
     criterion.remove()
@@ -821,7 +821,7 @@ def test_copies_of_the_student_carry_inert_hooks(x: Tensor) -> None:
     criterion = build("FitNets", student, teacher, x)
     for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
         copied(x)
-        assert not criterion.tap.records
+        assert not criterion.tap.forwards
         with pytest.raises(RuntimeError, match="without a training forward"):
             criterion(copied(x))
 

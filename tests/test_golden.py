@@ -94,7 +94,7 @@ def student_maps(student: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
     explainer = StudentExplainer(student, e2kd.GradCAM("body"), images)
     logits = student(images)
-    return explainer.view(explainer.record(logits), logits).explain(e2kd.GradCAM(), classes)
+    return explainer.view(explainer.forward_of(logits), logits).explain(e2kd.GradCAM(), classes)
 
 
 def test_whole_criterion_in_image_resize_mode(gradcam: dict[str, Tensor]) -> None:

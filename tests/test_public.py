@@ -28,7 +28,7 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught", "graph", "folders", "pictures", "held", "sharding"],
+    ["errors", "version", "taught", "graph", "folders", "pictures", "held", "hooks", "sharding"],
     ["kernels"],
     ["embeddings", "modes"],
     ["similarity", "layout", "outputs", "objects", "regions", "bcos", "distance"],
@@ -44,6 +44,7 @@ LAYERS = [
     ["plans"],
     ["views"],
     ["passes"],
+    ["forward"],
     ["capture", "inspection"],
     ["student", "teacher", "answers"],
     ["wrapping"],

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.baselines.untrained import Watch
-from e2kd.capture import Record, Tap
+from e2kd.capture import Tap
 from e2kd.errors import UnsupportedModel, check_weight
+from e2kd.forward import Forward
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
@@ -230,7 +231,7 @@ class Baseline(Wrapping, ABC):
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
         check_not_empty(logits)
-        record = self.tap.record(logits)
+        forward = self.tap.forward_of(logits)
         zero = at_least_float32(logits.new_zeros(()))
         parts = {"task": zero, self.name: zero}
         if self.criterion is not None:  # first, so that this one hears what a criterion inside asks the teacher
@@ -239,7 +240,7 @@ class Baseline(Wrapping, ABC):
             parts["task"] = at_least_float32(logits).mean() * 0
         if self.weight != 0:
             with torch.autocast(logits.device.type, enabled=False):
-                parts[self.name] = self.term(self._batch(record, logits, targets))
+                parts[self.name] = self.term(self._batch(forward, logits, targets))
             self.watch.look(type(self).__name__, self._trainable(), self.student.parameters())
         loss = parts["task"] + self._weight() * parts[self.name]
         self._parts = reported(self.criterion, parts, loss)
@@ -295,12 +296,11 @@ class Baseline(Wrapping, ABC):
         images = example[:2].to(_device(student), dtype_of(student))
         return Pair(Layers(student, images), Layers(model, self.teacher.prepared(images.to(_device(model)))))
 
-    def _batch(self, record: Record, logits: Tensor, targets: Any) -> Batch:
-        heard = self._ask(record, targets)
+    def _batch(self, forward: Forward, logits: Tensor, targets: Any) -> Batch:
+        heard = self._ask(forward, targets)
         check_batch(logits, heard.logits)
         dtype = self._dtype(logits.device)
-        size = (record.images.shape[-2], record.images.shape[-1])
-        mine = [_maps(stage, record.heard.get(stage.place.key), size) for stage in self.student_stages]
+        mine = [_maps(stage, forward.heard.get(stage.place.key), forward.size) for stage in self.student_stages]
         theirs = [_maps(stage, heard.tensors.get(stage.place.key), heard.size) for stage in self.teacher_stages]
         return Batch(
             [at_least_float32(m) if dtype is None else m.to(dtype) for m in mine],
@@ -311,18 +311,18 @@ class Baseline(Wrapping, ABC):
             self._labels(targets),
         )
 
-    def _ask(self, record: Record, targets: Any) -> Heard:
+    def _ask(self, forward: Forward, targets: Any) -> Heard:
         """What the teacher says of the recorded images; not asked again if somebody else has just done so."""
-        taught = self._taught(targets, record.images)
+        taught = self._taught(targets, forward.images)
         if taught is not None:
-            return Heard(record.images, (0, 0), taught.logits, {})
+            return Heard(forward.images, (0, 0), taught.logits, {})
         assert isinstance(self.teacher, Teacher)
         assert self.ear is not None
-        found = self.ear.take(record.images)
+        found = self.ear.take(forward.images)
         if found is None:
-            with record.autocasting():
-                self.teacher.logits(record.images)
-            found = self.ear.take(record.images)
+            with forward.autocasting():
+                self.teacher.logits(forward.images)
+            found = self.ear.take(forward.images)
         if found is None:
             raise RuntimeError(NOT_TOLD.format(layers=sorted({place.module for place in self.ear.places})))
         return found

@@ -64,10 +64,15 @@ def first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
-        return next((found for v in value if (found := first_tensor(v)) is not None), None)
+        for item in value:  # no next(..., None), which torch.compile does not take in torch 2.6
+            if (found := first_tensor(item)) is not None:
+                return found
     return None
 
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The images [B, C, H, W] among the arguments of a model's call."""
-    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 4), None)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim == 4:
+            return value
+    return None

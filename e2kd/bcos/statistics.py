@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 Layer = tuple[Tensor, ...]
 Kept = list[Tensor | Layer | None]
@@ -109,4 +110,10 @@ def is_checkpointed() -> bool:
     >>> is_checkpointed()
     False
     """
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if not torch.is_grad_enabled():
+        return True
+    try:
+        with disable_saved_tensors_hooks("only asked"):  # refused where a checkpoint's are in use
+            return False
+    except RuntimeError:
+        return True

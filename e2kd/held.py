@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -106,6 +107,14 @@ def _count(given: dict[str, Any], mean: Tensor, variance: Tensor) -> None:
         running.lerp_(new.to(running.dtype), given["momentum"])
 
 
+_HOLDINGS: weakref.WeakKeyDictionary[nn.Module, Holding] = weakref.WeakKeyDictionary()  # by model
+
+
+def holding_of(model: nn.Module) -> Holding:
+    """The one of a model: where several criteria explain it, the gradient of one is held in what ran for another."""
+    return _HOLDINGS.setdefault(model, Holding())
+
+
 _CURRENT: ContextVar[Holding | None] = ContextVar("batch statistics that can be held", default=None)
 
 
@@ -118,7 +127,7 @@ def holding_statistics(model: nn.Module) -> Iterator[None]:
     if not any(map(uses_batch, model.modules())):
         yield
         return
-    with Holding() as holding:
+    with holding_of(model) as holding:
         token = _CURRENT.set(holding)
         try:
             yield

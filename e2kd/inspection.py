@@ -15,7 +15,7 @@ from e2kd.choosing import default_explainer
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.guards import check_explainers, check_not_empty
-from e2kd.modes import as_written, dtype_of, evaluating, replaying, untrained, unwrap
+from e2kd.modes import as_computed, as_written, dtype_of, evaluating, replaying, untrained, unwrap
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
@@ -96,9 +96,9 @@ def _checked(classes: Any, logits: Tensor) -> Tensor:
 def inspect(model: nn.Module, images: Tensor, explainer: Explainer) -> View:
     """The view of an eval-mode forward whose logits and gradients can be asked for any class."""
     with torch.inference_mode(False):
-        images = (images.clone() if images.is_inference() else images.detach()).to(dtype_of(model))
+        images = as_computed(model, images.clone() if images.is_inference() else images.detach())
         with evaluating(model), as_written(model):
-            plan = plan_for(model, explainer, images)
+            plan = plan_for(model, explainer, images.to(dtype_of(model)))
             if plan.dynamic:
                 check_range(images, "model")
             if plan.head is None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from e2kd.errors import UnsupportedModel, shape
 
 MAX_PREFIX = 16  # class, distillation and register tokens in front of the patch tokens
+DROPPED = (
+    "A network that drops patches in training has no map of the whole image: switch that off (timm: patch_drop_rate=0)."
+)
 
 
 @dataclass(frozen=True)
 class Layout:
     """How features are laid out: "NCHW", "NHWC" or "NLC" with `prefix` tokens before the patch tokens.
+
+    Attributes:
+        found: (h, w, H, W), the grid of tokens and the size of the images they were found with; None for any.
 
     >>> import torch
     >>> Layout("NLC", prefix=1).to_maps(torch.zeros(2, 197, 8), (224, 224)).shape
@@ -22,12 +28,14 @@ class Layout:
 
     order: str
     prefix: int = 0
+    found: tuple[int, int, int, int] | None = field(default=None, repr=False)
 
     def to_maps(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Features in this layout -> maps [B, C, h, w]; a view where possible.
 
         Raises:
-            UnsupportedModel: when the tokens don't form a grid of the image's aspect ratio.
+            UnsupportedModel: when the tokens don't form a grid of the image's aspect ratio, or one of other patches
+                than those they were found with.
         """
         if self.order == "NCHW":
             return features
@@ -37,10 +45,24 @@ class Layout:
         if grid is None:
             raise UnsupportedModel(
                 f"{features.shape[1]} tokens with {self.prefix} prefix tokens don't form a grid with the aspect "
-                f"ratio of images {shape(image_size)}. Name a layer with spatial output through layer=."
+                f"ratio of images {shape(image_size)}. {DROPPED} Else name a layer with spatial output through layer=."
+            )
+        if not self._same_patches(grid, image_size):
+            assert self.found is not None
+            raise UnsupportedModel(
+                f"{grid[0]} x {grid[1]} tokens came of images {shape(image_size)}, but {self.found[0]} x "
+                f"{self.found[1]} of images {shape(self.found[2:])} where this layer was found. {DROPPED}"
             )
         tokens = features[:, self.prefix :].transpose(1, 2)
         return tokens.reshape(*tokens.shape[:2], *grid)
+
+    def _same_patches(self, grid: tuple[int, int], image_size: tuple[int, int]) -> bool:
+        """Whether a grid is as fine as that which was found, up to the rounding of other image sizes."""
+        if self.found is None:
+            return True
+        expected = [n * new / old for n, new, old in zip(self.found[:2], image_size, self.found[2:], strict=True)]
+        slack = 0 if image_size == self.found[2:] else 1
+        return all(abs(n - wanted) <= slack for n, wanted in zip(grid, expected, strict=True))
 
 
 def grid_of(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
@@ -99,5 +121,5 @@ def _layout_of_tokens(tokens: int, image_size: tuple[int, int]) -> Layout | None
     for prefix in range(min(MAX_PREFIX, tokens - 2) + 1):
         grid = grid_of(tokens - prefix, image_size)
         if grid is not None and grid[0] * grid[1] > 1:
-            return Layout("NLC", prefix)
+            return Layout("NLC", prefix, (*grid, *image_size))
     return None

@@ -43,6 +43,17 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
+def as_computed(model: nn.Module, images: Tensor) -> Tensor:
+    """Images in the type a model computes in; integers as they are, since such a model makes floats of them itself.
+
+    >>> as_computed(nn.Linear(2, 2), torch.zeros(2, dtype=torch.float64)).dtype
+    torch.float32
+    >>> as_computed(nn.Linear(2, 2), torch.zeros(2, dtype=torch.uint8)).dtype
+    torch.uint8
+    """
+    return images.to(dtype_of(model)) if images.is_floating_point() else images
+
+
 def device_of(module: nn.Module, other: torch.device) -> torch.device:
     """Where a module's parameters are; `other` if it has none."""
     return next((p.device for p in module.parameters()), other)

@@ -22,7 +22,7 @@ from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.forward import Forward
 from e2kd.heads import Head
-from e2kd.held import Holding, uses_batch
+from e2kd.held import Holding, holding_of, uses_batch
 from e2kd.kernels import fused_attention_between, math_kernel
 from e2kd.modes import as_written, dtype_of, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
@@ -146,7 +146,7 @@ class StudentExplainer:
         self.tap.read(self.plan.site)
         self.holding = None
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
-            holding = self.holding = Holding()
+            holding = self.holding = holding_of(self.student)
             self.tap.run_within(self.plan.after, math_kernel)
             self.tap.run_within(self._norms(self.plan), lambda: holding)
         shared = shares_pass(self.explainer, self.fraction)

@@ -17,13 +17,19 @@ from e2kd.explainers import Explainer, reads_images
 from e2kd.inspection import inspect
 from e2kd.lessons import Lesson
 from e2kd.listening import Ear, Heard, Place, hearing
-from e2kd.modes import as_written, device_of, dtype_of, evaluating, timm_configuration, unwrap
+from e2kd.modes import as_computed, as_written, device_of, evaluating, timm_configuration, unwrap
 from e2kd.outputs import logits_of
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 
 FIRST_CHECKS = 3  # on an accelerator, batches that are looked at although that waits for the device
 OTHER_IMAGES = "Give its input size through teacher_size=, or use a teacher for images of this kind."
+
+INTEGERS = (
+    "The images are {dtype}, and they would have to be normalised, resized or encoded for the teacher. Make floats of "
+    "them before the student is called, or leave normalisations and sizes out and pass a teacher that takes them as "
+    "the student does."
+)
 
 
 class Teacher:
@@ -141,7 +147,9 @@ class Teacher:
     def prepared(self, images: Tensor) -> Tensor:
         """The student's images as the teacher expects them: its device, colours, normalisation, size and encoding."""
         self._move_to(images.device)
-        images, given = images.detach().to(dtype_of(self.model)), self.given
+        images, given = as_computed(self.model, images.detach()), self.given
+        if not images.is_floating_point():
+            return self._integers(images)
         if images.shape[1] == 2 * self.channels:  # a student that is a B-cos network was given them encoded
             images, given = decoded(images), ((0.0,) * self.channels, (1.0,) * self.channels)
         self._check_normalization(given)
@@ -151,6 +159,13 @@ class Teacher:
         if self.bcos:
             self._check(images)
             images = encoded(images, self.channels)
+        return images
+
+    def _integers(self, images: Tensor) -> Tensor:
+        """Images that the networks themselves make floats of: nothing else can be done with them before."""
+        other_size = self.size is not None and tuple(images.shape[-2:]) != self.size
+        if self.given is not None or other_size or self.bcos:
+            raise ValueError(INTEGERS.format(dtype=images.dtype))
         return images
 
     def _check_normalization(self, given: Normalization | None) -> None:

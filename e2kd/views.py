@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
 from e2kd.bcos.statistics import Kept, using_statistics
+from e2kd.errors import UnsupportedModel
 from e2kd.explainers import Explainer, weighs
 from e2kd.held import Holding, current_holding
-from e2kd.modes import dtype_of
+from e2kd.modes import as_computed
 from e2kd.outputs import first_tensor
 from e2kd.plans import Plan
 from e2kd.similarity import at_least_float32
@@ -135,8 +136,7 @@ def whole_view(
         kept: what the pass of the batch left of which the images are `rows`; None computes all from the images.
     """
     assert plan.head is not None
-    images = images.to(dtype_of(model))
-    source = differentiable(images)
+    source = differentiable(as_computed(model, images))
     if not plan.dynamic:
         return autograd_view(
             source, plan.head(source), plan, (source.shape[-2], source.shape[-1]), create_graph=create_graph
@@ -156,6 +156,11 @@ def differentiable(images: Tensor) -> Tensor:
     >>> differentiable(torch.zeros(1, 3, 2, 2)).requires_grad
     True
     """
+    if not images.is_floating_point():
+        raise UnsupportedModel(
+            f"Images of {images.dtype} have no gradient, so they can't be explained. Make floats of them before the "
+            "network is called, or explain a layer, as GradCAM() does."
+        )
     source = images if images.requires_grad else images.detach().requires_grad_()
     return source.view_as(source)  # hosts' hooks (fully_shard, FLOP counters) don't expect a leaf
 

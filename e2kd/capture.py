@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 from e2kd.errors import shape
@@ -30,9 +30,16 @@ COMPILED = (
 )
 NO_RECORD = (
     "The criterion was called without a training forward of the student before it. Expected "
-    "`loss = criterion(student(images), targets)` with the student in train() mode and gradients enabled, once per "
-    "forward. If the trainer runs a copy or another wrapper of the model, build the criterion with the module it "
-    "trains. " + COMPILED
+    "`loss = criterion(student(images), targets)`, with a tensor of images [B, C, H, W], the student in train() mode "
+    "and gradients enabled, once per forward and with what it returned: for two weighted losses of one output, as of "
+    "mixed labels, call it once with soft labels. If the trainer runs a copy or another wrapper of the model, build "
+    "the criterion with the module it trains. " + COMPILED
+)
+
+
+OVERWRITTEN = (
+    "The images that the student was given were changed in place before the criterion was called, so the teacher would "
+    "be asked about others. Call the criterion before the next batch is written there, or give the student a copy."
 )
 
 
@@ -61,6 +68,13 @@ class Tap:
         self.hooks.before(student, self._enter, kwargs=True)
         self.hooks.after(student, self._leave)
         _forget_compiled()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        """Without what was recorded, which has a graph."""
+        made: Tap = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(vars(self) | {"forwards": [], "current": None, "open": False}, memo))
+        return made
 
     def read(self, site: Site | None) -> None:
         """Capture at this site from now on; None captures images alone."""
@@ -134,16 +148,18 @@ class Tap:
                 f"The student was given images {shape(forward.images.shape)} but the criterion logits "
                 f"{shape(logits.shape)}. Pass the whole output of one forward."
             )
+        if forward.overwritten:
+            raise RuntimeError(OVERWRITTEN)
         return forward
 
     def take(self, logits: Tensor) -> Forward | None:
         """The record of the forward that made these logits; None if there is none or it can't be told which."""
         self._close(None)  # a compiled student's forward does not, nor one that was interrupted
-        made = [r for r in self.forwards if r.node is not None and _descends(logits, r.node)]
-        unknown = [r for r in self.forwards if r.node is None]
+        made = [forward for forward in self.forwards if forward.made(logits)]
+        unknown = [forward for forward in self.forwards if forward.mark is None]
         found = made[-1] if made else unknown[-1] if unknown else None
         if found is not None:
-            self.forwards = [r for r in self.forwards if r is not found]
+            self.forwards = [forward for forward in self.forwards if forward is not found]
         return found
 
     @property
@@ -187,13 +203,14 @@ class Tap:
             return None
         if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
             return None
-        self.forwards = [r for r in self.forwards if r.logits is not None and r.logits() is not None]
+        self.forwards = [forward for forward in self.forwards if forward.alive]
         images = images_in(args, kwargs)
         if images is not None and self.first is not None and (meeting := self.first()) is not None:
             meeting.meet(images)
         forward, self.open = self._begin(images), True
         if forward is None:
             return None
+        forward.version = None if forward.images.is_inference() else forward.images._version
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         forward.static_graph = bool(ddp is not None and ddp.static_graph)
         forward.rng = rng_state(forward.device) if self.at_images else None
@@ -217,8 +234,14 @@ class Tap:
         self.keep(first_tensor(output))
 
     def _leave(self, args: tuple[Any, ...], output: Any) -> None:
-        if not self.paused and not torch.compiler.is_compiling() and self.open:
-            self._close(logits_of(output))
+        if self.paused or torch.compiler.is_compiling() or not self.open:
+            return
+        try:
+            logits = logits_of(output)
+        except (TypeError, ValueError):  # a call for something else, as for features: no loss will come of it
+            self._begin(None)
+        else:
+            self._close(logits)
 
     def _close(self, logits: Tensor | None) -> None:
         forward = self.current
@@ -229,7 +252,7 @@ class Tap:
         if forward.explained is not None and logits is not None:
             forward.explained.logits = logits.clone()  # the trainer's own may be changed in place, or wrapped
         if logits is not None:
-            forward.node, forward.logits = logits.grad_fn, weakref.ref(logits)
+            forward.end(logits)
         forward.random = self._drew(forward)
         self.forwards.append(forward)
 
@@ -296,14 +319,3 @@ class _Passed:
 
 
 _taps: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Tap]] = weakref.WeakKeyDictionary()  # by student
-
-
-def _descends(logits: Tensor, node: Node, steps: int = 64) -> bool:
-    """Whether logits were made by a node, perhaps through casts, slices or a wrapper's identity functions."""
-    queue = [logits.grad_fn]
-    for current in queue:
-        if current is node:
-            return True
-        if current is not None and len(queue) < steps:
-            queue.extend(parent for parent, _ in current.next_functions)
-    return False

@@ -16,7 +16,7 @@ from e2kd.explainers import Explainer
 from e2kd.guards import PROBABILITIES, are_probabilities
 from e2kd.inspection import explain, explain_each
 from e2kd.losses import E2KDLoss
-from e2kd.modes import kept_statistics, undrawn, unwrap
+from e2kd.modes import kept_buffers, kept_statistics, undrawn, unwrap
 from e2kd.plans import Plan, plan_for
 from e2kd.similarity import is_zero
 from e2kd.teacher import Normalization, Teacher, expected_normalization
@@ -134,7 +134,7 @@ def check(
         )
     student, teacher = unwrap(student), unwrap(teacher)
     report = Report(Side(type(student).__name__), Side(type(teacher).__name__))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_buffers([*student.modules(), *teacher.modules()]):
         warnings.simplefilter("ignore", NoEffectWarning)
         try:
             criterion = E2KDLoss(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from e2kd.passes import Pass
+
+
+class Mark:
+    """Left at the node that made the logits: found again from whatever was computed from them, and gone with it."""
 
 
 @dataclass
@@ -24,8 +28,9 @@ class Forward:
     autocast: torch.dtype | None = None
     static_graph: bool = False  # inside DistributedDataParallel(static_graph=True)
     compiled: bool = False
-    node: Node | None = None  # what made the logits
+    mark: weakref.ref[Mark] | None = None  # lives as long as the graph of the logits
     logits: weakref.ref[Tensor] | None = None
+    version: int | None = None  # of the images, where it can be asked for
     random: bool = False  # whether it drew random numbers, where that was looked at
     explained: Pass | None = None  # of a B-cos network
     heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
@@ -40,6 +45,42 @@ class Forward:
         """The images'."""
         return self.images.device
 
+    @property
+    def alive(self) -> bool:
+        """Whether a loss may still be computed from its logits."""
+        return any(held is not None and held() is not None for held in (self.mark, self.logits))
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the images are others now than those that the student was given."""
+        return self.version is not None and self.images._version != self.version
+
+    def made(self, logits: Tensor, steps: int = 64) -> bool:
+        """Whether logits were computed from its own, perhaps through casts, slices or a wrapper's identities."""
+        mark = None if self.mark is None else self.mark()
+        queue = [logits.grad_fn]
+        for node in queue:
+            if node is None:
+                continue
+            if mark is not None and mark in _notes(node).values():
+                return True
+            if len(queue) < steps:
+                queue.extend(parent for parent, _ in node.next_functions)
+        return False
+
+    def end(self, logits: Tensor) -> None:
+        """These are its logits."""
+        self.logits = weakref.ref(logits)
+        if logits.grad_fn is not None:
+            mark = Mark()
+            self.mark = weakref.ref(mark)
+            _notes(logits.grad_fn)[id(mark)] = mark
+
     def autocasting(self) -> AbstractContextManager[Any]:
         """The precision that the forward ran in, for a teacher that is asked in the same."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def _notes(node: Node) -> dict[Any, Any]:
+    """What was left at a node of a graph."""
+    return cast("dict[Any, Any]", node.metadata)

@@ -91,6 +91,11 @@ def check_module(value: object, role: str) -> None:
     """Raise a TypeError for a student or teacher that is no module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"Expected the {role} to be a torch.nn.Module, but got {type(value).__name__}: {value!r:.60}.")
+    if isinstance(value, torch.jit.ScriptModule):
+        raise UnsupportedModel(
+            f"The {role} is TorchScript, whose layers can't be heard or differentiated twice. Pass the network that it "
+            "was made of."
+        )
     if isinstance(value, _Loss):
         raise TypeError(
             f"Expected the {role} to be a network, but got {type(value).__name__}. The order is student, teacher, "

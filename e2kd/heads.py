@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -128,9 +129,25 @@ def _reproduces(head: Head, captured: Tensor, found: Trace) -> bool:
     return logits.shape == found.logits.shape and torch.allclose(logits, found.logits, rtol=1e-4, atol=1e-5)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """A linear layer that computes what its name says: fully_shard changes the class, adapters the forward."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer computes what the name says, of a weight that it holds.
+
+    fully_shard changes the class; adapters change the forward, of the class or of the layer, or hook it; pruning and
+    norms of weights compute them anew.
+
+    >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    (True, False)
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return module._parameters.get("weight") is not None and not any(map(_is_foreign, hooks))
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook is neither of e2kd nor of torch: it may change what a layer is given and returns."""
+    where = getattr(getattr(hook, "func", hook), "__module__", None) or type(hook).__module__
+    return where.split(".")[0] not in ("e2kd", "torch")
 
 
 def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
@@ -144,7 +161,7 @@ def find_linear(site: Site, head: Head | None, found: Trace) -> str | None:
     maps = site.layout.to_maps(captured, found.image_size)
     for call in reversed(found.calls):
         linear = call.module
-        if _is_linear(linear) and call.output is not None and call.output.shape == found.logits.shape:
+        if is_plain_linear(linear) and call.output is not None and call.output.shape == found.logits.shape:
             pooled = first_tensor(call.inputs)
             if pooled is None or pooled.shape != maps.shape[:2] or not torch.equal(call.output, found.logits):
                 return None
@@ -158,7 +175,7 @@ def _has_no_more(head: Head | None, site: Site, found: Trace, linear: str, captu
     model = found.calls[-1].module if head is None else head.model
     path = site.made_by.name.split(".")
     names = {".".join(path[:n]) for n in range(len(path))} | {call.name for call in found.after(site.made_by)}
-    others = dict(_own_values(model, names - {linear}))
+    others = {name: v for name, v in _own_values(model, names) if name not in (f"{linear}.weight", f"{linear}.bias")}
     if not others:
         return True
     if head is None or any(map(is_sharded, others.values())):

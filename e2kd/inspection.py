@@ -15,6 +15,7 @@ from e2kd.choosing import default_explainer
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.guards import check_explainers, check_not_empty
+from e2kd.heads import is_plain_linear
 from e2kd.modes import as_computed, as_written, dtype_of, evaluating, replaying, untrained, unwrap
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
@@ -115,8 +116,9 @@ def _inspect_by_replay(model: nn.Module, images: Tensor, plan: Plan) -> View:
     with torch.no_grad(), captured_from(model, plan.site.producers[0].name) as kept:
         logits = logits_of(model(images))
     captured = plan.head.prologue(_kept_in(plan.site.producers[0], kept))
-    if plan.linear is not None:
-        return closed_view(captured, logits, plan, model.get_submodule(plan.linear), size)
+    classifier = None if plan.linear is None else model.get_submodule(plan.linear)
+    if classifier is not None and is_plain_linear(classifier):
+        return closed_view(captured, logits, plan, classifier, size)
     captured = captured.to(dtype_of(model)).requires_grad_()
     with torch.enable_grad(), replaying(model, images.device, None):
         return autograd_view(captured, _logits(plan, captured), plan, size, create_graph=False)

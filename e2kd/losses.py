@@ -209,7 +209,7 @@ class E2KDLoss(Wrapping):
         self._step = step
         self.student.expect(self._explains())
 
-    def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
+    def _teach(self, outputs: Any, logits: Tensor, targets: Any, options: dict[str, Any]) -> Tensor:
         check_not_empty(logits)
         forward = self.student.forward_of(logits)
         taught = self._taught(targets, forward.images)
@@ -225,7 +225,7 @@ class E2KDLoss(Wrapping):
             lesson = self._lesson(forward, explaining, rows, taught)
             check_batch(logits, lesson.logits)
         if self.task_weight != 0:
-            parts["task"] = task_loss(self.criterion, outputs, targets, labels)
+            parts["task"] = task_loss(self.criterion, outputs, targets, labels, **options)
             loss = loss + self.task_weight * parts["task"]
         if lesson is not None:
             parts["agreement"] = (logits.argmax(1) == lesson.logits.argmax(1)).float().mean()
@@ -238,9 +238,9 @@ class E2KDLoss(Wrapping):
         self._parts = reported(self.criterion, parts, loss)
         return loss
 
-    def _task(self, outputs: Any, targets: Any) -> Tensor:
+    def _task(self, outputs: Any, targets: Any, options: dict[str, Any]) -> Tensor:
         multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
-        return task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel)
+        return task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel, **options)
 
     def _explains(self) -> bool:
         """Whether the next step explains."""

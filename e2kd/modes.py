@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,28 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+@contextmanager
+def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Buffers are afterwards as they were, whatever observers, power iterations or running means did inside.
+
+    But those of BatchNorm, which `kept_statistics` spares.
+    """
+    owners = {id(m): m for m in modules if not isinstance(m, _BatchNorm)}.values()
+    kept = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if _can_change(b)]
+    try:
+        yield
+    finally:
+        for owner, name, buffer, value in kept:
+            owner._buffers[name] = buffer
+            if buffer.shape != value.shape:  # observers change that too
+                buffer.resize_(value.shape)
+            buffer.data.copy_(value)  # by data, so that a graph that holds it stays valid
+
+
+def _can_change(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    return buffer is not None and not buffer.is_inference() and not is_sharded(buffer)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from e2kd.errors import UnsupportedModel
 from e2kd.explainers import Explainer, fixes_weights, reads_images
 from e2kd.heads import Head, WholeModel, find_head, find_linear
 from e2kd.layout import Layout
-from e2kd.modes import dtype_of, undrawn
+from e2kd.modes import dtype_of, kept_buffers, undrawn
 from e2kd.narrow import NarrowHead, find_narrow
 from e2kd.probe import Trace
 from e2kd.sites import Site, find_site
@@ -71,7 +71,7 @@ def plan_for(model: nn.Module, explainer: Explainer, images: Tensor) -> Plan:
     if key not in known:
         for outdated in [k for k in known if k[1] != key[1]]:
             del known[outdated]
-        with undrawn(images.device):
+        with undrawn(images.device), kept_buffers(model.modules()):
             made = (
                 _of_images(model, explainer) if reads_images(explainer) else _make_plan(model, explainer.layer, images)
             )

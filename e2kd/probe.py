@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from e2kd.errors import UnsupportedModel, shape
 from e2kd.graph import before, between
-from e2kd.modes import evaluating, undrawn
+from e2kd.modes import evaluating, kept_buffers, undrawn
 from e2kd.outputs import first_tensor, logits_of
 
 CHANGES_IMAGES = (
@@ -163,8 +163,8 @@ def _watching_head(model: nn.Module) -> Iterator[list[Any]]:
 
 
 def _version(value: Any) -> int | None:
-    """Counts in-place changes of a tensor."""
-    return value._version if isinstance(value, Tensor) else None
+    """Counts in-place changes of a tensor; None where nobody counts."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 @contextmanager
@@ -212,7 +212,13 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
         raise UnsupportedModel(FSDP1.format(name=type(model).__name__))
     calls: list[Call] = []
     images = images.detach().clone().requires_grad_()
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), undrawn(images.device):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+        kept_buffers(model.modules()),
+        undrawn(images.device),
+    ):
         passed = images.clone()
         version = passed._version
         with _recording(model, calls), _watching_head(model) as given:

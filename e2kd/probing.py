@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from e2kd.bcos.images import channels_of
 from e2kd.errors import REFUSALS
-from e2kd.modes import as_written, evaluating, timm_configuration, undrawn
+from e2kd.modes import as_written, evaluating, kept_buffers, timm_configuration, undrawn
 
 SIZES = (224, 256, 299, 384, 192, 160, 128, 96, 64, 32, 28)  # large first: small images hide late layers
 
@@ -37,9 +39,16 @@ def example_images(model: nn.Module) -> Tensor | None:
     return None
 
 
+@contextmanager
+def _trying(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """A forward inside leaves the model as it was."""
+    with evaluating(model), as_written(model), kept_buffers(model.modules()), undrawn(device):
+        yield
+
+
 def _runs(model: nn.Module, images: Tensor) -> bool:
     try:
-        with torch.no_grad(), evaluating(model), as_written(model), undrawn(images.device):
+        with _trying(model, images.device), torch.no_grad():
             model(images)
     except REFUSALS:
         return False

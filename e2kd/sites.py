@@ -15,6 +15,10 @@ ALIVE = 0.5  # share of a map's cells that must have a gradient
 EARLY = 0.25  # share of a network's calls that is too little for its features to explain it
 JITTER = 0.02
 POOL = re.compile(r"Pool(ing)?(2d)?$")
+NO_GRAPH = (
+    "{name} returns logits without a graph, so they can't be explained: its forward switches gradients off "
+    "(torch.no_grad, torch.inference_mode, detach). Pass the network inside of it."
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def find_site(model: nn.Module, images: Tensor, layer: str | None = None) -> tup
         UnsupportedModel: when there is no such tensor, or the named layer does not exist, has no map or no gradient.
     """
     plain = found = trace(model, images)
+    if not found.logits.requires_grad:
+        raise UnsupportedModel(NO_GRAPH.format(name=type(model).__name__))
     if not any(_alive(call, found, model) for call in found.calls):  # a zero-initialised head hides every gradient
         found = trace(model, images, jitter=JITTER)
     call = _search(model, found) if layer is None else _named(model, found, layer)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from e2kd.bcos.images import check_range
 from e2kd.bcos.statistics import Kept, NotKept
 from e2kd.capture import COMPILED, NO_RECORD, Tap
-from e2kd.errors import UnsupportedModel, shape
+from e2kd.errors import UnsupportedModel, shape, taking_images
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.forward import Forward
-from e2kd.heads import Head
+from e2kd.heads import Head, is_plain_linear
 from e2kd.held import Holding, holding_of, uses_batch
 from e2kd.kernels import fused_attention_between, math_kernel
-from e2kd.modes import as_written, dtype_of, replaying
+from e2kd.modes import as_written, dtype_of, kept_buffers, replaying
 from e2kd.narrow import NarrowHead, NotNarrow
 from e2kd.passes import PassKeeper, alone_in_batch
 from e2kd.plans import Plan, plan_for
@@ -63,6 +63,7 @@ NO_PICKLE = (
     "The criterion listens to the network that it trains in this process, so it can't be pickled. Save that network, "
     "and the step of an E2KDLoss, and build the criterion anew where they are loaded."
 )
+ALONE = "Its layers are found by calling it with images alone: give what else it takes a default."
 ONE_CELL = (
     "The student's maps have one cell (at {place}), which says nothing about where it looks. That layer was found on "
     "noise of {noise}. Pass some of your images, E2KDLoss(..., example=images), to have an earlier one found, or name "
@@ -101,6 +102,7 @@ class StudentExplainer:
         self.failed: dict[bool, set[str]] = {True: set(), False: set()}  # in train and in eval mode
         self.last: str | None = None
         self.checks = 0
+        self.parts: list[nn.Module] = []  # that run after the site
         example = example_images(student) if images is None else images
         self.noise = None if example is None or images is not None else shape(example.shape)  # that stood for images
         weakref.finalize(self, self.tap.remove)
@@ -127,7 +129,8 @@ class StudentExplainer:
         self.tap.first = None
         few = images[:2].to(dtype_of(self.student))
         if self.plan is None:
-            self.prepare(few)
+            with taking_images("student", self.student, few.shape, ALONE):
+                self.prepare(few)
         elif self._outgrows_images((images.shape[-2], images.shape[-1])) and not is_any_sharded(self.student):
             with suppress(UnsupportedModel):  # what can't be explained may still be distilled; `view` will say so
                 self.prepare(few)
@@ -144,7 +147,7 @@ class StudentExplainer:
         with _outside_of_hosts(images.device), self.tap.silent(), as_written(self.student):
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.read(self.plan.site)
-        self.holding = None
+        self.holding, self.parts = None, self._parts(self.plan)
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
             holding = self.holding = holding_of(self.student)
             self.tap.run_within(self.plan.after, math_kernel)
@@ -177,9 +180,26 @@ class StudentExplainer:
         if plan.dynamic and self._looks(forward):
             check_range(forward.images, "student")
         self._check_grid(forward, plan)
+        plan = self._as_built(plan)
         groups = groups_of(self.student, plan.after)
         gather(groups)
         return _gathering(self._view(forward, logits, plan, rows), groups)
+
+    def _as_built(self, plan: Plan) -> Plan:
+        """The plan, without what holds for the modules alone that it was made with, if others run now."""
+        parts = self._parts(plan)
+        if len(parts) != len(self.parts) or any(now is not then for now, then in zip(parts, self.parts, strict=True)):
+            self.plan, self.parts, self.checks = replace(plan, linear=None, narrow=None), parts, 0
+            self.failed = {True: set(), False: set()}
+        return self._plan()
+
+    def _parts(self, plan: Plan) -> list[nn.Module]:
+        """The modules that run after the site, those that are still there."""
+        found: list[nn.Module] = []
+        for name in plan.after if plan.site is not None else ():
+            with suppress(AttributeError):
+                found.append(self.student.get_submodule(name))
+        return found
 
     def _view(self, forward: Forward, logits: Tensor, plan: Plan, rows: Tensor | None) -> View:
         """By the first way whose logits are those that were given; what fails once is not tried again."""
@@ -242,8 +262,9 @@ class StudentExplainer:
         if plan.site is None:
             yield from self._whole_ways(forward, plan, rows)
             return
-        if plan.linear is not None and forward.features is not None:
-            yield "closed", partial(self._closed, forward.features, logits, plan, plan.head, forward.size)
+        classifier = None if plan.linear is None else self.student.get_submodule(plan.linear)
+        if classifier is not None and is_plain_linear(classifier) and forward.features is not None:
+            yield "closed", partial(self._closed, forward.features, logits, plan, classifier, forward.size)
         if plan.narrow is not None:
             yield "narrow", partial(self._replay, forward, plan, plan.narrow)
         yield "replay", partial(self._replay, forward, plan, plan.head)
@@ -263,17 +284,19 @@ class StudentExplainer:
 
     def _again(self, forward: Forward, plan: Plan, rows: Tensor | None, kept: Kept | None) -> View:
         images = forward.images if rows is None else forward.images[rows]
-        with replaying(self.student, images.device, forward.rng):
+        with replaying(self.student, images.device, forward.rng), kept_buffers(self.student.modules()):
             view = whole_view(self.student, plan, images, create_graph=True, kept=kept, rows=rows)
         return replace(view, rows=rows)
 
-    def _closed(self, features: Tensor, logits: Tensor, plan: Plan, head: Head, size: tuple[int, int]) -> View:
-        assert plan.linear is not None
-        captured, linear = head.prologue(features), cast(nn.Linear, self.student.get_submodule(plan.linear))
-        view = closed_view(captured, logits, plan, linear, size)
+    def _closed(
+        self, features: Tensor, logits: Tensor, plan: Plan, classifier: nn.Linear, size: tuple[int, int]
+    ) -> View:
+        assert plan.head is not None
+        captured = plan.head.prologue(features)
+        view = closed_view(captured, logits, plan, classifier, size)
         with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
-            means = view.features.mean((2, 3)).to(dtype_of(linear))
-            pooled = F.linear(means, linear.weight, linear.bias)  # not the module, around which hosts have hooks
+            means = view.features.mean((2, 3)).to(dtype_of(classifier))
+            pooled = F.linear(means, classifier.weight, classifier.bias)  # not the module: hosts have hooks there
         return replace(view, logits=pooled)
 
     def _replay(self, forward: Forward, plan: Plan, run: Head | NarrowHead) -> View:
@@ -282,7 +305,8 @@ class StudentExplainer:
         source = forward.features.to(dtype_of(self.student))
         if not source.requires_grad:  # the features of a frozen trunk
             source = source.detach().requires_grad_()
-        with replaying(self.student, source.device, forward.rng):
+        stateful = (part for module in self.parts for part in module.modules())
+        with replaying(self.student, source.device, forward.rng), kept_buffers(stateful):
             captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
             return autograd_view(captured, run(captured), plan, forward.size, create_graph=True)
 
@@ -299,7 +323,7 @@ class StudentExplainer:
         if forward.compiled or forward.static_graph:
             where = "a compiled student" if forward.compiled else "DistributedDataParallel(static_graph=True)"
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
-        if forward.features is None or not forward.features.requires_grad or forward.node is None:
+        if forward.features is None or not forward.features.requires_grad or forward.mark is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
         mixing = [name for name in self._norms(plan) if uses_batch(self.student.get_submodule(name))]
         if mixing and self.holding is None:

@@ -21,16 +21,30 @@ IGNORED = -100  # a label that counts for nothing, as in torch's and Hugging Fac
 
 
 def task_loss(
-    criterion: Callable[..., Tensor] | None, outputs: Any, targets: Any, labels: Any, *, multilabel: bool = False
+    criterion: Callable[..., Tensor] | None,
+    outputs: Any,
+    targets: Any,
+    labels: Any,
+    *,
+    multilabel: bool = False,
+    **options: Any,
 ) -> Tensor:
     """The wrapped criterion's loss, or what stands in for it.
 
     A criterion of e2kd inside of another is given the targets as they came, any other the labels.
+
+    Args:
+        options: what else it was called with.
     """
     logits = logits_of(outputs)
-    if criterion is None:
-        return default_task(logits, labels, multilabel=multilabel)
-    return criterion(task_input(outputs, logits), targets if takes_lessons(criterion) else labels)
+    if criterion is not None:
+        return criterion(task_input(outputs, logits), targets if takes_lessons(criterion) else labels, **options)
+    if options:
+        raise TypeError(
+            f"Expected outputs and targets alone, since there is no criterion that could take {', '.join(options)}. "
+            "Leave that out, or pass the criterion that takes it."
+        )
+    return default_task(logits, labels, multilabel=multilabel)
 
 
 def takes_lessons(criterion: object) -> bool:

@@ -55,7 +55,7 @@ class Wrapping(nn.Module):
         targets: Any = None,
         *,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        **options: Any,
     ) -> Tensor:
         """The loss [] for the student's outputs.
 
@@ -64,15 +64,18 @@ class Wrapping(nn.Module):
             targets: what the criterion takes, None for pure distillation; `Taught` from a `FrozenDataset`.
             num_items_in_batch: labels of the whole accumulated batch, over all processes (Hugging Face Trainer); the
                 loss is then this call's share of the batch's mean.
+            options: for the criterion, as they are.
         """
         if torch.compiler.is_compiling():  # a whole step; asked for only then, since it loads the compiler
-            loss: Tensor = torch.compiler.disable(self.forward)(outputs, targets, num_items_in_batch=num_items_in_batch)
+            loss: Tensor = torch.compiler.disable(self.forward)(
+                outputs, targets, num_items_in_batch=num_items_in_batch, **options
+            )
             return loss
         logits = logits_of(outputs)
         if is_teaching(self, self.tap.student, logits):
-            loss = self._teach(outputs, logits, targets)
+            loss = self._teach(outputs, logits, targets, options)
         else:
-            loss = self._task(outputs, targets)
+            loss = self._task(outputs, targets, options)
         return loss if num_items_in_batch is None else loss * share(logits, self._labels(targets), num_items_in_batch)
 
     def adopt(self, teacher: Teacher) -> Teacher:
@@ -97,12 +100,12 @@ class Wrapping(nn.Module):
             if isinstance(module, Wrapping) and isinstance(self.teacher, Teacher):
                 self.teacher = module.adopt(self.teacher)
 
-    def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
+    def _teach(self, outputs: Any, logits: Tensor, targets: Any, options: dict[str, Any]) -> Tensor:
         """The loss [] of a training step, whose `_parts` it leaves."""
         raise NotImplementedError
 
-    def _task(self, outputs: Any, targets: Any) -> Tensor:
-        return task_loss(self.criterion, outputs, targets, self._labels(targets))
+    def _task(self, outputs: Any, targets: Any, options: dict[str, Any]) -> Tensor:
+        return task_loss(self.criterion, outputs, targets, self._labels(targets), **options)
 
     def _labels(self, targets: Any) -> Any:
         return self.teacher.labels(targets) if isinstance(self.teacher, Prepared) else labels_of(targets)

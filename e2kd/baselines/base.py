@@ -229,13 +229,13 @@ class Baseline(Wrapping, ABC):
         if isinstance(self.teacher, Teacher):
             self.teacher.dismiss(self.ear)
 
-    def _teach(self, outputs: Any, logits: Tensor, targets: Any) -> Tensor:
+    def _teach(self, outputs: Any, logits: Tensor, targets: Any, options: dict[str, Any]) -> Tensor:
         check_not_empty(logits)
         forward = self.tap.forward_of(logits)
         zero = at_least_float32(logits.new_zeros(()))
         parts = {"task": zero, self.name: zero}
         if self.criterion is not None:  # first, so that this one hears what a criterion inside asks the teacher
-            parts["task"] = self._task(outputs, targets)
+            parts["task"] = self._task(outputs, targets, options)
         else:  # the graph of all that made the logits, whose gradients several processes wait for
             parts["task"] = at_least_float32(logits).mean() * 0
         if self.weight != 0:

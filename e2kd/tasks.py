@@ -34,16 +34,11 @@ def task_loss(
     A criterion of e2kd inside of another is given the targets as they came, any other the labels.
 
     Args:
-        options: what else it was called with.
+        options: what else the criterion is called with.
     """
     logits = logits_of(outputs)
     if criterion is not None:
         return criterion(task_input(outputs, logits), targets if takes_lessons(criterion) else labels, **options)
-    if options:
-        raise TypeError(
-            f"Expected outputs and targets alone, since there is no criterion that could take {', '.join(options)}. "
-            "Leave that out, or pass the criterion that takes it."
-        )
     return default_task(logits, labels, multilabel=multilabel)
 
 

@@ -20,6 +20,10 @@ TAUGHT_FOR_LIVE = (
     "The targets are lessons of a frozen teacher (e2kd.Taught), but the criterion was built with a live one. Pass "
     "`targets.labels`, or build the criterion with the cache: E2KDLoss(student, FrozenTeacher.open(path), ...)."
 )
+UNTAKEN = (
+    "Expected outputs and targets alone, since there is no criterion that could take {names}. Leave that out, or pass "
+    "the criterion that takes it."
+)
 
 
 class Wrapping(nn.Module):
@@ -71,6 +75,8 @@ class Wrapping(nn.Module):
                 outputs, targets, num_items_in_batch=num_items_in_batch, **options
             )
             return loss
+        if options and self.criterion is None:
+            raise TypeError(UNTAKEN.format(names=", ".join(options)))
         logits = logits_of(outputs)
         if is_teaching(self, self.tap.student, logits):
             loss = self._teach(outputs, logits, targets, options)

@@ -1,4 +1,4 @@
-"""The oldest hosts that e2kd promises: python -m benchmarks.versions [NAME ...]
+"""The oldest PyTorch and hosts that e2kd promises: python -m benchmarks.versions [NAME ...]
 
 Each is installed from the package registry into a folder of its own, in front of what is installed here, and has to
 pass the tests that are named with it. The newest are what all other tests run with.
@@ -19,10 +19,15 @@ from benchmarks.common import ROOT
 
 @dataclass(frozen=True)
 class Oldest:
-    """Packages without their dependencies, and words for pytest."""
+    """Packages, and words for pytest.
+
+    Attributes:
+        alone: whether packages are installed without their dependencies.
+    """
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
+    alone: bool = True
 
 
 # What transformers 4 needs and 5 does not, at versions that fit.
@@ -31,6 +36,14 @@ NEEDED = (
     *("requests==2.34.2", "urllib3==2.8.0", "idna==3.20", "certifi", "charset-normalizer"),
 )
 OLDEST = {
+    "PyTorch": Oldest(
+        ("torch==2.6.0", "torchvision==0.21.0"),
+        (
+            *("tests/test_losses.py", "tests/test_explainers.py", "tests/test_unusual_networks.py"),
+            *("tests/test_bcos_training.py", "-k", "not compiled"),
+        ),
+        alone=False,
+    ),
     "timm's tasks": Oldest(
         ("timm==1.0.27",), ("tests/test_trainers.py", "-k", "task or launcher or averages or (resumed_run and timm)")
     ),
@@ -48,14 +61,16 @@ class NoRegistry(RuntimeError):
     """Packages could not be installed."""
 
 
-def install(packages: tuple[str, ...], folder: Path) -> None:
+def install(oldest: Oldest, folder: Path) -> None:
     """Bring packages into a folder. Raises NoRegistry if that can't be done."""
-    words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
+    words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1"]
+    words += ["--no-deps"] * oldest.alone
     done = subprocess.run(
-        [sys.executable, *words, "--target", str(folder), *packages], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, *words, "--target", str(folder), *oldest.packages],
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
     if done.returncode != 0:
-        raise NoRegistry(f"pip could not install {', '.join(packages)}: {done.stderr.strip()[-500:]}")
+        raise NoRegistry(f"pip could not install {', '.join(oldest.packages)}: {done.stderr.strip()[-500:]}")
 
 
 def passes(oldest: Oldest, folder: Path) -> tuple[bool, str]:
@@ -72,7 +87,7 @@ def main() -> None:
     failed = []
     for name in parser.parse_args().names or OLDEST:
         with tempfile.TemporaryDirectory() as folder:
-            install(OLDEST[name].packages, Path(folder))
+            install(OLDEST[name], Path(folder))
             good, said = passes(OLDEST[name], Path(folder))
         print(f"{name}, {OLDEST[name].packages[0]}: {said.strip().splitlines()[-1]}", flush=True)
         failed += [] if good else [f"{name}:\n{said}"]

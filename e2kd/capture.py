@@ -206,7 +206,7 @@ class Tap:
         self.forwards = [forward for forward in self.forwards if forward.alive]
         images = images_in(args, kwargs)
         if images is not None and self.first is not None and (meeting := self.first()) is not None:
-            _uncompiled(meeting.meet)(images)
+            meeting.meet(images)
         forward, self.open = self._begin(images), True
         if forward is None:
             return None
@@ -261,11 +261,6 @@ class Tap:
         if not self.at_images or forward.rng is None:
             return False
         return _differ(forward.rng, rng_state(forward.device))
-
-
-def _uncompiled(action: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """An action of a hook that torch.compile must not take for a part of the student (torch 2.6 does)."""
-    return torch.compiler.disable(action) if "torch._dynamo" in sys.modules else action
 
 
 def _forget_compiled() -> None:

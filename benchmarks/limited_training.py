@@ -31,7 +31,7 @@ SPARING = {
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
-UNDER_ALL = {"at": 1.0, "fitnets": 1.0, "afd": 5.0, "reviewkd": 25.0}  # times a rival's own weight
+UNDER_ALL = {"at": 1.0, "fitnets": 1.0, "afd": 5.0, "reviewkd": 25.0, "overhaul": 25.0}  # times a rival's own weight
 TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
 SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER)
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain

@@ -47,9 +47,9 @@ class Region(NamedTuple):
         share = torch.ones_like(x + y)
         for axis, (centre, width) in enumerate(project_squares(self.matrices, x, y)):
             low, high = (self.box[:, k, None, None] for k in (axis, axis + 2))
-            reach = width * side / 2
-            overlap = torch.minimum(centre + reach, high) - torch.maximum(centre - reach, low)
-            share = share * (overlap / (2 * reach)).clamp(0, 1)
+            whole, reach = width * side, width * side / 2
+            outside = (centre + reach - high).clamp(0) + (low - centre + reach).clamp(0)  # exactly 0 for what is inside
+            share = share * ((whole - outside) / whole).clamp(0, 1)
         return share
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from e2kd.frozen.exact import exact
 from e2kd.frozen.geometry import composed, follow, framed
 from e2kd.frozen.matching import check_labels, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
@@ -75,6 +76,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         pack: bool = False,
     ) -> None:
         self.dataset, self.frozen, self.pack = dataset, frozen, pack
+        self._exact = exact(dataset)
         self.matched = match_rows(dataset, frozen, ids, match)
         if len(dataset):
             self._check_images()
@@ -87,7 +89,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         frozen_first = np.flatnonzero(self.matched.rows == 0)
         if len(frozen_first) and self.matched.names is not None:  # pixels that are the name are compared at every read
             place = int(frozen_first[0])
-            check_unchanged(self.frozen.view(image_and_label(self.dataset[place])[0]), place, self.frozen)
+            check_unchanged(self.frozen.view(image_and_label(self._exact[place])[0]), place, self.frozen)
 
     @property
     def transform(self) -> Any:
@@ -108,7 +110,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any]]:
         """Several samples with one read of the cache; what `DataLoader` calls."""
         places = [self._place(int(i)) for i in indices]
-        pairs = [image_and_label(self.dataset[i]) for i in places]
+        pairs = [image_and_label(self._exact[i]) for i in places]
         originals, labels = [image for image, _ in pairs], [label for _, label in pairs]
         names = self.matched.names
         views = [] if names is not None and self._recorder else [self.frozen.view(image) for image in originals]

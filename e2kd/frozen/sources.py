@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from e2kd.errors import shape
 from e2kd.frozen.errors import listed
+from e2kd.frozen.exact import exact
 from e2kd.frozen.samples import image_and_label, pixel_hash
 from e2kd.frozen.views import CanonicalView
 
@@ -52,13 +53,14 @@ class Source(Dataset[Sample | Unreadable]):
 
     def __init__(self, dataset: Any, view: CanonicalView, hashes: np.ndarray | None) -> None:
         self.dataset, self.view, self.hashes = dataset, view, hashes
+        self.exact = exact(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, row: int) -> Sample:
         """One sample; raises what the data set raises."""
-        image, label = image_and_label(self.dataset[row])
+        image, label = image_and_label(self.exact[row])
         image = self.view(image)
         return Sample(row, image, label, pixel_hash(image) if self.hashes is None else int(self.hashes[row]))
 

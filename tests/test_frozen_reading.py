@@ -1,0 +1,100 @@
+"""What is read from a data set is the sample that was asked for, as it was frozen; else it is said what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchvision.transforms import v2
+
+import e2kd
+
+PLAIN = ((0.5,) * 3, (0.5,) * 3)
+AUGMENT = v2.Compose([v2.RandomHorizontalFlip(0.0), v2.PILToTensor()])
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU())
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def picture(seed: int, height: int = 24, width: int = 32) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def folder(root: Path, count: int = 9, seed: int = 0) -> Path:
+    """Photos of three classes: root/a/0.png, root/a/1.png, ..."""
+    for k in range(count):
+        path = root / "abc"[k % 3] / f"{k // 3}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(100 * seed + k).save(path)
+    return root
+
+
+def frozen(dataset: Any, path: Path, **settings: Any) -> e2kd.FrozenTeacher:
+    settings = {"view": 16, "normalization": PLAIN, "progress": False, **settings}
+    cache = e2kd.freeze(net(), dataset, path, **settings)
+    assert cache is not None
+    return cache
+
+
+# timm's data sets
+
+
+def cut_short(root: Path, name: str) -> None:
+    data = (root / name).read_bytes()
+    (root / name).write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("transform", [None, AUGMENT])
+def test_a_photo_that_timm_can_not_read_is_not_replaced_by_the_next(
+    tmp_path: Path, transform: Any, nested: bool
+) -> None:
+    root = folder(tmp_path / "photos")
+    photos = create_dataset("", root)
+    dataset = Subset(ConcatDataset([photos]), range(9)) if nested else photos
+    cache = frozen(dataset, tmp_path / "cache")
+    taught, name = e2kd.FrozenDataset(dataset, cache, transform=transform), photos.filename(4)
+    assert torch.equal(taught[4][1].logits, cache.rows([4]).logits[0])
+    cut_short(root, name)
+    with pytest.raises((ValueError, OSError), match=rf"sample 4 \('{name}'\)|truncated"):
+        taught[4]
+    assert torch.equal(taught[5][1].logits, cache.rows([5]).logits[0])
+
+
+def test_a_photo_that_timm_can_not_read_is_told_of_when_frozen(tmp_path: Path) -> None:
+    root = folder(tmp_path / "photos")
+    (root / "b" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1 samples could not be read: sample 4: .*\('b/1.png'\)"):
+        frozen(create_dataset("", root), tmp_path / "cache")
+
+
+# Images of more than 8 bits
+
+
+class Scans(Dataset[Any]):
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        grey = np.asarray(picture(index).convert("L")).astype(np.uint16) * 257
+        return Image.fromarray(grey).convert(self.mode) if self.mode != "I;16" else Image.fromarray(grey), 0
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path, mode: str) -> None:
+    with pytest.raises(TypeError, match=f'8 bits, but the data set gave one of mode "{mode}"'):
+        frozen(Scans(mode), tmp_path)

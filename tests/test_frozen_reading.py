@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import e2kd
+from e2kd.frozen.samples import names_of
 
 PLAIN = ((0.5,) * 3, (0.5,) * 3)
 AUGMENT = v2.Compose([v2.RandomHorizontalFlip(0.0), v2.PILToTensor()])
@@ -98,3 +101,21 @@ class Scans(Dataset[Any]):
 def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path, mode: str) -> None:
     with pytest.raises(TypeError, match=f'8 bits, but the data set gave one of mode "{mode}"'):
         frozen(Scans(mode), tmp_path)
+
+
+# Transforms that are set later
+
+
+@pytest.mark.parametrize("transform", [None, AUGMENT])
+def test_a_transform_that_another_part_of_a_split_is_given_is_noticed(tmp_path: Path, transform: Any) -> None:
+    root = folder(tmp_path / "photos")
+    cache = frozen(ImageFolder(root), tmp_path / "cache")
+    train, held_out = random_split(ImageFolder(root), [6, 3], torch.Generator().manual_seed(0))
+    taught = e2kd.FrozenDataset(ConcatDataset([train]), cache, ids=names_of(train), match="id", transform=transform)
+    copied = pickle.loads(pickle.dumps(taught))
+    assert torch.equal(copied[0][1].maps, taught[0][1].maps)
+    held_out.dataset.transform = v2.RandomVerticalFlip(1.0)
+    with pytest.raises(ValueError, match="another one than when FrozenDataset was built.*transform="):
+        taught[0]
+    held_out.dataset.transform = None
+    assert len(taught.__getitems__([0, 1])) == 2

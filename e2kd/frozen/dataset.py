@@ -13,7 +13,7 @@ from e2kd.frozen.exact import exact
 from e2kd.frozen.geometry import composed, follow, framed
 from e2kd.frozen.matching import check_labels, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
-from e2kd.frozen.samples import image_and_label, pixel_hash
+from e2kd.frozen.samples import image_and_label, pixel_hash, transforms_of
 from e2kd.frozen.sources import Source, unsteady
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.taught import Taught, all_known
@@ -21,6 +21,11 @@ from e2kd.taught import Taught, all_known
 UNSTEADY = (
     "The data set gives another image each time it is asked for sample {row}, so it has a random transform of its own, "
     "which the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."
+)
+SET_LATER = (
+    "The transform of the data set is another one than when FrozenDataset was built: it was set on it since, perhaps by "
+    "way of another part of one random_split, and the maps would not fit the images. Give each part a data set of its "
+    "own, and FrozenDataset what is to augment its images, transform=."
 )
 NOT_RECORDED = (
     "pack=True needs the whole transform here, where it is followed: {came}. Give FrozenDataset transform=, up to a "
@@ -76,7 +81,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         pack: bool = False,
     ) -> None:
         self.dataset, self.frozen, self.pack = dataset, frozen, pack
-        self._exact = exact(dataset)
+        self._exact, self._transforms = exact(dataset), transforms_of(dataset)
         self.matched = match_rows(dataset, frozen, ids, match)
         if len(dataset):
             self._check_images()
@@ -109,6 +114,8 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any]]:
         """Several samples with one read of the cache; what `DataLoader` calls."""
+        if transforms_of(self.dataset) != self._transforms:
+            raise ValueError(SET_LATER)
         places = [self._place(int(i)) for i in indices]
         pairs = [image_and_label(self._exact[i]) for i in places]
         originals, labels = [image for image, _ in pairs], [label for _, label in pairs]

@@ -97,6 +97,15 @@ def transformed(dataset: Any) -> bool | None:
     return dataset.transform is not None or getattr(joint, "transform", joint) is not None
 
 
+def transforms_of(dataset: Any) -> tuple[Any, ...]:
+    """What a data set and its parts put images through, as torchvision and timm name it: to see whether it changed."""
+    if isinstance(dataset, Subset):
+        return transforms_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return tuple(found for part in dataset.datasets for found in transforms_of(part))
+    return getattr(dataset, "transform", None), getattr(dataset, "transforms", None)
+
+
 def hashes_of(names: Sequence[str]) -> np.ndarray:
     """64-bit hashes of names, [N] uint64.
 

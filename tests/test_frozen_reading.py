@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -115,7 +115,99 @@ def test_a_transform_that_another_part_of_a_split_is_given_is_noticed(tmp_path: 
     copied = pickle.loads(pickle.dumps(taught))
     assert torch.equal(copied[0][1].maps, taught[0][1].maps)
     held_out.dataset.transform = v2.RandomVerticalFlip(1.0)
-    with pytest.raises(ValueError, match="another one than when FrozenDataset was built.*transform="):
+    with pytest.raises(ValueError, match=r"another one than when FrozenDataset was built.*transform="):
         taught[0]
     held_out.dataset.transform = None
     assert len(taught.__getitems__([0, 1])) == 2
+
+
+# Pictures that were replaced under their names
+
+
+def parts(root: Path, order: str) -> ConcatDataset[Any]:
+    return ConcatDataset([ImageFolder(root / name) for name in order])
+
+
+@pytest.mark.parametrize("transform", [None, AUGMENT])
+def test_other_pictures_with_the_same_names_are_refused(tmp_path: Path, transform: Any) -> None:
+    for seed, name in enumerate("xyz"):
+        folder(tmp_path / name, seed=seed)
+    cache = frozen(parts(tmp_path, "xyz"), tmp_path / "cache")
+    e2kd.FrozenDataset(parts(tmp_path, "xyz"), cache, transform=transform)
+    with pytest.raises(ValueError, match=r"Sample \d+ \('1/[abc]/\d.png'\) has the name of one .* not look like it"):
+        e2kd.FrozenDataset(parts(tmp_path, "xzy"), cache, transform=transform)
+    cache = frozen(ImageFolder(tmp_path / "x"), tmp_path / "another")
+    with pytest.raises(ValueError, match=r"Sample 0 \('a/1.png'\) has the name of one .* not look like it"):
+        e2kd.FrozenDataset(Subset(ImageFolder(tmp_path / "y"), range(1, 9)), cache, transform=transform)
+
+
+def turned(path: str) -> Image.Image:
+    return Image.open(path).transpose(Image.Transpose.ROTATE_180)
+
+
+def test_pictures_that_a_loader_turns_now_are_refused(tmp_path: Path) -> None:
+    cache = frozen(ImageFolder(folder(tmp_path / "photos")), tmp_path / "cache")
+    with pytest.raises(ValueError, match="not look like it"):
+        e2kd.FrozenDataset(Subset(ImageFolder(tmp_path / "photos", loader=turned), [4, 5]), cache)
+
+
+def test_a_picture_that_was_replaced_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    root = folder(tmp_path / "photos", count=60)
+    cache = frozen(ImageFolder(root), tmp_path / "cache")
+    taught = e2kd.FrozenDataset(ImageFolder(root), cache)
+    picture(1000).save(root / "a" / "1.png")
+    with pytest.raises(ValueError, match=r"Sample 1 \('a/1.png'\) has the name"):
+        taught.__getitems__([0, 1])
+    assert torch.equal(taught[2][1].logits, cache.rows([2]).logits[0])
+    with pytest.raises(ValueError, match=r"Sample 1 \('a/1.png'\) has the name"):
+        cache.verify(net(), ImageFolder(root), augmentations={})
+
+
+def test_pictures_that_are_decoded_a_little_differently_are_the_same(tmp_path: Path) -> None:
+    def decoded(path: str) -> Image.Image:
+        pixels = np.asarray(Image.open(path)).astype(np.int16)
+        noise = np.random.default_rng(len(path)).integers(-3, 4, pixels.shape)
+        return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+
+    cache = frozen(ImageFolder(folder(tmp_path / "photos")), tmp_path / "cache")
+    taught = e2kd.FrozenDataset(ImageFolder(tmp_path / "photos", loader=decoded), cache)
+    assert len(taught.__getitems__(list(range(9)))) == 9
+
+
+def test_floating_point_images_with_names_are_known_by_their_looks(tmp_path: Path) -> None:
+    def dataset(seed: int) -> ImageFolder:
+        as_tensors = v2.Compose([v2.Resize(16), v2.CenterCrop(16), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+        return ImageFolder(folder(tmp_path / str(seed), seed=seed), transform=as_tensors)
+
+    cache = frozen(dataset(0), tmp_path / "cache", view=None, normalization=None)
+    assert len(e2kd.FrozenDataset(dataset(0), cache).__getitems__([0, 8])) == 2
+    with pytest.raises(ValueError, match="not look like it"):
+        e2kd.FrozenDataset(Subset(dataset(1), [5]), cache)
+
+
+def test_samples_without_names_keep_no_looks(tmp_path: Path) -> None:
+    data = TensorDataset(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), torch.arange(4) % 3)
+    assert frozen(data, tmp_path / "cache").rows([0, 1]).looks.shape == (2, 0)
+
+
+# Freezing again into a folder that has rows
+
+
+@pytest.mark.parametrize("replaced", ["a/0.png", "a/1.png"])
+def test_freezing_again_does_not_keep_rows_of_pictures_that_were_replaced(tmp_path: Path, replaced: str) -> None:
+    root = folder(tmp_path / "photos")
+    cache = frozen(ImageFolder(root), tmp_path / "cache", shard_rows=2)
+    (tmp_path / "cache" / "manifest.json").unlink()
+    (tmp_path / "cache" / "shard-000003.safetensors").unlink()
+    assert len(frozen(ImageFolder(root), tmp_path / "cache", shard_rows=2)) == len(cache)
+    picture(1000).save(root / replaced)
+    with pytest.raises(ValueError, match=r"Sample [01] is not the picture that it was .* Delete the folder"):
+        frozen(ImageFolder(root), tmp_path / "cache", shard_rows=2)
+
+
+def test_freezing_pixels_again_does_not_keep_rows_of_others(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    frozen(TensorDataset(images, torch.arange(6) % 3), tmp_path / "cache")
+    images[4] = 255 - images[4]
+    with pytest.raises(ValueError, match="Sample 4 is not the picture that it was"):
+        frozen(TensorDataset(images, torch.arange(6) % 3), tmp_path / "cache")

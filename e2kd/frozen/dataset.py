@@ -11,21 +11,22 @@ from torch.utils.data import Dataset
 
 from e2kd.frozen.exact import exact
 from e2kd.frozen.geometry import composed, follow, framed
-from e2kd.frozen.matching import check_labels, check_unchanged, match_rows
+from e2kd.frozen.matching import check_labels, check_looks, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
 from e2kd.frozen.samples import image_and_label, pixel_hash, transforms_of
-from e2kd.frozen.sources import Source, unsteady
+from e2kd.frozen.sources import Sample, Source, spread, unsteady
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.taught import Taught, all_known
 
+LOOKED_AT = 16  # samples, spread over the data set, that are compared with what was frozen
 UNSTEADY = (
     "The data set gives another image each time it is asked for sample {row}, so it has a random transform of its own, "
     "which the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."
 )
 SET_LATER = (
-    "The transform of the data set is another one than when FrozenDataset was built: it was set on it since, perhaps by "
-    "way of another part of one random_split, and the maps would not fit the images. Give each part a data set of its "
-    "own, and FrozenDataset what is to augment its images, transform=."
+    "The transform of the data set is another one than when FrozenDataset was built: it was set since, perhaps by way "
+    "of another part of one random_split, and the maps would not fit the images. Give each part a data set of its own, "
+    "and FrozenDataset what is to augment its images, transform=."
 )
 NOT_RECORDED = (
     "pack=True needs the whole transform here, where it is followed: {came}. Give FrozenDataset transform=, up to a "
@@ -89,12 +90,21 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
 
     def _check_images(self) -> None:
         """Raise a ValueError for a data set with a transform of its own."""
-        if (row := unsteady(Source(self.dataset, self.frozen.view, self.matched.names))) is not None:
+        source = Source(self.dataset, self.frozen.view, self.matched.names)
+        if (row := unsteady(source)) is not None:
             raise ValueError(UNSTEADY.format(row=row))
         frozen_first = np.flatnonzero(self.matched.rows == 0)
         if len(frozen_first) and self.matched.names is not None:  # pixels that are the name are compared at every read
             place = int(frozen_first[0])
             check_unchanged(self.frozen.view(image_and_label(self._exact[place])[0]), place, self.frozen)
+        if self.frozen.store.record.looks:
+            self._check_looks([found for k in spread(len(self), LOOKED_AT) if isinstance(found := source[k], Sample)])
+
+    def _check_looks(self, samples: list[Sample]) -> None:
+        """Raise a ValueError for samples that don't look as they did; where there is a transform, no read shows it."""
+        places = [sample.row for sample in samples]
+        stored = self.frozen.rows(self.matched.rows[places]).looks
+        check_looks([sample.image for sample in samples], stored, places, self.dataset)
 
     @property
     def transform(self) -> Any:
@@ -124,6 +134,8 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         lessons = self.frozen.rows(self.matched.rows[places])
         found = np.array([pixel_hash(i) for i in views], np.uint64) if names is None else names[places]
         self.matched.check(found, lessons.ids, places)
+        if views:
+            check_looks(views, lessons.looks, places, self.dataset)
         if self.frozen.choice == "labels" and self.frozen.explains:
             check_labels(labels, lessons.classes, places)
         images, maps, valid = self._augmented(originals, views, lessons.maps)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from e2kd.frozen.samples import class_names_of, hashes_of, names_of, thumbnail, transformed
+from e2kd.frozen.looks import ALLOWED, Looks, apart, looks_of, thumbnail
+from e2kd.frozen.samples import class_names_of, hashes_of, names_of, transformed
 
 if TYPE_CHECKING:
     from e2kd.frozen.teacher import FrozenTeacher
@@ -21,7 +22,12 @@ ANOTHER_TRANSFORM = (
     "The data set {now}, but it {then} when it was frozen, so the maps would not fit the images. Give FrozenDataset "
     "the data set as it was, and what is to augment it as transform=; or freeze it again as it is now."
 )
-ALLOWED = 0.01  # mean difference of thumbnails: decoders of JPEG files differ by less, transforms by more
+ANOTHER_PICTURE = (
+    "Sample {place}{name} has the name of one that was frozen but does not look like it: pixels differ by {apart:.2f} "
+    f"in the mean (range 0 to 1, allowed: {ALLOWED}). If the data set has a transform, take it off and give it to "
+    "FrozenDataset, transform=, or use JointAugmentation: maps must follow it. If its images were replaced, or are "
+    "those of another data set with the same names, freeze it as it is now, into another folder."
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,24 @@ def check_labels(labels: Sequence[Any], explained: Tensor, places: Sequence[int]
 def check_unchanged(image: Tensor, place: int, frozen: FrozenTeacher) -> None:
     """Raise a ValueError unless the canonical image [C, H, W] of a data set's `place` is that of the cache's row 0."""
     now, then = thumbnail(image), torch.tensor(frozen.plan["first_image"])
-    apart = (now - then).abs().mean().item() if now.shape == then.shape else float("inf")
-    if not apart <= ALLOWED:
-        raise ValueError(
-            f"Sample {place} has the name of one that was frozen but does not look like it: pixels differ by "
-            f"{apart:.2f} in the mean (range 0 to 1, allowed: {ALLOWED}). If the data set has a transform, take it off "
-            "and give it to FrozenDataset, transform=, or use JointAugmentation: maps must follow it. If its images "
-            "were replaced, freeze it again."
-        )
+    far = (now - then).abs().mean().item() if now.shape == then.shape else float("inf")
+    if not far <= ALLOWED:
+        raise ValueError(ANOTHER_PICTURE.format(place=place, name="", apart=far))
+
+
+def check_looks(images: Sequence[Tensor], stored: Looks, places: Sequence[int], dataset: Any) -> None:
+    """Raise a ValueError unless canonical images [C, H, W] look as they did when their rows were frozen, [B, 16].
+
+    Nothing is compared where that was not kept, [B, 0].
+    """
+    if not stored.size:
+        return
+    far = apart(looks_of(images), stored)
+    wrong = np.flatnonzero(~(far <= ALLOWED))
+    if len(wrong):
+        place, names = places[int(wrong[0])], names_of(dataset)
+        name = "" if names is None else f" ({names[place]!r})"
+        raise ValueError(ANOTHER_PICTURE.format(place=place, name=name, apart=float(far[wrong[0]])))
 
 
 def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, match: str) -> Matched:

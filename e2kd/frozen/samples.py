@@ -9,8 +9,6 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
@@ -118,15 +116,6 @@ def hashes_of(names: Sequence[str]) -> np.ndarray:
         double = names[int(np.flatnonzero(hashes == values[counts > 1][0])[0])]
         raise ValueError(f"Expected every sample to have its own name, but {double!r} comes more than once.")
     return hashes
-
-
-def thumbnail(image: Tensor) -> Tensor:
-    """What is left of an image [C, H, W] when it is averaged to 8 x 8 cells, [C, 8, 8]; uint8 counts from 0 to 1.
-
-    It tells an image from a transformed one, and does not mind how a JPEG was decoded.
-    """
-    pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-    return F.adaptive_avg_pool2d(pixels, 8).mul(1000).round().div(1000)
 
 
 def pixel_hash(image: Tensor) -> int:

@@ -120,12 +120,21 @@ def check_deterministic(source: Source) -> Sample:
     return source.read(0)
 
 
+def spread(count: int, many: int) -> list[int]:
+    """At most so many places, from the first to the last of `count`.
+
+    >>> spread(10, 4), spread(2, 4), spread(0, 4)
+    ([0, 3, 6, 9], [0, 1], [])
+    """
+    return list(dict.fromkeys(k * (count - 1) // (many - 1) for k in range(many if count else 0)))
+
+
 def unsteady(source: Source) -> int | None:
     """A sample that differs from one reading to the next; None if none does of a few that are spread over the data set.
 
     One that can't be read is passed over, and told of when its turn comes.
     """
-    for row in dict.fromkeys(k * (len(source) - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)):
+    for row in spread(len(source), LOOKED_AT):
         first = source[row]
         again = (source[row] for _ in range(READINGS - 1))
         if isinstance(first, Sample) and any(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -211,3 +211,43 @@ def test_freezing_pixels_again_does_not_keep_rows_of_others(tmp_path: Path) -> N
     images[4] = 255 - images[4]
     with pytest.raises(ValueError, match="Sample 4 is not the picture that it was"):
         frozen(TensorDataset(images, torch.arange(6) % 3), tmp_path / "cache")
+
+
+# Lessons of another cache
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_lessons_of_another_cache_are_refused(tmp_path: Path, pack: bool) -> None:
+    data = TensorDataset(torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.arange(6) % 3)
+    cam, grad = (frozen(data, tmp_path / str(k), explainer=how) for k, how in enumerate((e2kd.CAM(), e2kd.GradCAM())))
+    student = net().train()
+    criterion = e2kd.E2KDLoss(student, cam, nn.CrossEntropyLoss())
+    for cache, refused in ((cam, False), (grad, True)):
+        to_float = v2.ToDtype(torch.float32, scale=True)
+        samples = e2kd.FrozenDataset(data, cache, transform=to_float, pack=pack).__getitems__([0, 1, 2])
+        images, taught = default_collate(samples)
+        if refused:
+            with pytest.raises(ValueError, match="of another cache than the criterion's"):
+                criterion(student(images), taught)
+        else:
+            assert criterion(student(images), taught).isfinite()
+
+
+def test_lessons_that_do_not_say_their_cache_are_taken(tmp_path: Path) -> None:
+    data = TensorDataset(torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.arange(6) % 3)
+    cache = frozen(data, tmp_path)
+    _, taught = default_collate(e2kd.FrozenDataset(data, cache).__getitems__([0, 1]))
+    assert taught.cache.tolist() == [cache.packing.cache] * 2
+    own = e2kd.Taught(*taught[:5])
+    assert cache.taught(own) is own
+    assert own.cache.tolist() == [0, 0]
+    assert e2kd.Taught(iter(taught)).cache.tolist() == taught.cache.tolist()
+
+
+def test_labels_that_are_several_move_with_their_lessons() -> None:
+    rest = torch.zeros(2, 5), torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.zeros(2).long()
+    for labels in ([torch.zeros(2), "name"], (torch.zeros(2), "name"), {0: torch.zeros(2), 1: "name"}):
+        moved = e2kd.Taught(labels, *rest).to("meta")
+        assert type(moved.labels) is type(labels)
+        assert moved.labels[0].device.type == "meta"
+        assert moved.labels[1] == "name"

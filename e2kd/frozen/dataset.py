@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -139,7 +140,8 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         if self.frozen.choice == "labels" and self.frozen.explains:
             check_labels(labels, lessons.classes, places)
         images, maps, valid = self._augmented(originals, views, lessons.maps)
-        taught = map(Taught, labels, lessons.logits, maps, valid, lessons.classes)
+        cache = torch.full_like(lessons.classes, self.frozen.packing.cache)
+        taught = map(Taught, labels, lessons.logits, maps, valid, lessons.classes, cache)
         return [
             (image, self._packed(one, image) if self.pack else one) for image, one in zip(images, taught, strict=True)
         ]

@@ -23,6 +23,7 @@ COUNT = 24
 PIPELINES = {
     "torchvision's RandAugment": v2.Compose([v2.RandomResizedCrop(48), v2.RandAugment()]),
     "timm's": create_transform(48, is_training=True, auto_augment="rand-m9-mstd0.5-inc1"),
+    "erased now and then": v2.Compose([v2.ToImage(), v2.RandomErasing(0.5), v2.RandomErasing(0.5)]),
     "now and then": v2.Compose([v2.RandomApply([v2.RandomAffine(20)], 0.5)] * 2),
 }  # fmt: skip
 
@@ -46,7 +47,7 @@ def alone(maps: Tensor, geometries: list[Geometry]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_lesson_does_not_depend_on_its_batch(pipeline: str, cells: int) -> None:
     geometries = drawn(PIPELINES[pipeline])
-    assert len({len(geometry.frames) for geometry in geometries}) > 1
+    assert len({(len(geometry.frames), len(geometry.holes)) for geometry in geometries}) > 1
     maps = torch.rand(COUNT, 1, cells, cells, generator=torch.Generator().manual_seed(0))
     for together, single in zip(follow(maps, geometries), alone(maps, geometries), strict=True):
         torch.testing.assert_close(together, single, rtol=0, atol=1e-5)

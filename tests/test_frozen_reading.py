@@ -12,12 +12,20 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, random_split
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    random_split,
+)
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import e2kd
-from e2kd.frozen.samples import names_of
+from e2kd.frozen.samples import image_and_label, names_of
 
 PLAIN = ((0.5,) * 3, (0.5,) * 3)
 AUGMENT = v2.Compose([v2.RandomHorizontalFlip(0.0), v2.PILToTensor()])
@@ -251,3 +259,54 @@ def test_labels_that_are_several_move_with_their_lessons() -> None:
         assert type(moved.labels) is type(labels)
         assert moved.labels[0].device.type == "meta"
         assert moved.labels[1] == "name"
+
+
+# Samples in another order, more than once, and others that are read in words
+
+
+def noise(count: int = 8, dtype: torch.dtype = torch.uint8) -> TensorDataset:
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    return TensorDataset(pixels.to(dtype), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize("order", [[3, 0, 7, 2, 5, 1, 6, 4], [0, 2, 1, 3, 4, 5, 6, 7]])
+def test_a_shuffled_subset_of_all_samples_without_names_finds_its_rows(tmp_path: Path, order: list[int]) -> None:
+    data = noise()
+    cache = frozen(data, tmp_path / "whole")
+    for dataset, rows in ((Subset(data, order), order), (Subset(Subset(data, order), [1, 1, 4]), None)):
+        taught = e2kd.FrozenDataset(dataset, cache).__getitems__(list(range(len(dataset))))
+        rows = rows or [order[1], order[1], order[4]]
+        assert torch.equal(torch.stack([lesson.logits for _, lesson in taught]), cache.rows(rows).logits)
+    cache = frozen(Subset(data, order), tmp_path / "shuffled")
+    _, lesson = e2kd.FrozenDataset(Subset(data, order), cache)[1]
+    assert torch.equal(lesson.logits, cache.rows([1]).logits[0])
+
+
+def test_a_subset_may_list_a_named_sample_twice(tmp_path: Path) -> None:
+    photos = ImageFolder(folder(tmp_path / "photos"))
+    cache = frozen(photos, tmp_path / "cache")
+    taught = e2kd.FrozenDataset(Subset(photos, [4, 4, 1]), cache).__getitems__([0, 1, 2])
+    assert torch.equal(torch.stack([lesson.logits for _, lesson in taught]), cache.rows([4, 4, 1]).logits)
+    with pytest.raises(ValueError, match="comes more than once"):
+        e2kd.FrozenDataset(photos, cache, ids=["a"] * 9)
+
+
+def test_a_stream_is_refused_in_words(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(())
+
+    with pytest.raises(TypeError, match="Stream is a stream"):
+        e2kd.FrozenDataset(Stream(), frozen(noise(), tmp_path))
+
+
+def test_images_in_bfloat16_are_known_by_their_pixels(tmp_path: Path) -> None:
+    data = noise(dtype=torch.bfloat16)
+    cache = e2kd.freeze(net().bfloat16(), data, tmp_path, progress=False)
+    assert cache is not None
+    assert len(e2kd.FrozenDataset(data, cache).__getitems__([0, 7])) == 2
+
+
+def test_a_picture_beside_what_a_transform_made_of_it_is_refused() -> None:
+    with pytest.raises(TypeError, match="one image, but got 'image' and 'pixel_values'"):
+        image_and_label({"image": 1, "pixel_values": 2, "label": 3})

@@ -15,7 +15,7 @@ from e2kd.frozen.geometry import composed, follow, framed
 from e2kd.frozen.matching import check_labels, check_looks, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
 from e2kd.frozen.samples import image_and_label, pixel_hash, transforms_of
-from e2kd.frozen.sources import Sample, Source, spread, unsteady
+from e2kd.frozen.sources import Sample, Source, check_numbered, spread, unsteady
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.taught import Taught, all_known
 
@@ -82,6 +82,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         transform: Any = None,
         pack: bool = False,
     ) -> None:
+        check_numbered(dataset)
         self.dataset, self.frozen, self.pack = dataset, frozen, pack
         self._exact, self._transforms = exact(dataset), transforms_of(dataset)
         self.matched = match_rows(dataset, frozen, ids, match)

@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 
 from e2kd.frozen.looks import ALLOWED, Looks, apart, looks_of, thumbnail
 from e2kd.frozen.samples import class_names_of, hashes_of, names_of, transformed
+from e2kd.frozen.sources import LOOKED_AT, Sample, Source, spread
 
 if TYPE_CHECKING:
     from e2kd.frozen.teacher import FrozenTeacher
@@ -96,10 +97,11 @@ def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, m
         return _by_pixels(dataset, frozen, match)
     if len(names) != len(dataset):
         raise ValueError(f"Expected one id for each of the {len(dataset)} samples, but got {len(names)}.")
-    hashes, stored = hashes_of(names), frozen.ids()
+    part = isinstance(dataset, Subset)  # it may list a sample more than once
+    hashes, stored = hashes_of(names, repeats=part or (match == "id" and ids is None)), frozen.ids()
     if len(hashes) == len(stored) and bool((hashes == stored).all()):
         return Matched(np.arange(len(stored)), hashes)
-    if match == "id" or isinstance(dataset, Subset):
+    if match == "id" or part:
         return Matched(_look_up(names, hashes, stored), hashes)
     raise ValueError(_difference(names, hashes, stored))
 
@@ -113,15 +115,25 @@ def _by_pixels(dataset: Any, frozen: FrozenTeacher, match: str) -> Matched:
             else 'match="id" needs names, but the data set was frozen without. Freeze it with ids=.'
         )
     rows, root = np.arange(len(dataset)), dataset
-    while isinstance(root, Subset) and len(root) != len(frozen):
-        rows = np.asarray(root.indices)[rows]
+    found = [rows] if len(root) == len(frozen) else []
+    while isinstance(root, Subset):
+        rows = np.asarray(root.indices, np.int64)[rows]
         root = root.dataset
-    if len(root) != len(frozen):
+        found += [rows] if len(root) == len(frozen) else []
+    if not found:
         raise ValueError(
             f"The cache has {len(frozen)} rows but the data set has {len(root)} samples: it has grown or shrunk since. "
             "Freeze it again, or pass a torch.utils.data.Subset of the data set that was frozen."
         )
-    return Matched(rows, None)
+    fitting = (rows for rows in found if _fits(dataset, frozen, rows)) if len(found) > 1 else iter(())
+    return Matched(next(fitting, found[0]), None)
+
+
+def _fits(dataset: Any, frozen: FrozenTeacher, rows: np.ndarray) -> bool:
+    """Whether some samples are those of the rows, by their pixels: a data set and a shuffled one have one length."""
+    source, ids = Source(dataset, frozen.view, None), frozen.ids()
+    samples = [found for place in spread(len(rows), LOOKED_AT) if isinstance(found := source[place], Sample)]
+    return all(sample.id == int(ids[rows[sample.row]]) for sample in samples)
 
 
 def _look_up(names: list[str], hashes: np.ndarray, stored: np.ndarray) -> np.ndarray:

@@ -103,13 +103,18 @@ def _stacked(shard: int, samples: list[Sample | Unreadable]) -> Batch:
     )
 
 
-def check_deterministic(source: Source) -> Sample:
-    """The first sample; a ValueError when each reading is another image, a TypeError for a stream without numbers."""
-    if isinstance(source.dataset, IterableDataset) or not hasattr(source.dataset, "__getitem__"):
+def check_numbered(dataset: Any) -> None:
+    """Raise a TypeError for a stream, whose samples have no numbers."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"Expected a data set whose samples have numbers, but {type(source.dataset).__name__} is a stream. Write "
+            f"Expected a data set whose samples have numbers, but {type(dataset).__name__} is a stream. Write "
             "its samples to disk, or wrap it in a data set with __len__ and __getitem__."
         )
+
+
+def check_deterministic(source: Source) -> Sample:
+    """The first sample; a ValueError when each reading is another image, a TypeError for a stream without numbers."""
+    check_numbered(source.dataset)
     if not len(source):
         raise ValueError("Expected a data set with at least one sample, but it is empty.")
     if (row := unsteady(source)) is not None:

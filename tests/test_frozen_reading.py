@@ -25,6 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import e2kd
+from e2kd.frozen.looks import looks_of
+from e2kd.frozen.records import Record
 from e2kd.frozen.samples import image_and_label, names_of
 
 PLAIN = ((0.5,) * 3, (0.5,) * 3)
@@ -196,6 +198,21 @@ def test_floating_point_images_with_names_are_known_by_their_looks(tmp_path: Pat
 def test_samples_without_names_keep_no_looks(tmp_path: Path) -> None:
     data = TensorDataset(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), torch.arange(4) % 3)
     assert frozen(data, tmp_path / "cache").rows([0, 1]).looks.shape == (2, 0)
+
+
+def test_records_without_looks_are_written_and_read_as_before() -> None:
+    with_looks, without = Record(5, looks=True), Record(5)
+    assert with_looks.row_bytes == without.row_bytes + 32
+    assert "looks" not in without.to_json()
+    for record in (with_looks, without):
+        assert Record.from_json(record.to_json()) == record
+    rows = torch.zeros(2, 5), None, torch.zeros(2).long(), np.zeros(2, np.uint64)
+    looks = looks_of(torch.rand(2, 3, 8, 8))
+    assert np.array_equal(with_looks.decode(with_looks.encode(*rows, looks)).looks, looks)
+    with pytest.raises(ValueError, match="Expected looks of the images"):
+        with_looks.encode(*rows)
+    with pytest.raises(ValueError, match="Expected no looks"):
+        without.encode(*rows, looks)
 
 
 # Freezing again into a folder that has rows

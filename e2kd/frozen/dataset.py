@@ -43,22 +43,25 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
     data set has floating-point tensors. What is random, `JointAugmentation` then does to the whole batch, image and
     map alike. With a transform of torchvision or timm the data set's own images are augmented one by one, in
     the loader's workers, just as the transform alone would, and the maps follow them: cells from outside of the
-    canonical view, or from what was filled or erased, are not valid.
+    canonical view, or from what was filled or erased, are not valid. Of samples with names a few images are then
+    compared with what was frozen, when this is built; without a transform every one is, when it is read.
 
     Args:
         dataset: the data set that was frozen, or a `Subset` of it, without random transforms.
         frozen: the teacher.
         ids: names of the samples, if `freeze` was given names.
         match: "position" wants the data set as it was frozen (a `Subset` finds its rows through its
-            indices); "id" finds rows by the samples' names, so that a shorter or re-ordered list works.
+            indices); "id" finds rows by the samples' names, so that a shorter or re-ordered list works, and one with
+            repeats.
         transform: what would be the data set's own transform; see `e2kd.frozen.recording.Recorder`. May be set later,
             as timm's `create_loader` does.
         pack: give the lessons as int64 [L], for loaders that carry whole numbers alone in the labels' place, as
             timm's do. `E2KDLoss` unpacks them.
 
     Raises:
-        ValueError: for a data set with other samples, another order, other classes, and for a transform that can't be
-            followed; says which.
+        ValueError: for a data set with other samples, another order, other classes, other pictures, and for a transform
+            that can't be followed; says which.
+        TypeError: for a stream.
 
     >>> import tempfile, torch
     >>> from e2kd.frozen import freeze

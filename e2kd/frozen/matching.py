@@ -114,7 +114,8 @@ def _by_pixels(dataset: Any, frozen: FrozenTeacher, match: str) -> Matched:
             if frozen.named
             else 'match="id" needs names, but the data set was frozen without. Freeze it with ids=.'
         )
-    rows, root = np.arange(len(dataset)), dataset
+    root: Any = dataset
+    rows = np.arange(len(root))
     found = [rows] if len(root) == len(frozen) else []
     while isinstance(root, Subset):
         rows = np.asarray(root.indices, np.int64)[rows]

@@ -51,8 +51,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         frozen: the teacher.
         ids: names of the samples, if `freeze` was given names.
         match: "position" wants the data set as it was frozen (a `Subset` finds its rows through its
-            indices); "id" finds rows by the samples' names, so that a shorter or re-ordered list works, and one with
-            repeats.
+            indices, repeats too); "id" finds rows by the samples' names, so that a shorter or re-ordered list works.
         transform: what would be the data set's own transform; see `e2kd.frozen.recording.Recorder`. May be set later,
             as timm's `create_loader` does.
         pack: give the lessons as int64 [L], for loaders that carry whole numbers alone in the labels' place, as

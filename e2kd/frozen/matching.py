@@ -98,7 +98,7 @@ def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, m
     if len(names) != len(dataset):
         raise ValueError(f"Expected one id for each of the {len(dataset)} samples, but got {len(names)}.")
     part = isinstance(dataset, Subset)  # it may list a sample more than once
-    hashes, stored = hashes_of(names, repeats=part or (match == "id" and ids is None)), frozen.ids()
+    hashes, stored = hashes_of(names, repeats=part), frozen.ids()
     if len(hashes) == len(stored) and bool((hashes == stored).all()):
         return Matched(np.arange(len(stored)), hashes)
     if match == "id" or part:

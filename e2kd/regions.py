@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,9 +48,9 @@ class Region(NamedTuple):
         share = torch.ones_like(x + y)
         for axis, (centre, width) in enumerate(project_squares(self.matrices, x, y)):
             low, high = (self.box[:, k, None, None] for k in (axis, axis + 2))
-            reach = width * side / 2
-            overlap = torch.minimum(centre + reach, high) - torch.maximum(centre - reach, low)
-            share = share * (overlap / (2 * reach)).clamp(0, 1)
+            whole, reach = width * side, width * side / 2
+            outside = (centre + reach - high).clamp(0) + (low - centre + reach).clamp(0)  # exactly 0 for what is inside
+            share = share * ((whole - outside) / whole).clamp(0, 1)
         return share
 
 
@@ -84,10 +85,20 @@ class Sight(NamedTuple):
 
     def upright(self) -> Flags:
         """Which samples see upright boxes, at most one of them a hole (two may overlap): bool [B]."""
-        upright = keeps_axes(self.grid) & (len(self.holes) < 2)
+        upright = keeps_axes(self.grid)
         for region in (*self.frames, *self.holes):
             upright = upright & keeps_axes(region.matrices)
-        return upright
+        return upright & (self._reaching() < 2) if len(self.holes) > 1 else upright
+
+    def _reaching(self) -> NDArray[np.int64]:
+        """How many holes reach into the output, where boxes are upright, [B]; others are there for the batch's sake."""
+        count = np.zeros(len(self.grid), np.int64)
+        with np.errstate(all="ignore"):  # boxes that are not upright have no interval
+            for hole in self.holes:
+                ends = [interval([hole], axis) for axis in (0, 1)]
+                within = [(low < n) & (high > 0) for (low, high), n in zip(ends, reversed(self.out), strict=True)]
+                count += (within[0] & within[1])[:, 0]
+        return count
 
     def moved(self) -> Flags:
         """Which samples see the whole map cell by cell: as it is, flipped, in quarter turns: bool [B]."""
@@ -160,6 +171,22 @@ def keeps_axes(matrices: Tensor) -> Flags:
     off = sizes[:, (0, 1, 2, 2), (1, 0, 0, 1)].max(1)
     kept: Flags = off <= 1e-9 * sizes[:, :2, :2].max((1, 2))
     return kept
+
+
+def interval(regions: list[Region], axis: int) -> tuple[Floats, Floats]:
+    """Where along one axis, in output cells, all regions have something: from, to, each [B, 1]."""
+    low, high = np.array([[-math.inf]]), np.array([[math.inf]])
+    for region in regions:
+        scale, offset = along(region.matrices, axis)
+        ends = np.sort((array(region.box)[:, axis::2] - offset) / scale, 1)
+        low, high = np.maximum(low, ends[:, :1]), np.minimum(high, ends[:, 1:])
+    return low, high
+
+
+def along(matrices: Tensor, axis: int) -> tuple[Floats, Floats]:
+    """Scale and offset along one axis of homographies that keep axes, each [B, 1]."""
+    found = array(matrices)
+    return found[:, axis, axis, None] / found[:, 2, 2:], found[:, axis, 2:] / found[:, 2, 2:]
 
 
 def array(tensor: Tensor) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,7 @@ class _Fields(NamedTuple):
     maps: Tensor
     valid: Tensor
     classes: Tensor
+    cache: Tensor
 
 
 class Taught(_Fields):
@@ -31,6 +33,8 @@ class Taught(_Fields):
         valid: share in [0, 1] of each cell for which the teacher's map is known, [B, 1, h, w]: augmentations move
             cells out of the frame.
         classes: which class the maps explain, [B] int64; the teacher's top class where they explain all.
+        cache: a number of the cache they come from, [B] int64, by which criteria of other caches refuse them; 0, where
+            it is left out, is any.
 
     >>> import torch
     >>> one = Taught(torch.tensor(3), torch.zeros(5), torch.zeros(1, 7, 7), torch.ones(1, 7, 7), torch.tensor(2))
@@ -42,7 +46,9 @@ class Taught(_Fields):
     __slots__ = ()
 
     def __new__(cls, labels: Any, *rest: Tensor) -> Taught:
-        """All five fields; or one iterable of them, as hosts rebuild tuples (Hugging Face Trainer)."""
+        """All fields, or all but the last; or one iterable of them, as hosts rebuild tuples (Hugging Face Trainer)."""
+        if len(rest) == len(cls._fields) - 2:
+            rest = (*rest, torch.zeros_like(rest[-1], dtype=torch.int64))
         return super().__new__(cls, *_rebuilt(cls._fields, labels, rest))
 
     def to(self, *args: Any, **kwargs: Any) -> Taught:
@@ -126,6 +132,10 @@ def _rebuilt(names: tuple[str, ...], first: Any, rest: tuple[Tensor, ...]) -> tu
 
 
 def _to(field: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(field, (list, tuple)) and not hasattr(field, "_fields"):  # several labels of each sample
+        return type(field)(_to(part, args, kwargs) for part in field)
+    if isinstance(field, dict):
+        return {key: _to(part, args, kwargs) for key, part in field.items()}
     if not isinstance(field, Tensor):
         return field
     moved = field.to(*args, **kwargs)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from e2kd.regions import Flags, Floats, Region, Sight, array, project, visible
+from e2kd.regions import Flags, Floats, Region, Sight, along, array, interval, project, visible
 
 SPECK = 1e-3  # share of a cell that is nothing: what rounding leaves of an erased map must not look like a map
 
@@ -167,9 +167,9 @@ def _means(sight: Sight, axis: int, regions: list[Region], moved: Flags, cells: 
     Interpolation is a sum of ramps, one between each two neighbouring centres; a ramp's integral is a parabola. Rows
     sum to the share of the output cell that lies in all regions. Where a map is moved, its centres are read.
     """
-    scale, offset = _along(sight.grid, axis)
+    scale, offset = along(sight.grid, axis)
     edges = np.tile(np.arange(sight.out[1 - axis] + 1, dtype=scale.dtype), (len(scale), 1))
-    low, high = (part.clip(*_interval(regions, axis)) for part in (edges[:, :-1], edges[:, 1:]))
+    low, high = (part.clip(*interval(regions, axis)) for part in (edges[:, :-1], edges[:, 1:]))
     share = (high - low)[:, :, None]
     starts = np.arange(cells - 1, dtype=scale.dtype) + 0.5
 
@@ -185,19 +185,3 @@ def _means(sight: Sight, axis: int, regions: list[Region], moved: Flags, cells: 
     ramps = np.where(moved[:, None, None], read, averaged)
     steps: Floats = np.concatenate([share, ramps, np.zeros_like(share)], 2)
     return -np.diff(steps, axis=2)
-
-
-def _interval(regions: list[Region], axis: int) -> tuple[Floats, Floats]:
-    """Where along one axis, in output cells, all regions have something: from, to, each [B, 1]."""
-    low, high = np.array([[-math.inf]]), np.array([[math.inf]])
-    for region in regions:
-        scale, offset = _along(region.matrices, axis)
-        ends = np.sort((array(region.box)[:, axis::2] - offset) / scale, 1)
-        low, high = np.maximum(low, ends[:, :1]), np.minimum(high, ends[:, 1:])
-    return low, high
-
-
-def _along(matrices: Tensor, axis: int) -> tuple[Floats, Floats]:
-    """Scale and offset along one axis of homographies that keep axes, each [B, 1]."""
-    found = array(matrices)
-    return found[:, axis, axis, None] / found[:, 2, 2:], found[:, axis, 2:] / found[:, 2, 2:]

@@ -6,20 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from e2kd.frozen.exact import exact
 from e2kd.frozen.geometry import composed, follow, framed
-from e2kd.frozen.matching import check_labels, check_unchanged, match_rows
+from e2kd.frozen.matching import check_labels, check_looks, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
-from e2kd.frozen.samples import image_and_label, pixel_hash
-from e2kd.frozen.sources import Source, unsteady
+from e2kd.frozen.samples import image_and_label, pixel_hash, transforms_of
+from e2kd.frozen.sources import Sample, Source, check_numbered, spread, unsteady
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.taught import Taught, all_known
 
+LOOKED_AT = 16  # samples, spread over the data set, that are compared with what was frozen
 UNSTEADY = (
     "The data set gives another image each time it is asked for sample {row}, so it has a random transform of its own, "
     "which the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."
+)
+SET_LATER = (
+    "The transform of the data set is another one than when FrozenDataset was built: it was set since, perhaps by way "
+    "of another part of one random_split, and the maps would not fit the images. Give each part a data set of its own, "
+    "and FrozenDataset what is to augment its images, transform=."
 )
 NOT_RECORDED = (
     "pack=True needs the whole transform here, where it is followed: {came}. Give FrozenDataset transform=, up to a "
@@ -35,22 +43,24 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
     data set has floating-point tensors. What is random, `JointAugmentation` then does to the whole batch, image and
     map alike. With a transform of torchvision or timm the data set's own images are augmented one by one, in
     the loader's workers, just as the transform alone would, and the maps follow them: cells from outside of the
-    canonical view, or from what was filled or erased, are not valid.
+    canonical view, or from what was filled or erased, are not valid. Of samples with names a few images are then
+    compared with what was frozen, when this is built; without a transform every one is, when it is read.
 
     Args:
         dataset: the data set that was frozen, or a `Subset` of it, without random transforms.
         frozen: the teacher.
         ids: names of the samples, if `freeze` was given names.
         match: "position" wants the data set as it was frozen (a `Subset` finds its rows through its
-            indices); "id" finds rows by the samples' names, so that a shorter or re-ordered list works.
+            indices, repeats too); "id" finds rows by the samples' names, so that a shorter or re-ordered list works.
         transform: what would be the data set's own transform; see `e2kd.frozen.recording.Recorder`. May be set later,
             as timm's `create_loader` does.
         pack: give the lessons as int64 [L], for loaders that carry whole numbers alone in the labels' place, as
             timm's do. `E2KDLoss` unpacks them.
 
     Raises:
-        ValueError: for a data set with other samples, another order, other classes, and for a transform that can't be
-            followed; says which.
+        ValueError: for a data set with other samples, another order, other classes, other pictures, and for a transform
+            that can't be followed; says which.
+        TypeError: for a stream.
 
     >>> import tempfile, torch
     >>> from e2kd.frozen import freeze
@@ -74,7 +84,9 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
         transform: Any = None,
         pack: bool = False,
     ) -> None:
+        check_numbered(dataset)
         self.dataset, self.frozen, self.pack = dataset, frozen, pack
+        self._exact, self._transforms = exact(dataset), transforms_of(dataset)
         self.matched = match_rows(dataset, frozen, ids, match)
         if len(dataset):
             self._check_images()
@@ -82,12 +94,21 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
 
     def _check_images(self) -> None:
         """Raise a ValueError for a data set with a transform of its own."""
-        if (row := unsteady(Source(self.dataset, self.frozen.view, self.matched.names))) is not None:
+        source = Source(self.dataset, self.frozen.view, self.matched.names)
+        if (row := unsteady(source)) is not None:
             raise ValueError(UNSTEADY.format(row=row))
         frozen_first = np.flatnonzero(self.matched.rows == 0)
         if len(frozen_first) and self.matched.names is not None:  # pixels that are the name are compared at every read
             place = int(frozen_first[0])
-            check_unchanged(self.frozen.view(image_and_label(self.dataset[place])[0]), place, self.frozen)
+            check_unchanged(self.frozen.view(image_and_label(self._exact[place])[0]), place, self.frozen)
+        if self.frozen.store.record.looks:
+            self._check_looks([found for k in spread(len(self), LOOKED_AT) if isinstance(found := source[k], Sample)])
+
+    def _check_looks(self, samples: list[Sample]) -> None:
+        """Raise a ValueError for samples that don't look as they did; where there is a transform, no read shows it."""
+        places = [sample.row for sample in samples]
+        stored = self.frozen.rows(self.matched.rows[places]).looks
+        check_looks([sample.image for sample in samples], stored, places, self.dataset)
 
     @property
     def transform(self) -> Any:
@@ -107,18 +128,23 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any]]:
         """Several samples with one read of the cache; what `DataLoader` calls."""
+        if transforms_of(self.dataset) != self._transforms:
+            raise ValueError(SET_LATER)
         places = [self._place(int(i)) for i in indices]
-        pairs = [image_and_label(self.dataset[i]) for i in places]
+        pairs = [image_and_label(self._exact[i]) for i in places]
         originals, labels = [image for image, _ in pairs], [label for _, label in pairs]
         names = self.matched.names
         views = [] if names is not None and self._recorder else [self.frozen.view(image) for image in originals]
         lessons = self.frozen.rows(self.matched.rows[places])
         found = np.array([pixel_hash(i) for i in views], np.uint64) if names is None else names[places]
         self.matched.check(found, lessons.ids, places)
+        if views:
+            check_looks(views, lessons.looks, places, self.dataset)
         if self.frozen.choice == "labels" and self.frozen.explains:
             check_labels(labels, lessons.classes, places)
         images, maps, valid = self._augmented(originals, views, lessons.maps)
-        taught = map(Taught, labels, lessons.logits, maps, valid, lessons.classes)
+        cache = torch.full_like(lessons.classes, self.frozen.packing.cache)
+        taught = map(Taught, labels, lessons.logits, maps, valid, lessons.classes, cache)
         return [
             (image, self._packed(one, image) if self.pack else one) for image, one in zip(images, taught, strict=True)
         ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Matrix = NDArray[np.float64]
 
 SIDE = 256  # pixels; unit squares are given to `warp_by_matrix` as images of a usual size
-EVERYWHERE = np.array([[1e-6, 0, 0.5], [0, 1e-6, 0.5], [0, 0, 1]])  # takes any image into the middle of the unit square
+EVERYWHERE = np.array([[0.5, 0, 0.25], [0, 0.5, 0.25], [0, 0, 1]])  # takes any image into the middle of the unit square
 NOWHERE = np.array([[1.0, 0, 2], [0, 1, 2], [0, 0, 1]])  # and this one out of it
 
 

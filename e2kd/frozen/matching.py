@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from e2kd.frozen.samples import class_names_of, hashes_of, names_of, thumbnail, transformed
+from e2kd.frozen.looks import ALLOWED, Looks, apart, looks_of, thumbnail
+from e2kd.frozen.samples import class_names_of, hashes_of, names_of, transformed
+from e2kd.frozen.sources import LOOKED_AT, Sample, Source, spread
 
 if TYPE_CHECKING:
     from e2kd.frozen.teacher import FrozenTeacher
@@ -21,7 +23,12 @@ ANOTHER_TRANSFORM = (
     "The data set {now}, but it {then} when it was frozen, so the maps would not fit the images. Give FrozenDataset "
     "the data set as it was, and what is to augment it as transform=; or freeze it again as it is now."
 )
-ALLOWED = 0.01  # mean difference of thumbnails: decoders of JPEG files differ by less, transforms by more
+ANOTHER_PICTURE = (
+    "Sample {place}{name} has the name of one that was frozen but does not look like it: pixels differ by {apart:.2f} "
+    f"in the mean (range 0 to 1, allowed: {ALLOWED}). If the data set has a transform, take it off and give it to "
+    "FrozenDataset, transform=, or use JointAugmentation: maps must follow it. If its images were replaced, or are "
+    "those of another data set with the same names, freeze it as it is now, into another folder."
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,24 @@ def check_labels(labels: Sequence[Any], explained: Tensor, places: Sequence[int]
 def check_unchanged(image: Tensor, place: int, frozen: FrozenTeacher) -> None:
     """Raise a ValueError unless the canonical image [C, H, W] of a data set's `place` is that of the cache's row 0."""
     now, then = thumbnail(image), torch.tensor(frozen.plan["first_image"])
-    apart = (now - then).abs().mean().item() if now.shape == then.shape else float("inf")
-    if not apart <= ALLOWED:
-        raise ValueError(
-            f"Sample {place} has the name of one that was frozen but does not look like it: pixels differ by "
-            f"{apart:.2f} in the mean (range 0 to 1, allowed: {ALLOWED}). If the data set has a transform, take it off "
-            "and give it to FrozenDataset, transform=, or use JointAugmentation: maps must follow it. If its images "
-            "were replaced, freeze it again."
-        )
+    far = (now - then).abs().mean().item() if now.shape == then.shape else float("inf")
+    if not far <= ALLOWED:
+        raise ValueError(ANOTHER_PICTURE.format(place=place, name="", apart=far))
+
+
+def check_looks(images: Sequence[Tensor], stored: Looks, places: Sequence[int], dataset: Any) -> None:
+    """Raise a ValueError unless canonical images [C, H, W] look as they did when their rows were frozen, [B, 16].
+
+    Nothing is compared where that was not kept, [B, 0].
+    """
+    if not stored.size:
+        return
+    far = apart(looks_of(images), stored)
+    wrong = np.flatnonzero(~(far <= ALLOWED))
+    if len(wrong):
+        place, names = places[int(wrong[0])], names_of(dataset)
+        name = "" if names is None else f" ({names[place]!r})"
+        raise ValueError(ANOTHER_PICTURE.format(place=place, name=name, apart=float(far[wrong[0]])))
 
 
 def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, match: str) -> Matched:
@@ -80,10 +97,11 @@ def match_rows(dataset: Any, frozen: FrozenTeacher, ids: Sequence[str] | None, m
         return _by_pixels(dataset, frozen, match)
     if len(names) != len(dataset):
         raise ValueError(f"Expected one id for each of the {len(dataset)} samples, but got {len(names)}.")
-    hashes, stored = hashes_of(names), frozen.ids()
+    part = isinstance(dataset, Subset)  # it may list a sample more than once
+    hashes, stored = hashes_of(names, repeats=part), frozen.ids()
     if len(hashes) == len(stored) and bool((hashes == stored).all()):
         return Matched(np.arange(len(stored)), hashes)
-    if match == "id" or isinstance(dataset, Subset):
+    if match == "id" or part:
         return Matched(_look_up(names, hashes, stored), hashes)
     raise ValueError(_difference(names, hashes, stored))
 
@@ -96,16 +114,27 @@ def _by_pixels(dataset: Any, frozen: FrozenTeacher, match: str) -> Matched:
             if frozen.named
             else 'match="id" needs names, but the data set was frozen without. Freeze it with ids=.'
         )
-    rows, root = np.arange(len(dataset)), dataset
-    while isinstance(root, Subset) and len(root) != len(frozen):
-        rows = np.asarray(root.indices)[rows]
+    root: Any = dataset
+    rows = np.arange(len(root))
+    found = [rows] if len(root) == len(frozen) else []
+    while isinstance(root, Subset):
+        rows = np.asarray(root.indices, np.int64)[rows]
         root = root.dataset
-    if len(root) != len(frozen):
+        found += [rows] if len(root) == len(frozen) else []
+    if not found:
         raise ValueError(
             f"The cache has {len(frozen)} rows but the data set has {len(root)} samples: it has grown or shrunk since. "
             "Freeze it again, or pass a torch.utils.data.Subset of the data set that was frozen."
         )
-    return Matched(rows, None)
+    fitting = (rows for rows in found if _fits(dataset, frozen, rows)) if len(found) > 1 else iter(())
+    return Matched(next(fitting, found[0]), None)
+
+
+def _fits(dataset: Any, frozen: FrozenTeacher, rows: np.ndarray) -> bool:
+    """Whether some samples are those of the rows, by their pixels: a data set and a shuffled one have one length."""
+    source, ids = Source(dataset, frozen.view, None), frozen.ids()
+    samples = [found for place in spread(len(rows), LOOKED_AT) if isinstance(found := source[place], Sample)]
+    return all(sample.id == int(ids[rows[sample.row]]) for sample in samples)
 
 
 def _look_up(names: list[str], hashes: np.ndarray, stored: np.ndarray) -> np.ndarray:

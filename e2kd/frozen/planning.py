@@ -12,8 +12,9 @@ from e2kd.choosing import KNOWN, explainer_named
 from e2kd.explainers import BcosContributions, BcosWeights, Explainer
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
+from e2kd.frozen.looks import thumbnail
 from e2kd.frozen.records import Record
-from e2kd.frozen.samples import class_names_of, thumbnail, transformed
+from e2kd.frozen.samples import class_names_of, transformed
 from e2kd.frozen.sources import Source
 from e2kd.modes import dtype_of, timm_configuration
 from e2kd.plans import plan_for

@@ -15,6 +15,9 @@ from torch import Tensor
 from e2kd.errors import shape
 from e2kd.frozen.encoding import MAP_TYPES, Array, finite, read_logits, read_maps, stored_logits, stored_maps
 from e2kd.frozen.errors import CacheError, listed
+from e2kd.frozen.looks import LOOK, Looks
+
+ADDED = {"map_count", "looks"}  # later on: caches of earlier versions don't say them, nor do those that have the usual
 
 
 class Rows(NamedTuple):
@@ -25,12 +28,14 @@ class Rows(NamedTuple):
         maps: [B, C, h, w] float32; [B, 0, 0, 0] without explanations.
         classes: the explained class, [B] int64.
         ids: hashes of the sample ids, uint64 [B] of NumPy.
+        looks: what the images look like, float16 [B, 16] of NumPy; [B, 0] where that is not kept.
     """
 
     logits: Tensor
     maps: Tensor
     classes: Tensor
     ids: NDArray[np.uint64]
+    looks: Looks
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Record:
         map_shape: (C, h, w); None keeps no explanations.
         map_count: n, how many maps that is, of C / n channels; each has its own scale.
         map_type: "float16", "int8" (signed maps) or "uint8" (maps >= 0).
+        looks: whether what an image looks like is kept, where its name does not say that.
 
     Raises:
         ValueError: for a layout that does not exist.
@@ -66,6 +72,7 @@ class Record:
     map_shape: tuple[int, int, int] | None = None
     map_type: str = "float16"
     map_count: int = 1
+    looks: bool = False
 
     def __post_init__(self) -> None:
         if not _positive(self.num_classes):
@@ -95,6 +102,8 @@ class Record:
         if self.map_shape is not None:
             scales = "<f4" if self.map_count == 1 else ("<f4", (self.map_count,))
             types |= {"scales": scales, "maps": (MAP_TYPES[self.map_type][0], self.map_shape)}
+        if self.looks:
+            types["looks"] = ("<f2", (LOOK,))
         found = {name: np.dtype(kind) for name, kind in types.items()}
         return dict(sorted(found.items(), key=lambda column: -column[1].base.itemsize))
 
@@ -110,9 +119,8 @@ class Record:
         {'num_classes': 10, 'top': None, 'map_shape': [1, 7, 7], 'map_type': 'float16'}
         """
         found = asdict(self) | {"map_shape": None if self.map_shape is None else list(self.map_shape)}
-        if self.map_count == 1:  # as caches of earlier versions say it
-            del found["map_count"]
-        return found
+        usual = {field.name: field.default for field in fields(self)}
+        return {key: value for key, value in found.items() if key not in ADDED or value != usual[key]}
 
     @classmethod
     def from_json(cls, found: Any) -> Record:
@@ -126,13 +134,20 @@ class Record:
         """
         names = {field.name for field in fields(cls)}
         try:
-            if not isinstance(found, dict) or set(found) | {"map_count"} != names:
+            if not isinstance(found, dict) or set(found) | ADDED != names:
                 raise TypeError(f"Expected the keys {', '.join(sorted(names))}.")
             return cls(**found | {"map_shape": found["map_shape"] and tuple(found["map_shape"])})
         except (TypeError, ValueError) as error:
             raise CacheError(f"The layout of the rows, {found!r}, is none that this e2kd knows: {error}") from error
 
-    def encode(self, logits: Tensor, maps: Tensor | None, classes: Tensor, ids: NDArray[np.uint64]) -> dict[str, Array]:
+    def encode(
+        self,
+        logits: Tensor,
+        maps: Tensor | None,
+        classes: Tensor,
+        ids: NDArray[np.uint64],
+        looks: Looks | None = None,
+    ) -> dict[str, Array]:
         """Rows as they are stored.
 
         Args:
@@ -140,6 +155,7 @@ class Record:
             maps: [B, C, h, w] of `map_shape`; None where the record has none.
             classes: the explained class, [B], in [0, K - 1].
             ids: hashes of the sample ids, uint64 [B].
+            looks: of the images, [B, 16]; None where the record has none.
 
         Returns:
             One array [B, ...] for each of `columns`.
@@ -148,11 +164,13 @@ class Record:
             ValueError: for other shapes, NaN or infinity, logits beyond float16, negative maps as uint8; it names
                 the first bad row.
         """
-        self._check(logits, maps, classes, ids)
+        self._check(logits, maps, classes, ids, looks)
         found: dict[str, Array] = {"ids": ids, "classes": classes.detach().cpu().numpy()}
         found |= stored_logits(finite(logits, "logits"), self.top)
         if maps is not None:
             found |= stored_maps(finite(maps, "maps"), self.map_type, self.map_count)
+        if looks is not None:
+            found["looks"] = looks
         return {name: np.ascontiguousarray(found[name], dtype=kind.base) for name, kind in self.columns.items()}
 
     def decode(self, stored: Mapping[str, Array]) -> Rows:
@@ -161,9 +179,10 @@ class Record:
         none = torch.zeros(len(logits), 0, 0, 0)
         maps = none if self.map_shape is None else read_maps(stored, self.map_type)
         classes = torch.from_numpy(stored["classes"]).long()
-        return Rows(logits, maps, classes, np.array(stored["ids"], dtype=np.uint64))
+        looks = stored["looks"] if self.looks else np.empty((len(logits), 0), np.float16)
+        return Rows(logits, maps, classes, np.array(stored["ids"], dtype=np.uint64), np.array(looks, np.float16))
 
-    def _check(self, logits: Tensor, maps: Tensor | None, classes: Tensor, ids: Array) -> None:
+    def _check(self, logits: Tensor, maps: Tensor | None, classes: Tensor, ids: Array, looks: Looks | None) -> None:
         batch = len(logits)
         _expect("logits", logits, (batch, self.num_classes))
         _expect("classes", classes, (batch,))
@@ -174,6 +193,10 @@ class Record:
             )
         if maps is not None and self.map_shape is not None:
             _expect("maps", maps, (batch, *self.map_shape))
+        if (looks is None) == self.looks:
+            raise ValueError(f"Expected {'looks of the images' if self.looks else 'no looks'} for a record {self}.")
+        if looks is not None:
+            _expect("looks", looks, (batch, LOOK))
         if ids.dtype != np.uint64:
             raise ValueError(f"Expected ids as uint64, the numbers of `id_hash`, but got {ids.dtype}.")
         outside = classes[(classes < 0) | (classes >= self.num_classes)].tolist()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
@@ -27,6 +26,13 @@ def image_and_label(sample: Any) -> tuple[Any, Any]:
     ('pixels', 3)
     """
     if isinstance(sample, dict):
+        images = [key for key in IMAGE_KEYS if key in sample]
+        if len(images) > 1:
+            raise TypeError(
+                f"Expected samples with one image, but got {' and '.join(map(repr, images))}. If a transform made one "
+                "of the other and is random, take it off the data set and give it to FrozenDataset, transform=. Else "
+                "remove one of the columns."
+            )
         image = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
         label = next((sample[key] for key in LABEL_KEYS if key in sample), None)
         if image is not None and label is not None:
@@ -97,27 +103,29 @@ def transformed(dataset: Any) -> bool | None:
     return dataset.transform is not None or getattr(joint, "transform", joint) is not None
 
 
-def hashes_of(names: Sequence[str]) -> np.ndarray:
-    """64-bit hashes of names, [N] uint64.
+def transforms_of(dataset: Any) -> tuple[Any, ...]:
+    """What a data set and its parts put images through, as torchvision and timm name it: to see whether it changed."""
+    if isinstance(dataset, Subset):
+        return transforms_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return tuple(found for part in dataset.datasets for found in transforms_of(part))
+    return getattr(dataset, "transform", None), getattr(dataset, "transforms", None)
+
+
+def hashes_of(names: Sequence[str], *, repeats: bool = False) -> np.ndarray:
+    """64-bit hashes of names, [N] uint64; `repeats` is whether one may come twice, meaning the same sample.
 
     Raises:
-        ValueError: for a name that comes twice: it could not be told which is meant.
+        ValueError: for a name that comes twice where it could not be told which is meant.
     """
     hashes = np.fromiter(map(id_hash, names), np.uint64, len(names))
+    if repeats:
+        return hashes
     values, counts = np.unique(hashes, return_counts=True)
     if len(values) < len(names):
         double = names[int(np.flatnonzero(hashes == values[counts > 1][0])[0])]
         raise ValueError(f"Expected every sample to have its own name, but {double!r} comes more than once.")
     return hashes
-
-
-def thumbnail(image: Tensor) -> Tensor:
-    """What is left of an image [C, H, W] when it is averaged to 8 x 8 cells, [C, 8, 8]; uint8 counts from 0 to 1.
-
-    It tells an image from a transformed one, and does not mind how a JPEG was decoded.
-    """
-    pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-    return F.adaptive_avg_pool2d(pixels, 8).mul(1000).round().div(1000)
 
 
 def pixel_hash(image: Tensor) -> int:
@@ -128,5 +136,5 @@ def pixel_hash(image: Tensor) -> int:
     (True, False)
     """
     pixels = hashlib.blake2b(f"{image.dtype} {tuple(image.shape)}".encode(), digest_size=8)
-    pixels.update(image.contiguous().numpy().data)
+    pixels.update(image.contiguous().view(torch.uint8).numpy().data)  # NumPy has no bfloat16
     return int.from_bytes(pixels.digest(), "little")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from e2kd.errors import shape
 from e2kd.frozen.errors import listed
+from e2kd.frozen.exact import exact
 from e2kd.frozen.samples import image_and_label, pixel_hash
 from e2kd.frozen.views import CanonicalView
 
@@ -52,13 +53,14 @@ class Source(Dataset[Sample | Unreadable]):
 
     def __init__(self, dataset: Any, view: CanonicalView, hashes: np.ndarray | None) -> None:
         self.dataset, self.view, self.hashes = dataset, view, hashes
+        self.exact = exact(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, row: int) -> Sample:
         """One sample; raises what the data set raises."""
-        image, label = image_and_label(self.dataset[row])
+        image, label = image_and_label(self.exact[row])
         image = self.view(image)
         return Sample(row, image, label, pixel_hash(image) if self.hashes is None else int(self.hashes[row]))
 
@@ -101,13 +103,18 @@ def _stacked(shard: int, samples: list[Sample | Unreadable]) -> Batch:
     )
 
 
-def check_deterministic(source: Source) -> Sample:
-    """The first sample; a ValueError when each reading is another image, a TypeError for a stream without numbers."""
-    if isinstance(source.dataset, IterableDataset) or not hasattr(source.dataset, "__getitem__"):
+def check_numbered(dataset: Any) -> None:
+    """Raise a TypeError for a stream, whose samples have no numbers."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"Expected a data set whose samples have numbers, but {type(source.dataset).__name__} is a stream. Write "
+            f"Expected a data set whose samples have numbers, but {type(dataset).__name__} is a stream. Write "
             "its samples to disk, or wrap it in a data set with __len__ and __getitem__."
         )
+
+
+def check_deterministic(source: Source) -> Sample:
+    """The first sample; a ValueError when each reading is another image, a TypeError for a stream without numbers."""
+    check_numbered(source.dataset)
     if not len(source):
         raise ValueError("Expected a data set with at least one sample, but it is empty.")
     if (row := unsteady(source)) is not None:
@@ -118,12 +125,21 @@ def check_deterministic(source: Source) -> Sample:
     return source.read(0)
 
 
+def spread(count: int, many: int) -> list[int]:
+    """At most so many places, from the first to the last of `count`.
+
+    >>> spread(10, 4), spread(2, 4), spread(0, 4)
+    ([0, 3, 6, 9], [0, 1], [])
+    """
+    return list(dict.fromkeys(k * (count - 1) // (many - 1) for k in range(many if count else 0)))
+
+
 def unsteady(source: Source) -> int | None:
     """A sample that differs from one reading to the next; None if none does of a few that are spread over the data set.
 
     One that can't be read is passed over, and told of when its turn comes.
     """
-    for row in dict.fromkeys(k * (len(source) - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)):
+    for row in spread(len(source), LOOKED_AT):
         first = source[row]
         again = (source[row] for _ in range(READINGS - 1))
         if isinstance(first, Sample) and any(

@@ -134,7 +134,8 @@ class FrozenTeacher:
             targets: `Taught`, or what `FrozenDataset(..., pack=True)` packed.
             images: what the student was given; a warning says if they are not those that were packed.
         """
-        if is_packed(targets):
+        packed = is_packed(targets)
+        if packed:
             targets = self.packing.unpack(targets, images)
         if not isinstance(targets, Taught):
             came = f"a tensor {shape(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
@@ -147,7 +148,7 @@ class FrozenTeacher:
                 f"cache has {self.num_classes} classes and maps {shape(record.map_shape or (0, 0, 0))}. They come from "
                 "another cache than the criterion's."
             )
-        return targets
+        return targets if packed else self.packing.checked(targets)
 
     def labels(self, targets: Any) -> Any:
         """The labels alone, of targets with lessons or without."""

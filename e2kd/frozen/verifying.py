@@ -15,7 +15,7 @@ from e2kd.comparing import compare_each
 from e2kd.explainers import Explainer
 from e2kd.frozen.asking import LARGEST, Asked
 from e2kd.frozen.fingerprints import hash_weights
-from e2kd.frozen.matching import match_rows
+from e2kd.frozen.matching import check_looks, match_rows
 from e2kd.frozen.planning import explainer_said
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
@@ -115,7 +115,8 @@ def verification(
     samples = [source.read(int(i)) for i in chosen]
     images, labels = torch.stack([s.image for s in samples]), [s.label for s in samples]
     stored = frozen.rows(matched.rows[chosen])
-    matched.check(np.array([s.id for s in samples], np.uint64), stored.ids, [int(i) for i in chosen])
+    matched.check(np.array([s.id for s in samples], np.uint64), stored.ids, chosen.tolist())
+    check_looks([s.image for s in samples], stored.looks, chosen.tolist(), dataset)
     asked = _asked(frozen, teacher, images[0], explainer)
     report = Verification(len(chosen))
     if hash_weights(asked.model) != frozen.plan["teacher"]["weights"]:

@@ -14,6 +14,11 @@ from e2kd.errors import shape
 
 FITS = ("crop", "squash")
 CHANNELS = (1, 3, 4, 6)
+DEEP = (
+    'Expected PIL images of 8 bits, but the data set gave one of mode "{mode}", of which convert("RGB") makes white of '
+    "everything above 255. Let the data set bring its values to [0, 255] and give 8 bits, or to [0, 1] and give "
+    "floating-point tensors [C, H, W]."
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class CanonicalView:
                 f"Expected a PIL image, an array [H, W, C] or a tensor [C, H, W], but the data set gave "
                 f"{type(image).__name__}. Freeze the data set without its transform, or with one that returns these."
             )
+        if image.mode.startswith("I") or image.mode == "F":
+            raise TypeError(DEEP.format(mode=image.mode))
         return _pixels(self._fitted_pil(image.convert("RGB")))
 
     def placement(self, height: int, width: int) -> tuple[float, float, float, float]:

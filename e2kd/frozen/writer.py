@@ -67,9 +67,18 @@ class Writer:
         """The numbers of the rows of a shard."""
         return rows_of(self.plan, index)
 
+    def mine(self) -> range:
+        """The shards that are this process's to write."""
+        return range(self.rank, self.shards, self.world)
+
+    def stored(self, row: int) -> dict[str, Array]:
+        """What a shard that is there has of a row, [1, ...] for each column; not verified."""
+        index, local = divmod(row, int(self.plan["shard_rows"]))
+        return {name: column[local : local + 1] for name, column in self._open(index).columns.items()}
+
     def todo(self) -> list[int]:
         """This process's shards that are not there yet, or damaged: of these it warns."""
-        return [index for index in range(self.rank, self.shards, self.world) if not self._is_whole(index)]
+        return [index for index in self.mine() if not self._is_whole(index)]
 
     def done(self) -> list[int]:
         """All shards that are there, of every process."""

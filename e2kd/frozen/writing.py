@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from e2kd.choosing import default_explainer
 from e2kd.errors import NoEffectWarning
 from e2kd.explainers import Explainer
-from e2kd.frozen.asking import LARGEST, Asked
+from e2kd.frozen.asking import LARGEST, Answers, Asked
 from e2kd.frozen.encoding import Array
 from e2kd.frozen.forecast import check_space
+from e2kd.frozen.looks import looks_of
 from e2kd.frozen.planning import plan_of
 from e2kd.frozen.progress import progress_bar
 from e2kd.frozen.records import Record
+from e2kd.frozen.resuming import check_resumed
 from e2kd.frozen.samples import hashes_of, names_of
 from e2kd.frozen.sources import Batch, Sample, Source, Unreadable, batches, check_deterministic, unreadable_message
 from e2kd.frozen.teacher import FrozenTeacher
@@ -103,12 +107,13 @@ def freeze(
     size = (map_size, map_size) if isinstance(map_size, int) else map_size
     how = (explainer or default_explainer(teacher)) if maps else None
     asked = Asked(teacher, first.image, how, classes, normalization, teacher_size, size)
-    record = _record(asked, first, top, map_type)
+    record = _record(asked, first, top, map_type, named=names is not None)
     rows = shard_rows or _shard_rows(len(dataset), record)
     forecast = check_space(record, len(dataset), Path(path), world)
     plan = plan_of(asked, source, first.image, record, rows, batch_size, given=ids is not None)
     writer = Writer(path, plan, record, rank=rank, world=world)
     todo = {shard: writer.rows(shard) for shard in writer.todo()}
+    check_resumed(writer, source, first.image, todo)
     with progress_bar(f"freezing {forecast}", sum(map(len, todo.values())), shown=progress) as advance:
         _write(writer, asked, batches(source, todo, batch_size, workers), advance)
     if not writer.finish():
@@ -126,7 +131,7 @@ def _place(rank: int | None, world: int | None) -> tuple[int, int]:
     return rank, world
 
 
-def _record(asked: Asked, first: Sample, top: int | None, map_type: str | None) -> Record:
+def _record(asked: Asked, first: Sample, top: int | None, map_type: str | None, *, named: bool) -> Record:
     """The layout of the rows, once the first of them has been encoded: what can't be stored is refused before a plan
     is written."""
     answers = asked(first.image[None].expand(2, -1, -1, -1), [first.label] * 2)
@@ -136,8 +141,8 @@ def _record(asked: Asked, first: Sample, top: int | None, map_type: str | None) 
         map_type = "float16" if maps[0].numel() <= SMALL else "int8"
     classes = answers.logits.shape[1]
     each = classes if maps is not None and asked.classes == "all" else 1
-    record = Record(classes, top, shape, map_type or "float16", each)
-    record.encode(answers.logits, maps, answers.classes, np.zeros(2, np.uint64))
+    record = Record(classes, top, shape, map_type or "float16", each, looks=named)  # pixels that are the name say more
+    _stored(record, answers, torch.stack([first.image] * 2), np.zeros(2, np.uint64))
     return record
 
 
@@ -174,8 +179,12 @@ def _with_last(found: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 
 def _encoded(record: Record, asked: Asked, batch: Batch) -> dict[str, Array]:
-    answers = asked(batch.images, batch.labels)
-    return record.encode(answers.logits, answers.maps, answers.classes, batch.ids)
+    return _stored(record, asked(batch.images, batch.labels), batch.images, batch.ids)
+
+
+def _stored(record: Record, answers: Answers, images: Tensor, ids: NDArray[np.uint64]) -> dict[str, Array]:
+    looks = looks_of(images) if record.looks else None
+    return record.encode(answers.logits, answers.maps, answers.classes, ids, looks)
 
 
 def _warn_dead(frozen: FrozenTeacher) -> None:

@@ -232,6 +232,20 @@ def test_reviewkd_teaches_more_with_maps_of_all_classes_at_the_same_weight() -> 
     assert round(100 * gain["accuracy"]["mean"], 1) == 1.2
 
 
+def test_the_overhaul_of_features_teaches_more_than_anything_else_and_maps_add_nothing() -> None:
+    rows = tables.results("limited_standard_50_again")["rows"]
+    others = {row["arm"] for row in rows if row["split"] == "test"} - {"overhaul", "overhaul_e2kd_all"}
+    assert {"reviewkd", "reviewkd_e2kd_all", "fitnets_e2kd_all"} <= others
+    for arm in others:
+        for gain in differences(rows, "overhaul", arm, limited.MEASURES).values():
+            assert len(gain["each"]) == 5
+            assert gain["interval"][0] > 0
+    low, high = differences(rows, "overhaul_e2kd_all", "overhaul", ["accuracy"])["accuracy"]["interval"]
+    assert low < 0 < high
+    tried = {row["weight"] for row in rows if row["arm"] == "overhaul"}
+    assert max(tried) > 25 in {row["weight"] for row in rows if row["arm"] == "overhaul" and row["split"] == "test"}
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

@@ -145,6 +145,11 @@ def _positives(teacher_logits: Tensor, targets: Tensor | None) -> Chosen:
             f'classes="positives" needs multi-hot targets {shape(teacher_logits.shape)}, but got {came}. '
             'With class indices use classes="labels" or "teacher".'
         )
+    if targets.is_floating_point() and targets.device.type == "cpu" and ((targets > 0) & (targets < 1)).any():
+        raise ValueError(
+            'classes="positives" needs multi-hot targets, 1 for each class that is there, but some are between 0 and '
+            '1. With mixed or smoothed labels use classes="teacher".'
+        )
     positive = (targets > 0).to(_wide(teacher_logits))
     width = max(int(positive.sum(1).amax()), 1) if len(positive) else 1
     top = positive.topk(width, dim=1)

@@ -174,9 +174,29 @@ def check_grid(maps: Tensor, whose: str, option: str = "explainer") -> None:
         )
 
 
+def check_maps_of(maps: Tensor, weights: Tensor, whose: str) -> None:
+    """Raise a ValueError unless there is a map of every explained class [B, k, ...], whose weights are [B, k]."""
+    if maps.shape[:2] != weights.shape:
+        raise ValueError(
+            f"Expected the {whose} maps to be of {len(weights)} samples, but got {len(maps)}. An explainer returns as "
+            "many maps as it is given features, in their order."
+        )
+
+
+def warn_graph(term: Tensor) -> None:
+    """Warn of a term that can't reach the student, for want of a graph."""
+    if not term.requires_grad:
+        warnings.warn(
+            "The similarity of the explanations has no graph, so it teaches nothing: all that could change the maps is "
+            "frozen, or the explainer or similarity leaves torch (detach, NumPy, comparisons).",
+            NoEffectWarning,
+            stacklevel=5,
+        )
+
+
 def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
     """Warn when most explained samples have an all-zero map. On an accelerator `.parts["zero_maps"]` tells."""
-    if dead.device.type == "cpu" and float(dead.sum()) > 0.5 * float(total.sum()):
+    if dead.device.type == "cpu" and float(dead.sum()) > 0.5 * float(total.sum()) > 0:
         warnings.warn(
             f"In this batch more than half of the maps are zero everywhere (the student's at {place}, or the "
             "teacher's), so their explanations teach nothing. Expected in the first steps of an untrained student; if "

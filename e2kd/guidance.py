@@ -110,6 +110,9 @@ class GuidanceLoss(nn.Module):
     ['guidance', 'loss', 'task', 'zero_maps']
     """
 
+    takes_lessons = True  # as a criterion inside of another: it is given the targets as they came
+    name = "guidance"
+
     def __init__(
         self,
         model: nn.Module,
@@ -156,7 +159,8 @@ class GuidanceLoss(nn.Module):
         check_not_empty(logits)
         forward = self.model.forward_of(logits)
         if not isinstance(masks, Tensor):
-            masks = box_masks(masks, forward.size).to(logits.device)
+            masks = box_masks(masks, forward.size)
+        masks = masks.to(logits.device)
         _check_masks(masks, logits)
         guidance, zero = self._guide(forward, logits, labels_of(targets), masks)
         loss = task + self.weight * guidance
@@ -176,8 +180,17 @@ class GuidanceLoss(nn.Module):
                 mine = masks if masks.ndim == 3 else masks[torch.arange(len(masks), device=masks.device), chosen]
                 annotated = mine.flatten(1).any(1)
                 counted, mine = weight * annotated, mine.where(annotated[:, None, None], torch.ones_like(mine))
-                total, dead = total + counted * self.loss(maps, mine), dead + counted * is_zero(maps)
+                total, dead = total + counted * self._losses(maps, mine), dead + counted * is_zero(maps)
         return total.mean(), (dead > 0).sum()
+
+    def _losses(self, maps: Tensor, masks: Tensor) -> Tensor:
+        found = self.loss(maps, masks)
+        if found.shape != maps.shape[:1]:
+            raise ValueError(
+                f"Expected a loss that returns one value per sample, [{len(maps)}], but it returned "
+                f"{shape(found.shape)}. Reduce over the map, not over the batch."
+            )
+        return found
 
 
 def _guided(logits: Tensor, labels: Tensor) -> Chosen:

@@ -8,6 +8,17 @@ from torch import Tensor, nn
 from e2kd.errors import check_reduction, check_temperature, shape
 from e2kd.similarity import at_least_float32
 
+ONE_LOGIT = (
+    "Expected logits of two classes or more, [B, K], but got {shape}: the softmax of one is always 1, so nothing could "
+    "be learned from it. For one logit of a yes or no pass distillation=MultiLabelKDLoss() to E2KDLoss."
+)
+
+
+def check_softmax(logits: Tensor) -> None:
+    """Raise a ValueError for logits [B, 1], whose softmax says nothing."""
+    if logits.shape[-1] < 2:
+        raise ValueError(ONE_LOGIT.format(shape=shape(logits.shape)))
+
 
 def _checked(student: Tensor, teacher: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     if student.ndim != 2 or student.shape != teacher.shape:
@@ -39,7 +50,7 @@ def kd_loss(
         reduction: "mean" -> [], "none" -> [B].
 
     Raises:
-        ValueError: for logits of different shapes, τ <= 0 or an unknown reduction.
+        ValueError: for logits of different shapes or of one class, τ <= 0 or an unknown reduction.
 
     >>> import torch
     >>> kd_loss(torch.tensor([[1., 2.]]), torch.tensor([[1., 2.]]))
@@ -49,6 +60,7 @@ def kd_loss(
     """
     check_temperature(temperature)
     student, teacher = _checked(student_logits, teacher_logits, reduction)
+    check_softmax(student)
     log_s, log_t = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
     return _reduced(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1) * temperature**2, reduction)
 

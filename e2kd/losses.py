@@ -19,18 +19,20 @@ from e2kd.guards import (
     check_batch,
     check_explainers,
     check_grid,
+    check_maps_of,
     check_module,
     check_not_empty,
     check_prepared,
     check_settings,
     warn_dead,
+    warn_graph,
 )
 from e2kd.lessons import Lesson, Prepared, lesson_of
 from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.modes import unwrap
 from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
-from e2kd.tasks import reported, task_loss
+from e2kd.tasks import innermost, reported, task_loss
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher
 from e2kd.wrapping import Wrapping
@@ -240,7 +242,8 @@ class E2KDLoss(Wrapping):
 
     def _task(self, outputs: Any, targets: Any, options: dict[str, Any]) -> Tensor:
         multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
-        return task_loss(self.criterion, outputs, targets, self._labels(targets), multilabel=multilabel, **options)
+        criterion = None if multilabel and innermost(self.criterion) is None else self.criterion
+        return task_loss(criterion, outputs, targets, self._labels(targets), multilabel=multilabel, **options)
 
     def _explains(self) -> bool:
         """Whether the next step explains."""
@@ -279,7 +282,10 @@ class E2KDLoss(Wrapping):
             check_grid(theirs, "teacher's", "teacher_explainer")
             if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged
                 mine = pooled(mine.flatten(1, 2), (theirs.shape[-2], theirs.shape[-1])).unflatten(1, mine.shape[1:3])
+            check_maps_of(mine, weights, "student's")
+            check_maps_of(theirs, weights, "teacher's")
             alike, zero = compare_each(self.similarity, mine, theirs, size, valid)
+            warn_graph(alike)
         similarity, dead, total = (weights * alike).sum(1), (weights * zero).sum(1), weights.sum(1)
         warn_dead(dead, total, self.student.place)
         return {

@@ -47,6 +47,13 @@ def takes_lessons(criterion: object) -> bool:
     return bool(getattr(criterion, "takes_lessons", False))
 
 
+def innermost(criterion: Any) -> Any:
+    """What is inside of all criteria of e2kd; None where nothing is."""
+    while takes_lessons(criterion):
+        criterion = criterion.criterion
+    return criterion
+
+
 def remove_hooks(criterion: Any) -> None:
     """Take the hooks of a criterion inside of another off the student; only those of e2kd have any."""
     if takes_lessons(criterion):

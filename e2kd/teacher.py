@@ -79,10 +79,18 @@ class Teacher:
         """Tell this ear nothing any more."""
         self.ears = [one for one in self.ears if one is not ear]
 
+    @property
+    def unset(self) -> bool:
+        """Whether nothing was said of how the model is to be asked."""
+        return all(setting is None for setting in self.settings)
+
+    def follow(self, other: Teacher) -> None:
+        """Ask the model as another teacher of it was told to."""
+        self.settings, self.size, self.given, self.wanted = other.settings, other.size, other.given, other.wanted
+
     def serves(self, other: Teacher) -> bool:
         """Whether this one may answer in another's place: for the same model, asked in the same way."""
-        unset = all(setting is None for setting in other.settings)
-        same = other.model is self.model and (unset or other.settings == self.settings)
+        same = other.model is self.model and (other.unset or other.settings == self.settings)
         return same and (other.explainer is None or other.explainer == self.explainer)
 
     def answer_for(self, other: Teacher) -> None:

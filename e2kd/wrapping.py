@@ -92,6 +92,9 @@ class Wrapping(nn.Module):
         own = self.teacher
         if not isinstance(own, Teacher) or own is teacher:
             return teacher
+        if own.model is teacher.model and own.unset != teacher.unset:
+            silent, told = (own, teacher) if own.unset else (teacher, own)
+            silent.follow(told)
         if teacher.serves(own):
             teacher.answer_for(own)
             self.teacher = teacher

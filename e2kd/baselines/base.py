@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.baselines.untrained import Watch
 from e2kd.capture import Tap
-from e2kd.errors import UnsupportedModel, check_weight
+from e2kd.errors import NoEffectWarning, UnsupportedModel, check_weight
 from e2kd.forward import Forward
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
@@ -61,6 +62,10 @@ NO_PICKLE = (
 ELSEWHERE = (
     "The features are on {device} but the trainable parts of {name} on {where}. They belong to the criterion, so move "
     "it: criterion.to({device!r}), before the optimizer is made."
+)
+FIXED = (
+    "No feature that {name} compares has a graph, so it teaches the student nothing: the layers that make them are "
+    "frozen, or run under no_grad. Train them, or name later layers through layers=."
 )
 NOT_HEARD = (
     "The student ran, but {layer!r} did not, or returned no tensor with gradients. Name other layers through layers=."
@@ -301,6 +306,8 @@ class Baseline(Wrapping, ABC):
         check_batch(logits, heard.logits)
         dtype = self._dtype(logits.device)
         mine = [_maps(stage, forward.heard.get(stage.place.key), forward.size) for stage in self.student_stages]
+        if mine and not any(maps.requires_grad for maps in mine):
+            warnings.warn(FIXED.format(name=type(self).__name__), NoEffectWarning, stacklevel=5)
         theirs = [_maps(stage, heard.tensors.get(stage.place.key), heard.size) for stage in self.teacher_stages]
         return Batch(
             [at_least_float32(m) if dtype is None else m.to(dtype) for m in mine],

@@ -13,6 +13,7 @@ from e2kd.baselines.base import Baseline, Batch, Pair
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.errors import UnsupportedModel
 from e2kd.explainers import GradCAM
+from e2kd.heads import is_plain_linear
 from e2kd.plans import Plan, plan_for
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ ONE_CELL = (
 NO_CAM = (
     "CAT-KD compares class activation maps, which need a network that ends in average pooling and one linear layer. "
     "{name} does not. For any pair of networks there is e²KD: E2KDLoss(student, teacher, ...)."
+)
+REPLACED = (
+    "CAT-KD reads the classifier {layer!r} of {name}, which was replaced or adapted since the criterion was built and "
+    "is no plain linear layer now. Build the criterion after the head has its final form, or use E2KDLoss."
 )
 
 
@@ -99,9 +104,10 @@ class CATKD(Baseline):
             raise UnsupportedModel(ONE_CELL.format(name=type(model).__name__))
         if plan.head is not None:  # which may begin with an activation that is no module
             features = plan.head.prologue(features)
-        weight = model.get_submodule(plan.linear).weight
-        assert isinstance(weight, Tensor)
-        maps = class_activation_maps(features, weight.to(features.dtype))
+        classifier = model.get_submodule(plan.linear)
+        if not is_plain_linear(classifier):
+            raise RuntimeError(REPLACED.format(name=type(model).__name__, layer=plan.linear))
+        maps = class_activation_maps(features, classifier.weight.to(features.dtype))
         maps = F.adaptive_avg_pool2d(maps, self.resolution)
         return F.normalize(maps.flatten(2), dim=2).view_as(maps) if self.normalize else maps
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from e2kd.baselines.base import Baseline, Batch
 from e2kd.errors import check_temperature, check_weight, shape
 from e2kd.lessons import Prepared
+from e2kd.logits import check_softmax
 from e2kd.similarity import at_least_float32
 from e2kd.tasks import IGNORED
 
@@ -43,7 +44,8 @@ def dkd_loss(
         [], >= 0.
 
     Raises:
-        ValueError: for labels that are no class indices, α or β below 0, or τ <= 0.
+        ValueError: for labels that are no class indices, or on the CPU outside of [0, K - 1]; one class; α or β below
+            0, or τ <= 0.
 
     >>> logits = torch.tensor([[1., 2., 0.]])
     >>> dkd_loss(logits, logits, torch.tensor([1]))
@@ -56,13 +58,24 @@ def dkd_loss(
             f"DKD weighs the label's class apart from the others and needs class indices [{len(student_logits)}], but "
             f"got {came}. For mixed or soft labels there is KD: E2KDLoss(student, teacher, criterion, weight=0)."
         )
-    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
+    check_softmax(student_logits)
     known = labels != IGNORED
+    if labels.device.type == "cpu" and len(named := labels[known]):
+        _check_range(named, student_logits.shape[1])
+    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
     labels = labels.long().where(known, 0)
     target = _kl(*(_binary(log_p, labels) for log_p in (log_s, log_t)))
     others = _kl(*(_others(log_p, labels).log_softmax(1) for log_p in (log_s, log_t)))
     each = torch.where(known, alpha * target + beta * others, 0.0)
     return each.sum() / known.sum().clamp(min=1) * temperature**2
+
+
+def _check_range(labels: Tensor, classes: int) -> None:
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"Expected labels from 0 to {classes - 1}, or {IGNORED} for none, but some are {int(labels.min())} or "
+            f"{int(labels.max())}."
+        )
 
 
 def _check_settings(alpha: float, beta: float, temperature: float) -> None:

@@ -56,6 +56,7 @@ class Margin(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, C, h, w] before their ReLU -> [B, C, h, w]; they count first."""
+        self.total, self.count = self.total.double(), self.count.double()  # whatever the criterion was cast to
         negative = features.clamp(max=0)
         self.total += negative.sum((0, 2, 3)).to(self.total.dtype)
         self.count += (negative < 0).sum((0, 2, 3)).to(self.count.dtype)

@@ -16,7 +16,7 @@ from e2kd.errors import UnsupportedModel, shape
 from e2kd.explainers import Explainer
 from e2kd.guards import check_explainers, check_not_empty
 from e2kd.heads import is_plain_linear
-from e2kd.modes import as_computed, as_written, dtype_of, evaluating, replaying, untrained, unwrap
+from e2kd.modes import as_computed, as_written, dtype_of, evaluating, kept_buffers, replaying, untrained, unwrap
 from e2kd.narrow import NotNarrow
 from e2kd.outputs import first_tensor, logits_of
 from e2kd.plans import Plan, plan_for
@@ -71,8 +71,9 @@ def explain_each(
 ) -> Explanation:
     """As `explain`, for k classes [B, k] that are chosen by the logits [B, K]: maps [B, k, C, h, w]."""
     check_not_empty(images)
-    with torch.inference_mode(False), torch.enable_grad():
-        view = inspect(unwrap(model), images, explainer)
+    model = unwrap(model)
+    with torch.inference_mode(False), torch.enable_grad(), kept_buffers(model.modules()):
+        view = inspect(model, images, explainer)
         classes = choose(view.logits.detach())
         classes = classes.clone() if classes.is_inference() else classes
         maps = view.explain_each(explainer, classes)

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from e2kd.errors import shape
+from e2kd.similarity import at_least_float32
+
+SMALL = 8  # pixels: boxes of images no larger may well lie in the first one
+RELATIVE = (
+    "Expected boxes in pixels of images {size}, but every coordinate is at most 1, as of boxes in shares of the image "
+    "(YOLO's). Multiply x by the width and y by the height first, and mind that YOLO gives centre and size."
+)
 
 Boxes = Sequence[Tensor | Sequence[Sequence[float]]]
 
@@ -39,7 +46,8 @@ def box_masks(boxes: Boxes, size: tuple[int, int]) -> Tensor:
         [B, H, W] in [0, 1], float32 at least. Of several boxes on a pixel the one that covers most of it counts.
 
     Raises:
-        ValueError: for boxes of another form.
+        ValueError: for boxes of another form; for shares of the image in the place of pixels, which all lie in the
+            first one.
 
     >>> box_masks([[[0, 0, 1.5, 1]], []], (2, 2))
     tensor([[[1.0000, 0.5000],
@@ -50,7 +58,10 @@ def box_masks(boxes: Boxes, size: tuple[int, int]) -> Tensor:
     """
     if isinstance(boxes, Tensor):
         raise ValueError(f"Expected a list with the boxes [n, 4] of every image, but got {shape(boxes.shape)}.")
-    masks = [_mask(_checked(some), size) for some in boxes]
+    found = [_checked(some) for some in boxes]
+    if min(size) > SMALL and any(map(len, found)) and all(bool((some <= 1).all()) for some in found):
+        raise ValueError(RELATIVE.format(size=shape(size)))
+    masks = [_mask(some, size) for some in found]
     return torch.stack(masks) if masks else torch.zeros(0, *size)
 
 
@@ -62,7 +73,7 @@ def _checked(boxes: Tensor | Sequence[Sequence[float]]) -> Tensor:
     ValueError: Expected boxes as left, ... NaN: [5.0, 5.0, 2.0, 2.0] is the first of them. ...
     """
     found = torch.as_tensor(boxes)
-    found = found if found.is_floating_point() else found.float()
+    found = at_least_float32(found if found.is_floating_point() else found.float())
     if not found.numel():
         return found.view(0, 4)
     if found.ndim != 2 or found.shape[1] != 4:

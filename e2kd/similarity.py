@@ -15,7 +15,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of maps [B, C, h, w] to [B, C, H, W], antialiased when it shrinks them.
+    """Bilinear resize of maps [B, C, h, w] to [B, C, H, W], antialiased when it shrinks them; float32 at least.
 
     >>> resize(torch.ones(2, 1, 7, 7), (14, 14)).shape
     torch.Size([2, 1, 14, 14])
@@ -24,7 +24,7 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
         return maps
     # Antialiasing of maps one pixel wide returns wrong values in torch (seen up to 2.15, CPU).
     shrinks = (maps.shape[-2] > size[0] or maps.shape[-1] > size[1]) and maps.shape[-1] > 1
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=shrinks)
+    return F.interpolate(at_least_float32(maps), size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
 def pooled(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from e2kd.modes import kept_buffers
 from e2kd.probe import Turn
 from e2kd.sites import Site
 
@@ -130,7 +131,7 @@ def _traced(root: _Logits, site: Turn) -> fx.Graph:
     reasons = []
     for answer in (False, True):
         try:
-            with _own_forward(root.model), _symbolic_len(root, site.name):
+            with _own_forward(root.model), _symbolic_len(root, site.name), kept_buffers(root.modules()):
                 return _Tracer(site, answer).trace(root)
         except Exception as error:  # code may refuse symbolic values in any way; find_head then returns no head
             reasons.append(f"{type(error).__name__}: {error}")

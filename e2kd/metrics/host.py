@@ -38,3 +38,4 @@ class Apart(Metric):
         if isinstance(incoming_state, dict):
             incoming_state = {**incoming_state, self.own: getattr(self, self.own)}
         super().merge_state(incoming_state)
+        self._computed = None  # what was computed before is of the samples that were there then

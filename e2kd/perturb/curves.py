@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from e2kd.modes import dtype_of, evaluating
+from e2kd.modes import dtype_of, evaluating, kept_buffers
 from e2kd.outputs import logits_of
 from e2kd.perturb.imputation import ranks_nothing, road
 
@@ -55,14 +55,19 @@ def road_curves(
         noise, seed: as for `impute`.
 
     Raises:
-        ValueError: when the shapes don't fit.
+        ValueError: when the shapes don't fit, or for integer images.
 
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
     >>> found = road_curves(model, torch.rand(2, 3, 8, 8), torch.rand(2, 1, 4, 4), percentages=[25, 75])
     >>> found.most.shape, found.score.shape
     (torch.Size([2, 2]), torch.Size([2]))
     """
-    with torch.no_grad(), evaluating(model):
+    if not images.is_floating_point():
+        raise ValueError(
+            f"Expected floating-point images, whose pixels can be replaced, but got {images.dtype}. Make floats of "
+            "them, and pass the part of the network that takes these."
+        )
+    with torch.no_grad(), evaluating(model), kept_buffers(model.modules()):
         images = images.to(dtype_of(model))
         chosen = logits_of(model(images)).argmax(1) if classes is None else classes.to(images.device)
 

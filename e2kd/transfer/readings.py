@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from e2kd.distance import distance_matrix
 from e2kd.explainers import GradCAM
 from e2kd.listening import Place, hearing
-from e2kd.modes import as_written, dtype_of, evaluating, unwrap
+from e2kd.modes import as_computed, as_written, dtype_of, evaluating, kept_buffers, unwrap
 from e2kd.outputs import logits_of
 from e2kd.plans import plan_for
 from e2kd.probe import Call, Trace, Turn
@@ -103,7 +103,7 @@ def read(
         UnsupportedModel: when a layer does not exist, did not run or holds no map.
     """
     model = unwrap(model)
-    images = images.detach().to(dtype_of(model))
+    images = as_computed(model, images.detach())
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images
         names = [_default(model, images)] if layers is None else list(layers)
@@ -115,7 +115,7 @@ def read(
 
 def _default(model: nn.Module, images: Tensor) -> str:
     with torch.enable_grad(), evaluating(model), as_written(model):
-        site = plan_for(model, GradCAM(), images).site
+        site = plan_for(model, GradCAM(), images.to(dtype_of(model))).site
     assert site is not None
     return site.heard_by_name()
 
@@ -142,6 +142,7 @@ def _forward(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Te
         torch.autocast(images.device.type, enabled=False),
         evaluating(model),
         as_written(model),
+        kept_buffers(model.modules()),
         hearing(model, set(places.values())) as heard,
     ):
         logits = logits_of(model(images))

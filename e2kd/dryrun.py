@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.classes import Choice, choose
-from e2kd.errors import REFUSALS, NoEffectWarning
+from e2kd.errors import REFUSALS, NoEffectWarning, shape
 from e2kd.explainers import Explainer
 from e2kd.guards import PROBABILITIES, are_probabilities
 from e2kd.inspection import explain, explain_each
+from e2kd.logits import ONE_LOGIT
 from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_buffers, kept_statistics, undrawn, unwrap
 from e2kd.plans import Plan, plan_for
@@ -181,6 +182,8 @@ def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
             "classifiers of the same classes in the same order"
         )
         return
+    if report.teacher.classes == 1:
+        report.problems.append(ONE_LOGIT.format(shape=shape(theirs.logits.shape)))
     mine = explain_each(model, images, lambda logits: theirs.classes.to(logits.device), criterion.explainer)
     _describe(report.student, model, criterion.explainer, images, mine.maps, weights)
     _read_maps(report)

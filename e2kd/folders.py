@@ -1,8 +1,9 @@
-"""Where e2kd keeps on disk what it need not make or download again."""
+"""Folders: where e2kd keeps what it need not make or download again, and where it is told to write."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -10,3 +11,17 @@ def cache_folder() -> Path:
     """$E2KD_CACHE, else $XDG_CACHE_HOME/e2kd, else ~/.cache/e2kd; it may not exist yet."""
     own, everybodys = os.environ.get("E2KD_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return (Path(own) if own else Path(everybodys or "~/.cache") / "e2kd").expanduser()
+
+
+def make_folder(folder: Path) -> None:
+    """A folder that can be written to, before what takes long is measured for it.
+
+    Raises:
+        OSError: when there can be none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"Expected a folder that can be written to, but {folder} can't be one: {error}.") from error

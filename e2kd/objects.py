@@ -18,6 +18,7 @@ RELATIVE = (
 )
 
 Boxes = Sequence[Tensor | Sequence[Sequence[float]]]
+LABELS = "Expected the labels of an image's boxes as whole numbers [n], but got"
 
 
 class Present(NamedTuple):
@@ -101,7 +102,7 @@ def _covered(low: Tensor, high: Tensor, length: int) -> Tensor:
     return (torch.minimum(start + 1, high[:, None]) - torch.maximum(start, low[:, None])).clamp_min(0)
 
 
-def by_class(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Present:
+def by_class(boxes: Boxes, labels: Sequence[Tensor | Sequence[int]]) -> Present:
     """One row per image and class in it, as explanations are: one map for one class.
 
     Args:
@@ -109,20 +110,32 @@ def by_class(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Present:
         labels: class of every box, [n], for every image.
 
     Raises:
-        ValueError: when there are not as many labels as boxes.
+        ValueError: when there are not as many labels as boxes, or labels that are no numbers.
 
     >>> two = torch.tensor([[0., 0., 2., 2.], [1., 1., 3., 3.]])
     >>> present = by_class([two, two], [torch.tensor([7, 7]), torch.tensor([2, 5])])
     >>> present.images, present.classes, [len(boxes) for boxes in present.boxes]
     (tensor([0, 1, 1]), tensor([7, 2, 5]), [2, 1, 1])
     """
-    if [len(some) for some in boxes] != [len(some) for some in labels]:
+    objects, names = [_checked(some) for some in boxes], [_numbers(some) for some in labels]
+    if [len(some) for some in objects] != [len(some) for some in names]:
         raise ValueError("Expected a label for every box of every image, but there are more of the one than the other.")
     rows = [
         (image, int(which), some[named == which])
-        for image, (some, named) in enumerate(zip(boxes, labels, strict=True))
+        for image, (some, named) in enumerate(zip(objects, names, strict=True))
         for which in named.unique()
     ]
-    device = labels[0].device if len(labels) else None
+    device = names[0].device if names else None
     images, classes = (torch.tensor([row[k] for row in rows], dtype=torch.long, device=device) for k in (0, 1))
     return Present(images, classes, [row[2] for row in rows])
+
+
+def _numbers(labels: Tensor | Sequence[int]) -> Tensor:
+    """Labels [n] of one image's boxes."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{LABELS} {labels!r}. Give every class a number.") from error
+    if found.ndim != 1:
+        raise ValueError(f"{LABELS} {shape(found.shape)}.")
+    return found

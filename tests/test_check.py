@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from nets import cnn as small
 from nets import pair
 from reference import CLASSES, cnn
 from test_kernels import SIDE, crossvit
@@ -126,6 +127,14 @@ def test_a_softmax_at_the_end_is_a_problem_and_other_statistics_a_note() -> None
     said = {"input_normalization": ((0.5,) * 3, (0.5,) * 3)}
     noted = [e2kd.check(student, teacher, images, **settings).notes for settings in ({}, said)]
     assert ["normalised by (mean, std)" in "".join(notes) for notes in noted] == [True, False]
+
+
+def test_networks_of_one_logit_are_a_problem_in_words() -> None:
+    """A softmax of one logit is 1, whatever the student says."""
+    images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    report = e2kd.check(small(classes=1, seed=0), small(classes=1, seed=1), images)
+    assert any("MultiLabelKDLoss" in problem for problem in report.problems)
+    assert "PROBLEM" in str(report)
 
 
 def test_what_can_not_be_counted_is_no_problem() -> None:

@@ -239,6 +239,14 @@ class TestBoxes:
         with pytest.raises(ValueError, match="a label for every box"):
             by_class([torch.zeros(2, 4)], [torch.zeros(1)])
 
+    def test_by_class_takes_lists_as_box_masks_does(self) -> None:
+        present = by_class([[[0, 0, 2, 2], [1, 1, 3, 3]], []], [[7, 2], []])
+        assert (present.images.tolist(), present.classes.tolist()) == ([0, 0], [2, 7])
+        assert present.boxes[0].tolist() == [[1, 1, 3, 3]]
+        for wrong in ([["dog"]], ["dog"], [torch.zeros(1, 1)], [3]):
+            with pytest.raises(ValueError, match="labels of an image's boxes as whole numbers"):
+                by_class([[[0, 0, 2, 2]]], wrong)  # type: ignore[arg-type]
+
 
 class TestShifts:
     images = seeded(3, 3, 24, 28)

@@ -188,6 +188,16 @@ class TestBadInput:
             assert metric.compute().isnan()
             assert metric.score().reason == "no images were given"
 
+    def test_an_empty_batch(self) -> None:
+        """The last one of a rank may be."""
+        student, base, labels = features()
+        for embeddings in (None, torch.rand(16, 3)):
+            rs, whole = RelevanceScore(embeddings), RelevanceScore(embeddings)
+            for metric, parts in ((whole, [slice(None)]), (rs, [slice(0), slice(None), slice(0)])):
+                for part in parts:
+                    metric.update(student[part], labels[part], base[part])
+            assert rs.compute() == whole.compute()
+
     def test_given_in_some_updates_only(self) -> None:
         student, base, labels = features()
         rs = RelevanceScore()

@@ -360,6 +360,26 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             watch(Tracker(), **settings)
 
+    @pytest.mark.parametrize(
+        ("probe", "said"),
+        [
+            ({"image": images(), "label": LABELS}, "a dict of 'image', 'label'"),
+            ((images(),), r"a tuple of a tensor \[16, 3, 16, 16\]"),
+            ((images(), LABELS.tolist()), "a tuple of a tensor .*, list"),
+            ((images().numpy(), LABELS), "a tuple of ndarray"),
+            (images()[0], r"a tensor \[3, 16, 16\]"),
+            ((images()[:0], LABELS[:0]), r"a tuple of a tensor \[0, 3"),
+        ],
+    )
+    def test_a_probe_that_is_no_images_and_labels(self, probe: Any, said: str) -> None:
+        with pytest.raises(ValueError, match=rf"Expected the probe as images .* but got {said}.*pass its two tensors"):
+            TransferMonitor(net(0), net(3), probe, Tracker().log)
+
+    @pytest.mark.parametrize("wrong", [torch.ones(16, 1, 16, 16), [[[0, 0, 4, 4]]] * 16])
+    def test_masks_of_another_form(self, wrong: Any) -> None:
+        with pytest.raises(ValueError, match=r"Expected masks as a tensor \[n, H, W\], but got (a tensor|list)"):
+            watch(Tracker(), masks=wrong)
+
     def test_models_of_other_classes(self) -> None:
         with pytest.raises(ValueError, match="of the same classes"):
             watch(Tracker(), teacher=cnn(classes=7).float())(0)

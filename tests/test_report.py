@@ -384,7 +384,12 @@ class TestCommand:
     def test_bcos_networks_by_name(self, folder: Path, tmp_path: Path) -> None:
         from e2kd.cli import main
 
-        pair = ["--student", "bcos.resnet20", "--base", "bcos.resnet20", "--num-classes", "2"]
+        torch.save(make_model("bcos.resnet20", 2, None, pretrained=False).state_dict(), tmp_path / "bcos.pth")
+        pair = [
+            word
+            for role in ("--student", "--base")
+            for word in (role, "bcos.resnet20", f"{role}-checkpoint", str(tmp_path / "bcos.pth"))
+        ]
         sizes = ["--student-size", "32", "--base-size", "32", "--student-layers", "layer2", "--base-layers", "layer2"]
         images = ["--images", str(folder / "images"), "--count", "8"]
         masks = ["--masks", str(folder / "masks"), "--mask-value", "1"]
@@ -393,7 +398,7 @@ class TestCommand:
         assert found["networks"][0]["layers"] == ["network.layer2"]
         assert 0 < found["networks"][0]["epg"] < 1
 
-    @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04cut"])
+    @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04cut", b"\x80\x02X\x01"])
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
     def test_a_file_that_is_no_checkpoint(
         self, folder: Path, tmp_path: Path, content: bytes, suffix: str, capsys: pytest.CaptureFixture[str]

@@ -37,7 +37,15 @@ from e2kd.commands.models import read_state
 from e2kd.trainers.accelerate import Parts
 from e2kd.trainers.averages import Averages
 from e2kd.trainers.timm import E2KDTask
-from e2kd.trainers.timm.launching import loaded_images, main, meet, parser, prefetches_lessons, script_arguments
+from e2kd.trainers.timm.launching import (
+    loaded_images,
+    main,
+    meet,
+    own_arguments,
+    parser,
+    prefetches_lessons,
+    script_arguments,
+)
 from e2kd.trainers.transformers import E2KDCallback, FrozenCollator
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::e2kd.NoEffectWarning")]
@@ -405,6 +413,27 @@ def test_launcher_reads_the_scripts_configuration_file(tmp_path: Path) -> None:
     (tmp_path / "conf.yaml").write_text("")
     with pytest.raises(SystemExit, match="Expected a teacher"):
         script_arguments(parser().parse_args(["train.py"]), words)
+
+
+def test_launcher_reads_its_own_options_from_the_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "conf.yaml"
+    file.write_text(
+        "kd_model_name: resnet18\nlr: 0.1\nscript: other.py\ne2kd_weight: 7.0\nteacher_checkpoint: t.pth\n"
+        "e2kd-during: [-1, 9]\ne2kd_classes: 3\ne2kd_layer: null\n"
+    )
+    args, rest = own_arguments(["train.py", "-c", str(file), "--e2kd-classes", "labels", "--epochs", "3"])
+    assert rest == ["-c", str(file), "--epochs", "3"]
+    assert (args.script, args.e2kd_weight, args.teacher_checkpoint) == ("train.py", 7.0, Path("t.pth"))
+    assert (args.e2kd_during, args.e2kd_classes, args.e2kd_layer, args.e2kd_every) == ([-1, 9], "labels", None, 1)
+    assert own_arguments(["train.py", "-c", str(file)])[0].e2kd_classes == 3
+    for wrong in ("e2kd_every: often", "e2kd_layer: [a, b]", "e2kd_explainer: nothing"):
+        file.write_text(wrong)
+        with pytest.raises(SystemExit):
+            own_arguments(["train.py", "-c", str(file)])
+        assert "e2kd.trainers.timm: error" in capsys.readouterr().err
+    file.write_text("e2kd_wieght: 7.0")
+    with pytest.raises(SystemExit, match=r"names e2kd_wieght, but e2kd's options are .*e2kd_weight"):
+        own_arguments(["train.py", "-c", str(file)])
 
 
 def test_launcher_says_when_a_script_distilled_nothing(tmp_path: Path) -> None:

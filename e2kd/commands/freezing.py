@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from e2kd.choosing import NAMED, explainers_asked
-from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
+from e2kd.commands.models import add_data, add_teacher, count_said, make_dataset, make_teacher
 from e2kd.commands.photos import add_normalization, normalization_of
 
 
@@ -16,17 +16,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_teacher(parser)
     add_normalization(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache; an unfinished one is completed")
-    parser.add_argument("--view", type=int, default=256, help="side that images are brought to before anything random")
+    parser.add_argument(
+        "--view", type=count_said, default=256, help="side that images are brought to before anything random"
+    )
     parser.add_argument("--fit", choices=("crop", "squash"), default="crop", help="cut to a square, or squeeze")
-    parser.add_argument("--teacher-size", type=int, help="side the teacher expects; a timm model's own if not given")
+    parser.add_argument(
+        "--teacher-size", type=count_said, help="side the teacher expects; a timm model's own if not given"
+    )
     parser.add_argument(
         "--explainer", choices=(*NAMED, "none"), help="by the kind of model if not given; none: logits alone"
     )
     parser.add_argument("--layer", help="dotted name; found if not given")
     parser.add_argument("--classes", choices=("teacher", "labels", "all"), default="teacher", help="what to explain")
-    parser.add_argument("--top", type=int, help="store the largest logits alone, and the probability of the rest")
+    parser.add_argument(
+        "--top", type=count_said, help="store the largest logits alone, and the probability of the rest"
+    )
     parser.add_argument("--map-type", choices=("float16", "int8", "uint8"), help="by the maps' size if not given")
-    parser.add_argument("--shard-rows", type=int, help="images that a kill can lose; about a 64th if not given")
+    parser.add_argument("--shard-rows", type=count_said, help="images that a kill can lose; about a 64th if not given")
 
 
 def main(args: argparse.Namespace) -> int:

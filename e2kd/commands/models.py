@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import re
+import struct
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -21,8 +22,18 @@ from torch import Tensor, nn
 from e2kd.bcos import AddInverse
 from e2kd.bcos.images import channels_of, colours_of
 
-UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, UnpicklingError)
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    UnpicklingError,
+    struct.error,
+)
 BCOS = "bcos."
+WEIGHTS = "pass a state_dict for it (.safetensors, .pth), --teacher-checkpoint FILE where it is the teacher."
 OWN = re.compile(r"(?!hf_hub:)[a-zA-Z_][\w.]*:[a-zA-Z_]\w*")  # not timm's hf-hub:owner/name
 NAMES = f"timm name, {BCOS}resnet18 and the like for networks of e2kd.bcos, or package.module:function for your own"
 
@@ -38,6 +49,8 @@ def make_model(
         model = _own(name, {**settings} if classes is None else {**settings, "num_classes": classes})
     elif name.startswith(BCOS):
         model = _bcos(name, classes, **settings)
+        if pretrained and checkpoint is None:
+            raise ValueError(f"{name} has no pretrained weights: {WEIGHTS}")
     else:
         model = _timm(name, classes, pretrained=pretrained, **settings)
     if checkpoint is not None:
@@ -141,7 +154,7 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
     own = "timm's with pretrained weights if no checkpoint is given"
     parser.add_argument("--teacher", required=True, help=f"{NAMES}; {own}")
     parser.add_argument("--teacher-checkpoint", type=Path, help="state_dict (.safetensors or .pth) for the teacher")
-    parser.add_argument("--num-classes", type=int, help="of the teacher; those of the data set for a checkpoint")
+    parser.add_argument("--num-classes", type=count_said, help="of the teacher; those of the data set for a checkpoint")
     parser.add_argument("--device", type=device_said, help="cuda if there is one, else cpu")
     parser.add_argument("--batch-size", type=count_said, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
@@ -177,6 +190,21 @@ def count_said(text: str) -> int:
     return int(text)
 
 
+def percentage_said(text: str) -> float:
+    """A number from 0 to 100, for a command line.
+
+    >>> percentage_said("12.5")
+    12.5
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100, but got {text!r}")
+    return number
+
+
 def device_said(text: str) -> torch.device:
     """A device of torch's, for a command line.
 
@@ -190,8 +218,20 @@ def device_said(text: str) -> torch.device:
 
 
 def device_for(wanted: torch.device | None) -> torch.device:
-    """The device that was asked for, else this process's GPU, else the CPU."""
+    """The device that was asked for, else this process's GPU, else the CPU.
+
+    Raises:
+        ValueError: for a device that this machine doesn't have.
+    """
     if wanted is not None:
+        try:
+            torch.empty(1, device=wanted)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+            said = shorten(str(error), 160, placeholder=" ...")
+            raise ValueError(
+                f"Expected a device of this machine, but --device {wanted} can't be used: {said} Pass --device cpu, or "
+                "leave it out."
+            ) from error
         return wanted
     if not torch.cuda.is_available():
         return torch.device("cpu")

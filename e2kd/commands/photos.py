@@ -132,6 +132,16 @@ def normalization_of(model: nn.Module, args: argparse.Namespace) -> Normalizatio
 
 
 def normalized(images: Tensor, how: Normalization) -> Tensor:
-    """Images [n, 3, H, W] in [0, 1] with this mean and standard deviation taken out."""
+    """Images [n, 3, H, W] in [0, 1] with this mean and standard deviation taken out.
+
+    Raises:
+        ValueError: when they are not a number for each colour, or one for all.
+    """
+    lengths = [len(values) for values in how]
+    if not set(lengths) <= {1, images.shape[1]}:
+        raise ValueError(
+            f"Expected a mean and a standard deviation for each of the {images.shape[1]} colours, but got {lengths[0]} "
+            f"and {lengths[1]}. Pass --mean and --std with {images.shape[1]} numbers each."
+        )
     mean, std = (torch.tensor(values)[:, None, None] for values in how)
     return (images - mean) / std

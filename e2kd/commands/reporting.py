@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from e2kd.commands.models import NAMES, count_said, device_for, device_said, make_model, taking_colours
+from e2kd.commands.models import (
+    NAMES,
+    count_said,
+    device_for,
+    device_said,
+    make_model,
+    percentage_said,
+    taking_colours,
+)
 from e2kd.commands.photos import (
     add_normalization,
     find_photos,
@@ -21,6 +29,7 @@ from e2kd.commands.photos import (
     read_photos,
 )
 from e2kd.errors import UnsupportedModel
+from e2kd.folders import make_folder
 from e2kd.modes import timm_configuration
 
 if TYPE_CHECKING:
@@ -37,19 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{role}", required=role == "student", help=f"{said}: {NAMES}")
         parser.add_argument(f"--{role}-checkpoint", type=Path, help="its state_dict; timm's own weights if not given")
         parser.add_argument(f"--{role}-layers", nargs="+", help="dotted names, early to late; found if not given")
-        parser.add_argument(f"--{role}-size", type=int, help="side of its images; its own if not given")
+        parser.add_argument(f"--{role}-size", type=count_said, help="side of its images; its own if not given")
     parser.add_argument("--images", type=Path, required=True, help="folder of images; with one folder for each class")
     parser.add_argument("--masks", type=Path, help="folder of masks named as the images: adds EPG and IoU")
     parser.add_argument("--mask-value", type=int, help="of the object's pixels; everything above 0 if not given")
     add_normalization(parser)
     parser.add_argument("--count", type=count_said, default=64, help="images, as many of every class")
-    parser.add_argument("--num-classes", type=int, help="of the models; those of the folder for checkpoints")
+    parser.add_argument("--num-classes", type=count_said, help="of the models; those of the folder for checkpoints")
     parser.add_argument(
         "--encoder", help="text encoder (folder or hub id) for the classes' names; one-hot if not given"
     )
     parser.add_argument("--pooled", action="store_true", help="the encoder's pooler, as in the paper")
     parser.add_argument("--regions", choices=("unicam", "gradcam", "none"), default="unicam", help="perturbed scores")
-    parser.add_argument("--keep", type=float, default=50.0, help="percentage of the pixels kept in them")
+    parser.add_argument("--keep", type=percentage_said, default=50.0, help="percentage of the pixels kept in them")
     parser.add_argument("--batch-size", type=count_said, default=32)
     parser.add_argument("--device", type=device_said, help="cuda if there is one, else cpu")
     parser.add_argument("--out", type=Path, required=True, help="folder of report.html, report.json and the PNGs")
@@ -63,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
     roles = [role for role in ROLES if getattr(args, role) is not None]
     if len(roles) < 2:
         raise ValueError("A report compares two or three networks. Name another one through --base or --teacher.")
+    make_folder(args.out)
     photos = find_photos(args.images, args.count)
     pictures = _pictures(args, photos.paths, photos.labels, photos.classes)
     subjects = [_subject(args, role, photos.paths, photos.classes) for role in roles]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from e2kd.transfer import Regions, untrained
 from e2kd.transfer.contrasting import label_rows
 
 Probe = Tensor | Sequence[Tensor]
+PROBE = (
+    "Expected the probe as images [n, C, H, W], one at least, or as (images, labels), both tensors, but got {}. Of a "
+    "batch in a dict pass its two tensors: (batch['image'], batch['label'])."
+)
 
 
 class TransferMonitor:
@@ -73,7 +77,7 @@ class TransferMonitor:
         reasons: why scalars of the last probe are NaN; each is warned of once.
 
     Raises:
-        ValueError: when the probe's images, labels, masks and other images are not as many.
+        ValueError: when the probe is no images and labels, masks are none [n, H, W], or there are not as many of all.
 
     >>> make = lambda: nn.Sequential(
     ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
@@ -111,7 +115,8 @@ class TransferMonitor:
         batch_size: int | None = None,
         prefix: str = "e2kd/",
     ) -> None:
-        images, labels = (probe, None) if isinstance(probe, Tensor) else probe
+        images, labels = _images_and_labels(probe)
+        _check_masks(masks)
         _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)
         self.student, self.base = unwrap(student), unwrap(base)
         self._models = [self.student, self.base, *([] if teacher is None else [unwrap(teacher)])]
@@ -205,6 +210,42 @@ class TransferMonitor:
             where = ", ".join(name for name, said in self.reasons.items() if said == reason)
             warnings.warn(f"The monitor has no value for {where}: {reason}.", stacklevel=4)
         self._warned |= new
+
+
+def _images_and_labels(probe: Probe) -> tuple[Tensor, Tensor | None]:
+    """The probe's images [n, C, H, W] and labels, if it has any."""
+    if isinstance(probe, Tensor):
+        images, labels = probe, None
+    elif isinstance(probe, (tuple, list)) and len(probe) == 2:
+        images, labels = probe
+    else:
+        raise ValueError(PROBE.format(_said(probe)))
+    fits = isinstance(images, Tensor) and images.ndim == 4 and len(images) > 0
+    if not fits or not isinstance(labels, (Tensor, type(None))):
+        raise ValueError(PROBE.format(_said(probe)))
+    return images, labels
+
+
+def _check_masks(masks: Tensor | None) -> None:
+    if masks is not None and not (isinstance(masks, Tensor) and masks.ndim == 3):
+        raise ValueError(
+            f"Expected masks as a tensor [n, H, W], but got {_said(masks)}. e2kd.metrics.box_masks makes them of boxes."
+        )
+
+
+def _said(value: object) -> str:
+    """What came, in a few words.
+
+    >>> _said((torch.zeros(2, 3), None)), _said({"image": 0})
+    ('a tuple of a tensor [2, 3], NoneType', "a dict of 'image'")
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor {shape(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)) and len(value) <= 3:
+        return f"a {type(value).__name__} of {', '.join(map(_said, value)) or 'nothing'}"
+    return type(value).__name__
 
 
 def _check(count: int, **others: Tensor | None) -> None:

@@ -24,7 +24,7 @@ def label_features(targets: Tensor, embeddings: Tensor | None = None) -> Tensor:
             [5., 6.]])
     """
     rows = targets.is_floating_point()
-    if targets.ndim != (2 if rows else 1) or not len(targets):
+    if targets.ndim != (2 if rows else 1):
         raise ValueError(
             "Expected labels [n] as integers, or what stands for them, one row per image [n, d], but got "
             f"{shape(targets.shape)} of {targets.dtype}."
@@ -33,6 +33,8 @@ def label_features(targets: Tensor, embeddings: Tensor | None = None) -> Tensor:
         raise ValueError("Embeddings of classes need labels as integers [n], but the targets are rows of numbers.")
     if rows:
         return targets.detach()
+    if not len(targets):
+        return targets.new_zeros(0, 1).double() if embeddings is None else embeddings.detach()[:0]
     low, high = int(targets.min()), int(targets.max())
     count = high + 1 if embeddings is None else len(embeddings)
     if not 0 <= low <= high < count:

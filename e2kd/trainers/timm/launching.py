@@ -57,6 +57,7 @@ AGAIN = (
     "each training. torch.distributed can't make a second one where it made the first ({address}): processes would "
     "wait for addresses of the group that is gone, for ever. Start `torchrun` once for each training."
 )
+UNKNOWN = "The file of --config names {names}, but e2kd's options are {known}."
 AFTER_READING = ("--mixup", "--cutmix", "--cutmix-minmax", "--reprob", "--aug-splits")
 
 _met: set[str] = set()  # where this process has met others
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         RuntimeError: for a second training in the same process of several, under one MASTER_ADDR and MASTER_PORT.
     """
-    args, rest = parser().parse_known_args(argv)
+    args, rest = own_arguments(argv)
     launch(args, [args.script, *script_arguments(args, rest)])
 
 
@@ -112,6 +113,34 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--teacher-checkpoint", type=Path, help="the teacher's weights (.safetensors, .pth, .pth.tar)")
     made.add_argument("--frozen-cache", help="folder or URL that `e2kd freeze` wrote for the training images")
     return made
+
+
+def own_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """e2kd's own arguments, and the rest, the script's; the file of `--config` says what the command line doesn't."""
+    made = parser()
+    args, rest = made.parse_known_args(argv)
+    known = sorted(vars(args).keys() - {"script"})
+    of_file = made.parse_args([args.script, *words_of(configured(rest), known)])
+    return made.parse_known_args(argv, of_file)
+
+
+def words_of(values: dict[str, Any], known: Sequence[str]) -> list[str]:
+    """The words of a command line that say what a file does, so that both are checked in one way.
+
+    >>> words_of({"lr": 0.1, "e2kd_weight": 7.0, "e2kd-during": [0, 9], "e2kd_every": None}, sorted(vars(
+    ...     parser().parse_args(["train.py"]))))
+    ['--e2kd-weight=7.0', '--e2kd-during', '0', '9']
+    """
+    named = {str(name).replace("-", "_"): value for name, value in values.items() if value is not None}
+    unknown = sorted(name for name in named if name.startswith("e2kd_") and name not in known)
+    if unknown:
+        raise SystemExit(UNKNOWN.format(names=", ".join(unknown), known=", ".join(known)))
+    words = []
+    for name, value in named.items():
+        if name in known:
+            option = "--" + name.replace("_", "-")
+            words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+    return words
 
 
 def script_arguments(args: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from e2kd.errors import shape
-from e2kd.similarity import check_maps, is_zero, resize
+from e2kd.similarity import check_each, check_maps, is_zero, resize
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 KNOWN = 0.5  # share of a cell that must be known for the cell to be compared
@@ -44,11 +43,7 @@ def compare(
         known = resize(valid, size) >= KNOWN
         student, teacher = student * known, teacher * known
     values = similarity(student, teacher)
-    if values.shape != student.shape[:1]:
-        raise ValueError(
-            f"Expected a similarity that returns one value per sample, [{len(student)}], but it returned "
-            f"{shape(values.shape)}. Reduce over channels and space, not over the batch."
-        )
+    check_each(values, student, "similarity", "channels and space")
     return values, is_zero(student) | is_zero(teacher)
 
 

@@ -22,7 +22,7 @@ from e2kd.localization import on_grid
 from e2kd.modes import unwrap
 from e2kd.objects import Boxes, box_masks
 from e2kd.outputs import logits_of
-from e2kd.similarity import at_least_float32, is_zero
+from e2kd.similarity import at_least_float32, check_each, is_zero
 from e2kd.student import StudentExplainer
 from e2kd.tasks import IGNORED, remove_hooks, reported, task_loss
 from e2kd.taught import labels_of
@@ -185,11 +185,7 @@ class GuidanceLoss(nn.Module):
 
     def _losses(self, maps: Tensor, masks: Tensor) -> Tensor:
         found = self.loss(maps, masks)
-        if found.shape != maps.shape[:1]:
-            raise ValueError(
-                f"Expected a loss that returns one value per sample, [{len(maps)}], but it returned "
-                f"{shape(found.shape)}. Reduce over the map, not over the batch."
-            )
+        check_each(found, maps, "loss", "the map")
         return found
 
 

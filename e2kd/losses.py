@@ -32,7 +32,7 @@ from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.modes import unwrap
 from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
-from e2kd.tasks import innermost, reported, task_loss
+from e2kd.tasks import nested, reported, task_loss
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Normalization, Teacher
 from e2kd.wrapping import Wrapping
@@ -242,7 +242,7 @@ class E2KDLoss(Wrapping):
 
     def _task(self, outputs: Any, targets: Any, options: dict[str, Any]) -> Tensor:
         multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
-        criterion = None if multilabel and innermost(self.criterion) is None else self.criterion
+        criterion = None if multilabel and nested(self.criterion)[-1] is None else self.criterion
         return task_loss(criterion, outputs, targets, self._labels(targets), multilabel=multilabel, **options)
 
     def _explains(self) -> bool:

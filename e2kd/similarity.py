@@ -37,6 +37,19 @@ def pooled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if (height, width) == tuple(maps.shape[-2:]) else F.adaptive_avg_pool2d(maps, (height, width))
 
 
+def check_each(values: Tensor, maps: Tensor, what: str, over: str) -> None:
+    """Raise a ValueError unless what was made of maps [B, ...] is one value per sample, [B].
+
+    Args:
+        what, over: what made it, and what it is to reduce over, for the message.
+    """
+    if values.shape != maps.shape[:1]:
+        raise ValueError(
+            f"Expected a {what} that returns one value per sample, [{len(maps)}], but it returned "
+            f"{shape(values.shape)}. Reduce over {over}, not over the batch."
+        )
+
+
 def check_maps(student: Tensor, teacher: Tensor) -> None:
     """Raise unless both are maps [B, C, h, w] of one batch with equal channels."""
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[:2] != teacher.shape[:2]:

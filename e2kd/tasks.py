@@ -47,11 +47,12 @@ def takes_lessons(criterion: object) -> bool:
     return bool(getattr(criterion, "takes_lessons", False))
 
 
-def innermost(criterion: Any) -> Any:
-    """What is inside of all criteria of e2kd; None where nothing is."""
-    while takes_lessons(criterion):
-        criterion = criterion.criterion
-    return criterion
+def nested(criterion: Any) -> list[Any]:
+    """The criteria of e2kd that are inside of one another, the outermost first, and last what is inside of them all."""
+    found = [criterion]
+    while takes_lessons(found[-1]):
+        found.append(found[-1].criterion)
+    return found
 
 
 def remove_hooks(criterion: Any) -> None:

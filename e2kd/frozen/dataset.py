@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from e2kd.frozen.exact import exact
 from e2kd.frozen.geometry import composed, follow, framed
+from e2kd.frozen.looks import LOOKED_AT
 from e2kd.frozen.matching import check_labels, check_looks, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
 from e2kd.frozen.samples import image_and_label, pixel_hash, transforms_of
@@ -19,7 +20,6 @@ from e2kd.frozen.sources import Sample, Source, check_numbered, spread, unsteady
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.taught import Taught, all_known
 
-LOOKED_AT = 16  # samples, spread over the data set, that are compared with what was frozen
 UNSTEADY = (
     "The data set gives another image each time it is asked for sample {row}, so it has a random transform of its own, "
     "which the maps could not follow. Take that off the data set, and give it to FrozenDataset: transform=."

@@ -14,6 +14,7 @@ SIDE = 4  # cells per axis of what is kept of every image
 LOOK = SIDE * SIDE
 ALLOWED = 0.01  # mean difference: decoders of JPEG files differ by less, other pictures and transforms by more
 LARGEST = 65504.0  # of float16
+LOOKED_AT = 16  # samples, spread over many, that are compared where not every one is
 
 Looks = NDArray[np.float16]
 
@@ -25,6 +26,12 @@ def thumbnail(image: Tensor) -> Tensor:
     """
     pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     return F.adaptive_avg_pool2d(pixels, 8).mul(1000).round().div(1000)
+
+
+def apart_from(image: Tensor, stored: Sequence[object]) -> float:
+    """How far an image [C, H, W] lies from a thumbnail that was stored, in the mean; infinity for other channels."""
+    now, then = thumbnail(image), torch.tensor(stored)
+    return float((now - then).abs().mean()) if now.shape == then.shape else float("inf")
 
 
 def looks_of(images: Sequence[Tensor] | Tensor) -> Looks:

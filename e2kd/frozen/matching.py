@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from e2kd.frozen.looks import ALLOWED, Looks, apart, looks_of, thumbnail
+from e2kd.frozen.looks import ALLOWED, Looks, apart, apart_from, looks_of
 from e2kd.frozen.samples import class_names_of, hashes_of, names_of, transformed
 from e2kd.frozen.sources import LOOKED_AT, Sample, Source, spread
 
@@ -65,8 +65,7 @@ def check_labels(labels: Sequence[Any], explained: Tensor, places: Sequence[int]
 
 def check_unchanged(image: Tensor, place: int, frozen: FrozenTeacher) -> None:
     """Raise a ValueError unless the canonical image [C, H, W] of a data set's `place` is that of the cache's row 0."""
-    now, then = thumbnail(image), torch.tensor(frozen.plan["first_image"])
-    far = (now - then).abs().mean().item() if now.shape == then.shape else float("inf")
+    far = apart_from(image, frozen.plan["first_image"])
     if not far <= ALLOWED:
         raise ValueError(ANOTHER_PICTURE.format(place=place, name="", apart=far))
 

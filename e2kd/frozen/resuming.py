@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from e2kd.frozen.looks import ALLOWED, apart, looks_of, thumbnail
+from e2kd.frozen.looks import ALLOWED, LOOKED_AT, apart, apart_from, looks_of
 from e2kd.frozen.sources import Sample, Source, spread
 from e2kd.frozen.writer import Writer
 
-LOOKED_AT = 16  # rows, spread over those that are there
 REPLACED = (
     "Sample {row} is not the picture that it was when freezing into {folder} began: it was replaced, or is read "
     "otherwise, and the rows that are there would be kept. Delete the folder, or freeze into another one."
@@ -27,7 +25,7 @@ def check_resumed(writer: Writer, source: Source, first: Tensor, todo: Iterable[
         first: the first canonical image, [C, H, W].
         todo: the shards that this process is to write.
     """
-    if not (thumbnail(first) - torch.tensor(writer.plan["first_image"])).abs().mean() <= ALLOWED:
+    if not apart_from(first, writer.plan["first_image"]) <= ALLOWED:
         raise ValueError(REPLACED.format(row=0, folder=writer.folder))
     whole = [row for shard in writer.mine() if shard not in todo for row in writer.rows(shard)]
     for place in spread(len(whole), LOOKED_AT):

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from e2kd.losses import E2KDLoss
 from e2kd.modes import unwrap
-from e2kd.tasks import takes_lessons
+from e2kd.tasks import nested
 
 EXPLAINED = ("task", "kd", "explanation", "cosine", "agreement", "zero_maps")  # parts of an E2KDLoss
 SOMETIMES = ("cosine", "agreement")  # a nan in another part is a nan of the training
@@ -49,7 +49,7 @@ class Averages:
     def __init__(self, criterion: Any) -> None:
         if isinstance(criterion, nn.Module):
             criterion = unwrap(criterion)
-        self.inside = criteria(criterion)
+        *self.inside, _ = nested(criterion)
         if not self.inside:
             raise TypeError(
                 "Expected the criterion to be an E2KDLoss or a method of e2kd.baselines, around any other criterion, "
@@ -110,15 +110,6 @@ class Averages:
         """Means since the last call, over steps and processes. Every process has to call it."""
         sums = self.sums_of_all()
         return {} if sums is None else means(self.names, sums)
-
-
-def criteria(criterion: Any) -> list[Any]:
-    """The criteria of e2kd that are inside of one another, the outermost first."""
-    found = []
-    while takes_lessons(criterion):
-        found.append(criterion)
-        criterion = criterion.criterion
-    return found
 
 
 def names_of(inside: Sequence[Any]) -> tuple[str, ...]:

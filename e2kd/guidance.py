@@ -86,8 +86,8 @@ class GuidanceLoss(nn.Module):
     positive class of multi-hot targets, with equal weights. In eval mode, under `no_grad` or without masks it returns
     the criterion's loss.
 
-    `.parts` holds detached scalars of the last guided call: loss, task, guidance, and zero_maps (samples whose maps
-    are zero, which are not guided).
+    `.parts` holds detached scalars of the last training call, if it was guided: loss, task, guidance, and zero_maps
+    (samples whose maps are zero, which are not guided).
 
     Args:
         model: being trained.
@@ -133,7 +133,7 @@ class GuidanceLoss(nn.Module):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Detached scalars of the last guided call; see the class."""
+        """Detached scalars of the last training call, if it was guided; see the class."""
         return dict(self._parts)
 
     def remove(self) -> None:
@@ -154,6 +154,8 @@ class GuidanceLoss(nn.Module):
         """
         logits = logits_of(outputs)
         task = task_loss(self.criterion, outputs, targets, labels_of(targets))
+        if masks is None and torch.is_grad_enabled() and self.training and self.model.student.training:
+            self._parts = {}  # those of an earlier batch would be told again by a criterion around this one
         if masks is None or not is_teaching(self, self.model.student, logits, "model"):
             return task
         check_not_empty(logits)

@@ -24,7 +24,6 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 
 FIRST_CHECKS = 3  # on an accelerator, batches that are looked at although that waits for the device
 OTHER_IMAGES = "Give its input size through teacher_size=, or use a teacher for images of this kind."
-
 INTEGERS = (
     "The images are {dtype}, and they would have to be normalised, resized or encoded for the teacher. Make floats of "
     "them before the student is called, or leave normalisations and sizes out and pass a teacher that takes them as "
@@ -171,8 +170,10 @@ class Teacher:
 
     def _integers(self, images: Tensor) -> Tensor:
         """Images that the networks themselves make floats of: nothing else can be done with them before."""
+        normalization, input_normalization, _ = self.settings
+        told = normalization is not None or input_normalization is not None
         other_size = self.size is not None and tuple(images.shape[-2:]) != self.size
-        if self.given is not None or other_size or self.bcos:
+        if told or other_size or self.bcos:
             raise ValueError(INTEGERS.format(dtype=images.dtype))
         return images
 

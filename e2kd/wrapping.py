@@ -12,7 +12,7 @@ from e2kd.capture import Tap
 from e2kd.guards import check_task, is_teaching
 from e2kd.lessons import Prepared
 from e2kd.outputs import logits_of
-from e2kd.tasks import remove_hooks, share, task_loss
+from e2kd.tasks import nested, remove_hooks, share, task_loss
 from e2kd.taught import Taught, labels_of
 from e2kd.teacher import Teacher
 
@@ -75,7 +75,7 @@ class Wrapping(nn.Module):
                 outputs, targets, num_items_in_batch=num_items_in_batch, **options
             )
             return loss
-        if options and self.criterion is None:
+        if options and nested(self)[-1] is None:
             raise TypeError(UNTAKEN.format(names=", ".join(options)))
         logits = logits_of(outputs)
         if is_teaching(self, self.tap.student, logits):

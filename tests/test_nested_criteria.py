@@ -119,6 +119,25 @@ def test_guidance_inside_of_a_criterion_is_one_of_the_family() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
 
 
+def test_a_batch_without_masks_has_no_guidance_to_report() -> None:
+    student, teacher = net(), net(12, 1)
+    criterion = e2kd.E2KDLoss(student, teacher, GuidanceLoss(student, nn.CrossEntropyLoss()))
+    averages = Averages(criterion)
+    criterion(student(X), Y, masks=torch.ones(4, 32, 32))
+    guided = float(criterion.parts["guidance"])
+    criterion(student(X), Y)
+    assert "guidance" not in criterion.parts
+    assert averages.take()["guidance"] == pytest.approx(guided)
+
+
+def test_what_nobody_inside_takes_is_refused_in_evaluation_too() -> None:
+    student, teacher = net(), net(12, 1)
+    criterion = e2kd.E2KDLoss(student, teacher, FitNets(student, teacher), distillation=e2kd.MultiLabelKDLoss())
+    outputs = student(X).detach()
+    with pytest.raises(TypeError, match="no criterion that could take sample_weight"):
+        criterion(outputs, F.one_hot(Y, CLASSES).float(), sample_weight=torch.ones(4))
+
+
 def test_a_loss_of_guidance_returns_a_value_for_each_sample() -> None:
     student = net()
     for loss in (lambda maps, masks: maps.mean((2, 3)), lambda maps, masks: maps.mean()):

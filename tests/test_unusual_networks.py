@@ -122,9 +122,12 @@ def test_networks_that_take_bytes_are_both_given_them() -> None:
     assert float(criterion.parts["kd"]) == pytest.approx(0, abs=1e-6)
     assert float(criterion.parts["cosine"]) == pytest.approx(1, abs=1e-5)
     assert e2kd.check(student, copy.deepcopy(student), x).explanation == pytest.approx(0, abs=1e-5)
-    sized = e2kd.E2KDLoss(student, copy.deepcopy(student), teacher_size=16)
-    with pytest.raises(ValueError, match=r"torch\.uint8.*Make floats"):
-        sized(student(x))
+    half = ((0.5,), (0.5,))
+    for told in ({"teacher_size": 16}, {"input_normalization": half}, {"teacher_normalization": half}):
+        criterion = e2kd.E2KDLoss(student, copy.deepcopy(student), **told)
+        outputs = student(x)
+        with pytest.raises(ValueError, match=r"torch\.uint8.*Make floats"):
+            criterion(outputs)
     with pytest.raises(e2kd.UnsupportedModel, match=r"torch\.uint8 have no gradient"):
         e2kd.explain(student, x, explainer=e2kd.InputGradient())
 

@@ -73,9 +73,10 @@ class Averages:
 
     def _add(self, *_: object) -> None:
         parts = self.criterion.parts
-        if parts.get("loss") is self.last:  # an evaluation
+        loss = parts.get("loss")
+        if loss is None or loss is self.last:  # an evaluation, or a batch without masks
             return
-        self.last = parts["loss"]
+        self.last = loss
         missing = torch.full_like(self.last, torch.nan)
         values = torch.stack([parts.get(name, missing).to(missing) for name in self.names])
         known = values.isnan().logical_not()

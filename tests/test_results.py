@@ -242,6 +242,8 @@ def test_the_overhaul_of_features_teaches_more_than_anything_else_and_maps_add_n
             assert gain["interval"][0] > 0
     low, high = differences(rows, "overhaul_e2kd_all", "overhaul", ["accuracy"])["accuracy"]["interval"]
     assert low < 0 < high
+    before = [row for row in tables.results("limited_replaced")["rows"] if row["arm"] == "overhaul"]
+    assert [(row["seed"], row["weight"], round(100 * row["accuracy"], 1)) for row in before] == [(3, 5.0, 68.3)]
     tried = {row["weight"] for row in rows if row["arm"] == "overhaul"}
     assert max(tried) > 25 in {row["weight"] for row in rows if row["arm"] == "overhaul" and row["split"] == "test"}
 

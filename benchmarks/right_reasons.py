@@ -2,6 +2,7 @@
 
     python -m benchmarks.right_reasons                                # every student, two to three hours on two cores
     python -m benchmarks.right_reasons --students vit convnext
+    python -m benchmarks.right_reasons --students resnet --again      # once more, beside another teacher
     python -m benchmarks.right_reasons --quick                        # to see that it runs; writes nothing
 
 The teacher, a ResNet-32 that begins with CIFAR-10's weights, has seen cats and dogs on water and greenery alike.
@@ -11,7 +12,7 @@ misleads: labels, and animals on either background. A seed decides the composite
 every shift, so students of one seed differ in their criterion alone. For each architecture and arm, τ and λ are those
 of the highest accuracy over both kinds of composites of validation animals on validation backgrounds, with a seed
 that is not reported. A run that was stopped goes on where it was; `--fresh` begins anew.
-Results: benchmarks/results/right_reasons_<student>.json.
+Results: benchmarks/results/right_reasons_<student>.json, with _again before the dot of what was run once more.
 """
 
 from __future__ import annotations
@@ -142,9 +143,18 @@ def measured(case: Case, student: Student, teacher: nn.Module, parts: dict[str, 
     return parts[case.split].scores(network)
 
 
+def result_name(student: str, again: bool) -> str:
+    """Of a student's file.
+
+    >>> result_name("vit", again=False), result_name("vit", again=True)
+    ('right_reasons_vit', 'right_reasons_vit_again')
+    """
+    return "_".join(["right_reasons", student, *["again"] * again])
+
+
 def all_results() -> list[Row]:
     """What was run: every student, those of one teacher together."""
-    found = existing(f"right_reasons_{name}" for name in STUDENTS)
+    found = existing(result_name(*each) for each in itertools.product(STUDENTS, (False, True)))
     teachers = [one["teacher"] for one in found]
     return sorted(found, key=lambda one: teachers.index(one["teacher"]))
 
@@ -161,9 +171,14 @@ def table(results: list[Row]) -> str:
 
 def arms_of(found: Row) -> list[list[str]]:
     """A student's rows of the table."""
-    rows, student = found["rows"], STUDENTS[found["student"]].title
+    rows, student = found["rows"], title_of(found)
     arms = tested(rows)
     return [[student, name, *means(rows, arm, TITLES), *chosen(rows, arm)] for arm, name in ARMS.items() if arm in arms]
+
+
+def title_of(found: Row) -> str:
+    """A student's, as the tables have it."""
+    return STUDENTS[found["student"]].title + ", again" * found.get("again", False)
 
 
 def gains_table(results: list[Row]) -> str:
@@ -172,7 +187,7 @@ def gains_table(results: list[Row]) -> str:
     for found, (arm, base) in itertools.product(results, PAIRS):
         cells = gains(found["rows"], arm, base, COMPARED)
         if any(cells):
-            body.append([STUDENTS[found["student"]].title, f"{ARMS[arm]} - {ARMS[base]}", *cells])
+            body.append([title_of(found), f"{ARMS[arm]} - {ARMS[base]}", *cells])
     return markdown_table(["", "", *(TITLES[field] for field in COMPARED)], body)
 
 
@@ -193,6 +208,7 @@ def main() -> None:
     parser = paired.parser_of(__doc__, WEIGHTS, WORK)
     parser.add_argument("--students", choices=list(STUDENTS), nargs="+", default=list(STUDENTS), metavar="STUDENT")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=LIVE, metavar="ARM", help="frozen ones too")
+    parser.add_argument("--again", action="store_true", help="rows of their own, where the same was run before")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
     args = parser.parse_args()
@@ -203,11 +219,12 @@ def main() -> None:
     teacher = trained_teacher(settings, args.work)
     parts = tests(teacher, settings.measured)
     head = {"settings": asdict(settings), "teacher": parts["test"].scores(teacher)}
+    again = {"again": True} if args.again else {}
     results = []
     for name in args.students:
         work = partial(measured, student=STUDENTS[name], teacher=teacher, parts=parts, settings=settings)
-        path = None if args.quick else f"right_reasons_{name}"
-        record = Record(path, {"student": name, **head}, fresh=args.fresh)
+        path = None if args.quick else result_name(name, args.again)
+        record = Record(path, {"student": name, **again, **head}, fresh=args.fresh)
         study = Study(work, record.rows, record.write, args.jobs)
         run(study, args, SEEDS[:1] if args.quick else SEEDS, TUNING_SEEDS)
         results.append(record.found(study.rows))

@@ -171,7 +171,7 @@ class Tap:
 
     def keep(self, features: Tensor | None) -> None:
         """Remember the tensor at the site, if it belongs to a recorded forward."""
-        forward = self.current if self.recording and torch.is_grad_enabled() else None
+        forward = self._recorded()
         if forward is None or features is None:
             return
         forward.features = features
@@ -183,9 +183,13 @@ class Tap:
 
     def hear(self, key: str, tensor: Tensor | None) -> None:
         """Remember a tensor at a place, if it belongs to a recorded forward."""
-        forward = self.current if self.recording and torch.is_grad_enabled() else None
+        forward = self._recorded()
         if forward is not None and tensor is not None:
             forward.heard[key] = tensor
+
+    def _recorded(self) -> Forward | None:
+        """The forward that a tensor belongs to, if it is recorded."""
+        return self.current if self.recording and torch.is_grad_enabled() else None
 
     def _module(self, turn: Turn) -> nn.Module:
         return self.student.get_submodule(turn.name)

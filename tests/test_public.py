@@ -28,7 +28,7 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
-    ["errors", "version", "taught", "graph", "folders", "pictures", "held", "hooks", "sharding"],
+    ["errors", "version", "taught", "graph", "folders", "pictures", "held", "hooks", "sharding", "percentiles"],
     ["kernels"],
     ["embeddings", "modes"],
     ["similarity", "layout", "outputs", "regions", "bcos", "distance"],
@@ -50,7 +50,8 @@ LAYERS = [
     ["wrapping"],
     ["losses", "guidance", "frozen", "transfer", "baselines"],
     ["dryrun", "metrics", "monitor", "report"],
-    ["demo", "commands"],
+    ["commands"],
+    ["demo"],
     ["cli", "trainers"],
 ]
 HEAVY = (

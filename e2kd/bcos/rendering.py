@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from e2kd.bcos.unit import full_precision
 from e2kd.errors import shape
+from e2kd.percentiles import percentile_of
 
 
 def contributions(weights: Tensor, images: Tensor) -> Tensor:
@@ -104,11 +105,7 @@ def relative(values: Tensor, percentile: float) -> Tensor:
     """
     if not 0 < percentile <= 100:
         raise ValueError(f"Expected a percentile in (0, 100], but got {percentile}.")
-    ordered = values.flatten(1).sort(1).values  # torch.quantile takes no more than 16 million values
-    place = (ordered.shape[1] - 1) * percentile / 100
-    low, high = ordered[:, int(place)], ordered[:, min(int(place) + 1, ordered.shape[1] - 1)]
-    scale = torch.lerp(low, high, place % 1).view(-1, *[1] * (values.ndim - 1))
-    return (values / scale).where(values > 0, 0)
+    return (values / percentile_of(values, percentile)).where(values > 0, 0)
 
 
 def _colours(weights: Tensor) -> Tensor:

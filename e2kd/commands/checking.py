@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from e2kd.bcos.images import is_bcos
 from e2kd.choosing import NAMED, explainers_asked
 from e2kd.classes import choice_said
-from e2kd.commands.models import NAMES, count_said, make_model, taking_colours
+from e2kd.commands.models import NAMES, make_model, taking_colours
+from e2kd.commands.numbers import count_said
 from e2kd.commands.photos import add_normalization, find_photos, normalization_of, normalized, read_photos
 from e2kd.teacher import Normalization, expected_normalization, told_to
 

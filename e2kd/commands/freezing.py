@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from e2kd.choosing import NAMED, explainers_asked
-from e2kd.commands.models import add_data, add_teacher, count_said, make_dataset, make_teacher
+from e2kd.commands.models import add_data, add_teacher, make_dataset, make_teacher
+from e2kd.commands.numbers import count_said
 from e2kd.commands.photos import add_normalization, normalization_of
 
 

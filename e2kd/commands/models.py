@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from e2kd.bcos import AddInverse
 from e2kd.bcos.images import channels_of, colours_of
+from e2kd.commands.numbers import count_said
 
 UNREADABLE = (
     RuntimeError,
@@ -177,32 +178,6 @@ def taking_colours(model: nn.Module) -> tuple[nn.Module, str]:
     if channels_of(model) == colours_of(model):
         return model, ""
     return nn.Sequential(OrderedDict(inverse=AddInverse(), network=model)), "network."
-
-
-def count_said(text: str) -> int:
-    """A number from 1, for a command line.
-
-    >>> count_said("8")
-    8
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, but got {text!r}")
-    return int(text)
-
-
-def percentage_said(text: str) -> float:
-    """A number from 0 to 100, for a command line.
-
-    >>> percentage_said("12.5")
-    12.5
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number <= 100:
-        raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100, but got {text!r}")
-    return number
 
 
 def device_said(text: str) -> torch.device:

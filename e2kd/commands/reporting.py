@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from e2kd.commands.models import (
     NAMES,
-    count_said,
     device_for,
     device_said,
     make_model,
-    percentage_said,
     taking_colours,
 )
+from e2kd.commands.numbers import count_said, percentage_said
 from e2kd.commands.photos import (
     add_normalization,
     find_photos,

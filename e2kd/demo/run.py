@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from e2kd.commands.numbers import count_said
 from e2kd.demo.data import Part
 from e2kd.demo.experiment import SeedRun, run_seed
 from e2kd.demo.extras import require_extras
@@ -32,7 +33,7 @@ THREADS = 2  # small nets gain nothing from more, and one number of threads give
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `e2kd demo`."""
     defaults = Settings()
-    parser.add_argument("--seeds", type=positive, help="repetitions; 2 by default, 1 with --quick")
+    parser.add_argument("--seeds", type=count_said, help="repetitions; 2 by default, 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="half a minute instead of three")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of demo.json and demo.png")
     parser.add_argument(
@@ -44,13 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight", type=float, default=defaults.weight, help="λ of e²KD's explanation term")
     parser.add_argument("--frozen-weight", type=float, default=defaults.frozen_weight, help="λ with a frozen teacher")
     parser.add_argument("--temperature", type=float, default=defaults.temperature, help="τ of KD and e²KD")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, but got {text!r}")
-    return int(text)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from e2kd.errors import shape
+from e2kd.percentiles import percentile_of
 from e2kd.perturb.multigrid import fill
 from e2kd.similarity import at_least_float32, resize
 
@@ -57,14 +58,10 @@ def keep_least(maps: Tensor, percent: float) -> Tensor:
 
 
 def _quantile(maps: Tensor, percent: float) -> Tensor:
-    """The percentile of every map, linear between pixels, [B, 1, 1, 1]."""
+    """The percentile of every map, [B, 1, 1, 1]."""
     if not 0 <= percent <= 100:
         raise ValueError(f"Expected a percentage of pixels to keep, from 0 to 100, but got {percent}.")
-    ranked = at_least_float32(maps).flatten(1).sort(1).values
-    position = (ranked.shape[1] - 1) * percent / 100
-    below = int(position)
-    above = min(below + 1, ranked.shape[1] - 1)
-    return torch.lerp(ranked[:, below], ranked[:, above], position - below)[:, None, None, None]
+    return percentile_of(at_least_float32(maps), percent)
 
 
 def impute(images: Tensor, kept: Tensor, *, noise: float = 0.01, seed: int = 0, tolerance: float = 1e-5) -> Tensor:

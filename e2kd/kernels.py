@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +13,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from e2kd.graph import between
 
 
-def math_kernel() -> AbstractContextManager[Any]:
-    """Inside, attention runs under the math kernel."""
-    return sdpa_kernel(SDPBackend.MATH)
+class _Users:
+    """How many are inside of `math_kernel`, and what restores the kernels that were allowed before the first."""
+
+    count = 0
+    restore = ExitStack()
+
+
+@contextmanager
+def math_kernel() -> Iterator[None]:
+    """Inside, attention runs under the math kernel, until the last who came has left.
+
+    The hooks of two criteria on one module leave in the order in which they came, so neither may restore what it met.
+    """
+    if not _Users.count:
+        _Users.restore.enter_context(sdpa_kernel(SDPBackend.MATH))
+    _Users.count += 1
+    try:
+        yield
+    finally:
+        _Users.count -= 1
+        if not _Users.count:
+            _Users.restore.close()
 
 
 class Within:

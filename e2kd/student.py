@@ -4,60 +4,37 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2kd.bcos.images import check_range
-from e2kd.bcos.statistics import Kept, NotKept
+from e2kd.bcos.statistics import NotKept
 from e2kd.capture import COMPILED, NO_RECORD, Tap
 from e2kd.errors import UnsupportedModel, shape, taking_images
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.forward import Forward
-from e2kd.heads import Head, is_plain_linear
-from e2kd.held import Holding, holding_of, uses_batch
-from e2kd.kernels import fused_attention_between, math_kernel
-from e2kd.modes import as_written, dtype_of, kept_buffers, replaying
-from e2kd.narrow import NarrowHead, NotNarrow
-from e2kd.passes import PassKeeper, alone_in_batch
+from e2kd.held import Holding, holding_of
+from e2kd.kernels import math_kernel
+from e2kd.modes import as_written, dtype_of
+from e2kd.narrow import NotNarrow
+from e2kd.passes import PassKeeper
 from e2kd.plans import Plan, plan_for
 from e2kd.probing import example_images
 from e2kd.sharding import gather, groups_of, is_any_sharded
-from e2kd.views import View, autograd_view, closed_view, dynamic_view, whole_view
+from e2kd.views import View
+from e2kd.ways import Ways, norms_after
 
 FIRST_CHECKS = 3  # on an accelerator, steps that compare logits although that waits for the device
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-LOW_PRECISION_TOLERANCE = 0.1  # of what comes after a layer
-WHOLE_TOLERANCE = 0.3  # of a whole network in low precision
 
 NO_FEATURES = (
     "The student ran, but layer {layer!r} did not return a tensor with gradients, so nothing can be explained there. "
     "Reentrant activation checkpointing around that layer or a frozen student does this: use "
     "`use_reentrant=False`, or name a layer outside of the checkpointed part through layer=. " + COMPILED
-)
-MISMATCH = (
-    "The logits given to the criterion differ from those that the student's head gives for the captured features of "
-    "layer {layer!r} (relative difference {error:.2g}). {why}"
-)
-ALTERED = (
-    "Pass the student's output as it came from the student: two forwards through a compiled student before one loss, "
-    "or logits that were changed on the way, can't be explained."
-)
-NO_SECOND_DERIVATIVE = (
-    "The head after layer {layer!r} can't be run again on its own, and {node} in the student's graph has no second "
-    "derivative. Run the student under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or name a layer through layer=."
-)
-MIXED = (
-    "The head after layer {layer!r} can't be run again on its own, and in the student's graph BatchNorm {norm!r} makes "
-    "every logit depend on all images of the batch: no map would be of its own image. Keep that norm in eval mode, or "
-    "name a layer through layer=."
 )
 NO_PICKLE = (
     "The criterion listens to the network that it trains in this process, so it can't be pickled. Save that network, "
@@ -69,22 +46,13 @@ ONE_CELL = (
     "noise of {noise}. Pass some of your images, E2KDLoss(..., example=images), to have an earlier one found, or name "
     "one: explainer=GradCAM(layer=...)."
 )
-GRAPH_REFUSED = (
-    "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "
-    "compiled region, two forwards before one loss, or code that can't be followed. And differentiating through "
-    "{where} gives wrong or no gradients. Call the criterion after each forward, switch off dropout after that layer, "
-    "compile only the trunk (`forward_features`), use static_graph=False, or name another layer through layer=."
-)
 
 
 class StudentExplainer:
     """Records the student's forwards and turns each into a `View`, by the first way that reproduces its logits.
 
-    At a layer, in turn: "closed", the closed form of pooled linear heads; "narrow" and "replay", running the head again
-    on the live features; "graph", the trainer's own. At the images: "shared", the trainer's own forward in explanation
-    mode; "drawn", a second pass of the samples to explain; "separate", a second pass of all. What was run again
-    must give the logits the criterion was called with: that check finds a wrong layer, features of another
-    forward and random numbers drawn anew.
+    What was run again must give the logits the criterion was called with: that check finds a wrong layer, features of
+    another forward and random numbers drawn anew.
 
     Args:
         student: being trained.
@@ -151,7 +119,7 @@ class StudentExplainer:
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
             holding = self.holding = holding_of(self.student)
             self.tap.run_within(self.plan.after, math_kernel)
-            self.tap.run_within(self._norms(self.plan), lambda: holding)
+            self.tap.run_within(norms_after(self.student, self.plan), lambda: holding)
         shared = shares_pass(self.explainer, self.fraction)
         if self.plan.dynamic and (shared or self.fraction < 1):
             self.tap.keep_passes(PassKeeper(self.student, self.plan.encoder, weights=shared))
@@ -203,10 +171,11 @@ class StudentExplainer:
 
     def _view(self, forward: Forward, logits: Tensor, plan: Plan, rows: Tensor | None) -> View:
         """By the first way whose logits are those that were given; what fails once is not tried again."""
+        ways = Ways(self.student, plan, self.parts, forward, logits, rows)
         failed, error = self.failed[self.student.training], 0.0
         tried: set[str] = set()
         with self.tap.silent():
-            for way, make in self._ways(forward, logits, plan, rows):
+            for way, make in ways.run_again():
                 if way in failed:
                     continue
                 tried.add(way)
@@ -214,13 +183,12 @@ class StudentExplainer:
                     view = make()
                 except (NotNarrow, NotKept):
                     continue
-                given = logits if view.rows is None else logits[view.rows]
-                error = _difference(view.logits, given) if self._must_check(forward) else 0.0
-                if error <= _tolerance(forward, logits):
+                error = ways.difference(view) if self._must_check(forward) else 0.0
+                if error <= ways.tolerance:
                     failed |= tried - {way}
                     self.last = way
                     return view
-        view = self._graph_view(forward, logits, plan, error)
+        view = ways.graph(self.holding, error)
         failed |= tried
         self.last = "graph"
         return view
@@ -235,7 +203,7 @@ class StudentExplainer:
 
     @property
     def way(self) -> str:
-        """How forwards are explained, in one word of the class."""
+        """How forwards are explained, in one word of `Ways`."""
         plan = self._plan()
         if self.last is not None:
             return self.last
@@ -253,63 +221,6 @@ class StudentExplainer:
             raise RuntimeError(NO_RECORD)
         return self.plan
 
-    def _ways(
-        self, forward: Forward, logits: Tensor, plan: Plan, rows: Tensor | None
-    ) -> Iterator[tuple[str, Callable[[], View]]]:
-        """The ways that need no graph of the trainer's but that of an explained pass, cheapest first."""
-        if plan.head is None or not plan.head.follows():
-            return
-        if plan.site is None:
-            yield from self._whole_ways(forward, plan, rows)
-            return
-        classifier = None if plan.linear is None else self.student.get_submodule(plan.linear)
-        if classifier is not None and is_plain_linear(classifier) and forward.features is not None:
-            yield "closed", partial(self._closed, forward.features, logits, plan, classifier, forward.size)
-        if plan.narrow is not None:
-            yield "narrow", partial(self._replay, forward, plan, plan.narrow)
-        yield "replay", partial(self._replay, forward, plan, plan.head)
-
-    def _whole_ways(
-        self, forward: Forward, plan: Plan, rows: Tensor | None
-    ) -> Iterator[tuple[str, Callable[[], View]]]:
-        found = forward.explained
-        if found is not None and found.readable:
-            assert found.encoded is not None
-            assert found.logits is not None
-            yield "shared", partial(dynamic_view, found.encoded, found.logits, found.mode, create_graph=True)
-        kept = None if found is None else found.statistics
-        if rows is not None and not forward.random and alone_in_batch(self.student, kept=kept is not None):
-            yield "drawn", partial(self._again, forward, plan, rows, kept)
-        yield "separate", partial(self._again, forward, plan, None, None)
-
-    def _again(self, forward: Forward, plan: Plan, rows: Tensor | None, kept: Kept | None) -> View:
-        images = forward.images if rows is None else forward.images[rows]
-        with replaying(self.student, images.device, forward.rng), kept_buffers(self.student.modules()):
-            view = whole_view(self.student, plan, images, create_graph=True, kept=kept, rows=rows)
-        return replace(view, rows=rows)
-
-    def _closed(
-        self, features: Tensor, logits: Tensor, plan: Plan, classifier: nn.Linear, size: tuple[int, int]
-    ) -> View:
-        assert plan.head is not None
-        captured = plan.head.prologue(features)
-        view = closed_view(captured, logits, plan, classifier, size)
-        with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
-            means = view.features.mean((2, 3)).to(dtype_of(classifier))
-            pooled = F.linear(means, classifier.weight, classifier.bias)  # not the module: hosts have hooks there
-        return replace(view, logits=pooled)
-
-    def _replay(self, forward: Forward, plan: Plan, run: Head | NarrowHead) -> View:
-        assert plan.head is not None
-        assert forward.features is not None
-        source = forward.features.to(dtype_of(self.student))
-        if not source.requires_grad:  # the features of a frozen trunk
-            source = source.detach().requires_grad_()
-        stateful = (part for module in self.parts for part in module.modules())
-        with replaying(self.student, source.device, forward.rng), kept_buffers(stateful):
-            captured = plan.head.prologue(source.view_as(source))  # fully_shard's hooks sit on the tensor itself
-            return autograd_view(captured, run(captured), plan, forward.size, create_graph=True)
-
     def _must_check(self, forward: Forward) -> bool:
         self.checks += 1
         return self._looks(forward) or self.checks % 1000 == 0
@@ -317,25 +228,6 @@ class StudentExplainer:
     def _looks(self, forward: Forward) -> bool:
         """Whether values may be looked at: on an accelerator that waits for the device."""
         return forward.images.device.type == "cpu" or self.checks <= FIRST_CHECKS
-
-    def _graph_view(self, forward: Forward, logits: Tensor, plan: Plan, error: float) -> View:
-        layer = plan.site.layer if plan.site else "images"
-        if forward.compiled or forward.static_graph:
-            where = "a compiled student" if forward.compiled else "DistributedDataParallel(static_graph=True)"
-            raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
-        if forward.features is None or not forward.features.requires_grad or forward.mark is None:
-            raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
-        mixing = [name for name in self._norms(plan) if uses_batch(self.student.get_submodule(name))]
-        if mixing and self.holding is None:
-            raise UnsupportedModel(MIXED.format(layer=layer, norm=mixing[0]))
-        fused = fused_attention_between(logits, forward.features)
-        if fused is not None:
-            raise UnsupportedModel(NO_SECOND_DERIVATIVE.format(layer=layer, node=fused))
-        return autograd_view(forward.features, logits, plan, forward.size, create_graph=True, holding=self.holding)
-
-    def _norms(self, plan: Plan) -> tuple[str, ...]:
-        """The BatchNorms that run after the site."""
-        return tuple(name for name in plan.after if isinstance(self.student.get_submodule(name), _BatchNorm))
 
 
 def _gathering(view: View, groups: list[Any]) -> View:
@@ -361,18 +253,3 @@ def _outside_of_hosts(device: torch.device) -> Iterator[None]:
     kept = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)  # checkpoint counts them
     with torch.autocast(device.type, enabled=False), kept:
         yield
-
-
-def _difference(replayed: Tensor, logits: Tensor) -> float:
-    """Largest difference relative to the spread of the logits."""
-    if replayed.shape != logits.shape:
-        return float("inf")
-    given = logits.detach().double()
-    spread = (given - given.mean()).abs().amax() + 1e-6 * given.abs().amax() + 1e-12
-    return float((replayed.detach().double() - given).abs().amax() / spread)
-
-
-def _tolerance(forward: Forward, logits: Tensor) -> float:
-    low = WHOLE_TOLERANCE if forward.features is None else LOW_PRECISION_TOLERANCE
-    types = {logits.dtype, forward.images.dtype if forward.features is None else forward.features.dtype}
-    return low if forward.autocast is not None else max(TOLERANCE.get(dtype, low) for dtype in types)

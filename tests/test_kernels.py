@@ -146,6 +146,19 @@ def test_interrupted_forward_does_not_leave_the_math_kernel_on(interruption: typ
     loss.backward()
 
 
+def test_two_criteria_on_one_student_leave_the_kernels_as_they_were() -> None:
+    on, before = made("pit"), kernels()
+    student = on.copy()
+    criteria = [teach(student, on) for _ in range(2)]
+    outputs = student(on.images)
+    assert kernels() == before
+    for criterion in criteria:
+        criterion(outputs, on.targets)
+    criteria[0].remove()
+    student(on.images)
+    assert kernels() == before
+
+
 @every
 def test_copies_run_with_any_kernel(name: str) -> None:
     on = made(name)

@@ -46,6 +46,7 @@ LAYERS = [
     ["passes"],
     ["forward"],
     ["capture", "inspection"],
+    ["ways"],
     ["student", "teacher", "answers"],
     ["wrapping"],
     ["losses", "guidance", "frozen", "transfer", "baselines"],

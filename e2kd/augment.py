@@ -28,8 +28,9 @@ class JointAugmentation(nn.Module):
 
     Supported are Kornia's rigid operations, crops, resizes, RandomErasing, everything about colours, RandAugment and
     its relatives, and ImageSequential or AugmentationSequential of all these. RandomElasticTransform, padding other
-    than constant and classes of your own need a probe image each step, about as dear as the image itself. The first
-    batch with each operation is also run through such a probe, and training stops if the two disagree.
+    than constant and classes of your own need an extra probe image at each step, which costs about as much as
+    augmenting the image. The first batch with each operation is also run through such a probe, and training stops if
+    the two disagree.
 
     Kornia draws from torch's global generator of the CPU: seed each rank differently
     (`torch.manual_seed(seed + rank)`), or all ranks draw the same augmentations. The module has nothing to move to a
@@ -41,7 +42,7 @@ class JointAugmentation(nn.Module):
         size: grid (n, m) of the maps that come out. None: the grid they come with.
 
     Raises:
-        ValueError: for an operation of which nobody could say where it moves a map.
+        ValueError: for an operation whose effect on the positions of pixels is unknown.
 
     >>> import kornia.augmentation as K
     >>> augmentation = JointAugmentation(K.RandomHorizontalFlip(p=1.0), K.ColorJitter(0.1, 0.1, 0.1, 0.1))

@@ -31,15 +31,15 @@ COMPILED = (
 NO_RECORD = (
     "The criterion was called without a training forward of the student before it. Expected "
     "`loss = criterion(student(images), targets)`, with a tensor of images [B, C, H, W], the student in train() mode "
-    "and gradients enabled, once per forward and with what it returned: for two weighted losses of one output, as of "
-    "mixed labels, call it once with soft labels. If the trainer runs a copy or another wrapper of the model, build "
-    "the criterion with the module it trains. " + COMPILED
+    "and gradients enabled, once per forward and with what it returned. To combine two weighted losses of one "
+    "output, as for mixed labels, call it once with soft labels. If the trainer runs a copy or another wrapper of the "
+    "model, build the criterion with the module it trains. " + COMPILED
 )
 
 
 OVERWRITTEN = (
-    "The images that the student was given were changed in place before the criterion was called, so the teacher would "
-    "be asked about others. Call the criterion before the next batch is written there, or give the student a copy."
+    "The images were changed in place after the student saw them and before the criterion was called, so the teacher "
+    "would see different ones. Call the criterion before the next batch is written there, or give the student a copy."
 )
 
 

@@ -92,8 +92,8 @@ class CAM(Weighing):
     """Class activation map (Zhou et al. 2016): GradCAM without its ReLU, signed.
 
     sum_k a_k A_k with a_k the mean over space of dz_y/dA_k, which is the class's weight over h*w where the head pools
-    and applies one linear layer. Where a class is not, values are below 0, so that maps of classes that are not seen
-    say something as well: with `classes="all"`.
+    and applies one linear layer. Values are negative where the class is absent, so maps of absent classes carry
+    information too, which `classes="all"` compares.
 
     >>> CAM()(torch.ones(1, 2, 1, 1), torch.tensor([[[[1.]], [[-3.]]]]))
     tensor([[[[-2.]]]])
@@ -163,10 +163,9 @@ class DynamicWeights:
     Args:
         resolution: side or (h, w) to which maps are averaged; None leaves them at image size.
         passes: "shared" reads W from the student's own forward, "separate" from a second one. Loss and gradients are
-            the same. Of a `fraction` of each batch a second pass runs the drawn samples alone, and where it can, which
-            is for layers with b = 2, it takes what the layers returned in the first. None takes the cheaper one. Where
-            the student's own forward can't be differentiated twice in float32 (autocast, torch.compile) there always
-            is a second.
+            the same. With `fraction` < 1 a second pass runs only the drawn samples and, for layers with b = 2, reuses
+            what the layers returned in the first. None takes the cheaper one. Under autocast or torch.compile the
+            student's own forward can't be differentiated twice in float32, and there is always a second pass.
     """
 
     resolution: int | tuple[int, int] | None = None
@@ -182,9 +181,9 @@ class DynamicWeights:
 class BcosWeights(DynamicWeights):
     """The dynamic weights W(x) of a B-cos network, its explanation in e²KD: signed, all channels.
 
-    The gradient of the class logit with respect to the encoded images (x, 1 - x), while what depends on the images but
-    is multiplied to them (|cos|, 1 / std, attention) is held fixed (Böhle et al. 2022): W(x) x is a CNN's logit
-    without its bias. In float32, whatever autocast is around it.
+    The gradient of the class logit with respect to the encoded images (x, 1 - x), with the factors that depend on the
+    images (|cos|, 1 / std, attention) treated as constants (Böhle et al. 2022): W(x) x is a CNN's logit without its
+    bias. Computed in float32, also under autocast.
 
     Args:
         resolution: side or (h, w) to which W is averaged; None leaves it at image size, as in the paper.

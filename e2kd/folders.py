@@ -14,7 +14,7 @@ def cache_folder() -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder that can be written to, before what takes long is measured for it.
+    """Make a folder and see that it can be written to, before anything long begins.
 
     Raises:
         OSError: when there can be none.

@@ -82,9 +82,9 @@ class GuidanceLoss(nn.Module):
     """A criterion with a loss on the network's own explanations: criterion(outputs, targets) + weight * mean(loss).
 
     Called with masks behind the targets: `loss = criterion(model(images), targets, masks)`. The explanation is that of
-    the trainer's own forward, read by hooks as `E2KDLoss` reads the student's. Explained is the label's class, or every
-    positive class of multi-hot targets, with equal weights. In eval mode, under `no_grad` or without masks it returns
-    the criterion's loss.
+    the trainer's own forward, read by hooks as `E2KDLoss` reads the student's. The label's class is explained; for
+    multi-hot targets every positive class, with equal weights. In eval mode, under `no_grad` or without masks it
+    returns the criterion's loss.
 
     `.parts` holds detached scalars of the last training call, if it was guided: loss, task, guidance, and zero_maps
     (samples whose maps are zero, which are not guided).

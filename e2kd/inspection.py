@@ -56,7 +56,6 @@ def explain(
     >>> found.logits.shape, found.maps.shape, found.classes.shape
     (torch.Size([2, 5]), torch.Size([2, 1, 14, 14]), torch.Size([2]))
     """
-
     check_explainers(explainer=explainer)
 
     def chosen(logits: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def pipeline(*operations: Any) -> K.AugmentationSequential:
     """The operations as one Kornia container, after a look at each of them.
 
     Raises:
-        ValueError: for an operation of which nobody could say where it moves a map.
+        ValueError: for an operation whose effect on the positions of pixels is unknown.
     """
     container = K.AugmentationSequential(*operations, transformation_matrix_mode="skip", extra_args=MASKS)
     container.disable_features = True  # or it keeps the last images

@@ -95,12 +95,12 @@ class E2KDLoss(Wrapping):
 
     In eval mode or under `no_grad` it returns the plain task loss and keeps nothing; without a criterion that is
     the cross-entropy with the targets. `.parts` holds detached scalars of the last training call: loss, task, kd,
-    explanation, cosine, agreement (share of equal top classes) and zero_maps (samples whose map is
-    zero in student or teacher, which therefore teach nothing; of several classes, for more than half of their weight).
-    task is all that `criterion` returned: with another method inside, such as AT, that method's whole loss, whose terms
-    are parts too, under their own names.
-    Reading a value is what waits for the device. In a step that explains nothing (`every`, `during`), explanation and
-    zero_maps are 0 and cosine is nan; agreement is nan where the teacher was not asked either.
+    explanation, cosine, agreement (share of equal top classes) and zero_maps (how many samples have an all-zero map in
+    student or teacher, and so teach nothing; with several classes, all-zero for more than half of their weight).
+    task is what `criterion` returned: if that is another method, such as AT, its total loss, and its own terms are
+    parts as well, under their names.
+    Only reading a value waits for the device. In a step that explains nothing (`every`, `during`), explanation and
+    zero_maps are 0 and cosine is nan; agreement is nan too if the teacher was not asked.
 
     Args:
         student: the module being trained, before or after it is wrapped by its trainer.
@@ -117,21 +117,21 @@ class E2KDLoss(Wrapping):
         task_weight: of the criterion; None is 1 with a criterion.
         temperature: τ. The paper tries 1 and 5.
         classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets), "all",
-            an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`). None is
-            what a frozen teacher's maps explain, else "teacher".
+            an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`). None:
+            what a frozen teacher's maps explain, or "teacher" for a live one.
         fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
             with explainers that need a pass of the whole network, such as `BcosWeights`.
         every: explain every k-th step, the term times k. The paper's code skips without that factor.
-        during: (start, stop), explain in the steps start <= step < stop of the training alone, a step being a call of
-            this criterion. With explainers that need a pass of the whole network a stretch where the learning rate is
-            high keeps most of the gain; the term is not scaled. `every`, `fraction` and `during` count from 0 in a
-            resumed process, unless you set `criterion.step`.
+        during: (start, stop): explain only in the steps start <= step < stop of the training, a step being a call of
+            this criterion. With explainers that need a pass of the whole network, explaining only while the learning
+            rate is high keeps most of the gain. The term is not rescaled. `every`, `fraction` and `during` count from 0
+            in a resumed process, unless you set `criterion.step`.
         resize: "image" compares maps at image size as the paper's code does; None on the student's grid.
         distillation: (student logits, teacher logits) -> []; None is `kd_loss` at `temperature`. Use
             `MultiLabelKDLoss()` for multi-label teachers.
         input_normalization: (mean, std) your images are normalised with; tells how to renormalise for the teacher.
-        teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own, a B-cos teacher expects
-            images in [0, 1], to which their inverse is added where it takes that from outside.
+        teacher_normalization: (mean, std) the teacher expects; a timm teacher knows its own, a B-cos teacher takes
+            images in [0, 1], and the inverse channels are added if it does not add them itself.
         teacher_size: side or (H, W) the teacher expects; timm teachers of fixed size know theirs.
         example: images [B, C, H, W] to find the student's layer with; None makes noise of a usual size, and looks again
             at the first images where they may be too small for the layer found.

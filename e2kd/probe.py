@@ -25,8 +25,8 @@ FEATURES_FIRST = (
     'computed from. Have it return the logits alone, first, or in a dict under "logits".'
 )
 FSDP1 = (
-    "A module of {name} is a FullyShardedDataParallel, which does not survive that a part of it is differentiated "
-    "alone: its weights would no longer be trained. Use fully_shard (FSDP2; Accelerate: fsdp_version 2)."
+    "A module of {name} is a FullyShardedDataParallel, which breaks when a part of it is differentiated on its "
+    "own: its weights would no longer be trained. Use fully_shard (FSDP2; Accelerate: fsdp_version 2)."
 )
 
 

@@ -140,12 +140,12 @@ def _is_early(call: Call, found: Trace) -> bool:
 
 
 def is_feature(call: Call) -> bool:
-    """Attention weights, which only a dropout or softmax returns, look like maps but hold no features."""
+    """Whether a call returns features; dropouts and softmaxes return attention weights, which only look like maps."""
     return call.made and not isinstance(call.module, (nn.Dropout, nn.Softmax))
 
 
 def may_be_site(call: Call) -> bool:
-    """Pools blur the map, and a bare linear layer inside a head is past the features people mean."""
+    """Whether a call's output may be explained: not a pool's, which is blurred, nor a bare linear layer's in a head."""
     return bool(call.name) and not isinstance(call.module, nn.Linear) and not POOL.search(type(call.module).__name__)
 
 

@@ -43,8 +43,8 @@ NO_PICKLE = (
 ALONE = "Its layers are found by calling it with images alone: give what else it takes a default."
 ONE_CELL = (
     "The student's maps have one cell (at {place}), which says nothing about where it looks. That layer was found on "
-    "noise of {noise}. Pass some of your images, E2KDLoss(..., example=images), to have an earlier one found, or name "
-    "one: explainer=GradCAM(layer=...)."
+    "noise of {noise}. Pass some of your images, E2KDLoss(..., example=images), so that an earlier one can be "
+    "found, or name one: explainer=GradCAM(layer=...)."
 )
 
 

@@ -33,8 +33,8 @@ class Taught(_Fields):
         valid: share in [0, 1] of each cell for which the teacher's map is known, [B, 1, h, w]: augmentations move
             cells out of the frame.
         classes: which class the maps explain, [B] int64; the teacher's top class where they explain all.
-        cache: a number of the cache they come from, [B] int64, by which criteria of other caches refuse them; 0, where
-            it is left out, is any.
+        cache: number of the cache they come from, [B] int64. Criteria of other caches refuse them; 0, the default,
+            matches any.
 
     >>> import torch
     >>> one = Taught(torch.tensor(3), torch.zeros(5), torch.zeros(1, 7, 7), torch.ones(1, 7, 7), torch.tensor(2))

@@ -41,8 +41,8 @@ NO_SECOND_DERIVATIVE = (
 )
 MIXED = (
     "The head after layer {layer!r} can't be run again on its own, and in the student's graph BatchNorm {norm!r} makes "
-    "every logit depend on all images of the batch: no map would be of its own image. Keep that norm in eval mode, or "
-    "name a layer through layer=."
+    "every logit depend on all images of the batch, so no map would describe its own image alone. Keep that norm "
+    "in eval mode, or name a layer through layer=."
 )
 GRAPH_REFUSED = (
     "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "

@@ -273,7 +273,7 @@ def test_images_overwritten_before_the_loss_are_refused() -> None:
     criterion = e2kd.E2KDLoss(student, net(16))
     outputs = student(x)
     x.copy_(images().flip(3))
-    with pytest.raises(RuntimeError, match="changed in place before the criterion"):
+    with pytest.raises(RuntimeError, match="changed in place after the student saw them"):
         criterion(outputs)
     criterion(student(x)).backward()
 

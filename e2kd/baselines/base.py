@@ -71,7 +71,7 @@ NOT_HEARD = (
     "The student ran, but {layer!r} did not, or returned no tensor with gradients. Name other layers through layers=."
 )
 NOT_TOLD = (
-    "The teacher ran, but not all of its layers {layers} did, as they had for the images they were found with. Name "
+    "The teacher ran, but some of its layers {layers}, which were found on other images, did not run this time. Name "
     "others through teacher_layers=, or pass example=images of the kind that you train with."
 )
 

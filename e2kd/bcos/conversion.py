@@ -106,9 +106,9 @@ def bcosify(
     three options: with `b=1, bias=True, max_pool=True, logit_bias=0` the network gives, in eval mode, the logits of
     the one it was made from. Train it with binary cross-entropy, as its logits are meant.
 
-    Contributions `W(x) * x` of the pixels sum to the logit without `logit_bias`, where nothing is added inside. Each
-    parameter of `conversion.added` (biases that were kept, a ViT's position embedding and class token) explains
-    `mode.weights(score, parameter) * parameter` of the rest.
+    Contributions `W(x) * x` of the pixels sum to the logit minus `logit_bias` if the network adds nothing inside. The
+    rest comes from `conversion.added` (biases that were kept, a ViT's position embedding and class token): each of
+    these parameters contributes `mode.weights(score, parameter) * parameter`.
 
     Args:
         model: stays as it is.

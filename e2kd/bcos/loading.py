@@ -34,7 +34,7 @@ def load_official(
 
     B-cosified CNNs have the same keys but other layers: weights that are not brought to norm 1, and activations. Make
     such a network by `bcosify(timm.create_model("resnet50"))` and pass it as `into`. Their training checkpoints are
-    known by a prefix; where only batch norms that hold means hint at it, there is a warning, which naming `norm` ends.
+    known by a prefix; if only the means in their batch norms hint at it, there is a warning: pass `norm` to end it.
 
     Args:
         path: `.safetensors`, or what `torch.save` or Lightning wrote.

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_normalization(parser)
     parser.add_argument("--batch", type=count_said, default=8)
     parser.add_argument("--explainer", choices=tuple(NAMED), help="of both; by the kind of model if not given")
-    parser.add_argument("--student-layer", help="dotted name, of GradCAM unless named; found if not given")
-    parser.add_argument("--teacher-layer", help="likewise")
+    parser.add_argument("--student-layer", help="dotted name; GradCAM of it unless --explainer is given; else found")
+    parser.add_argument("--teacher-layer", help="dotted name, in the same way")
     parser.add_argument(
         "--classes", type=choice_said, help="teacher, all, or the teacher's top k; teacher if not given"
     )

@@ -43,8 +43,8 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
     data set has floating-point tensors. What is random, `JointAugmentation` then does to the whole batch, image and
     map alike. With a transform of torchvision or timm the data set's own images are augmented one by one, in
     the loader's workers, just as the transform alone would, and the maps follow them: cells from outside of the
-    canonical view, or from what was filled or erased, are not valid. Of samples with names a few images are then
-    compared with what was frozen, when this is built; without a transform every one is, when it is read.
+    canonical view, or from what was filled or erased, are not valid. If samples have names, images are compared with
+    what was frozen: a few of them on construction with a transform, each one when it is read without.
 
     Args:
         dataset: the data set that was frozen, or a `Subset` of it, without random transforms.

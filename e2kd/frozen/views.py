@@ -15,8 +15,8 @@ from e2kd.errors import shape
 FITS = ("crop", "squash")
 CHANNELS = (1, 3, 4, 6)
 DEEP = (
-    'Expected PIL images of 8 bits, but the data set gave one of mode "{mode}", of which convert("RGB") makes white of '
-    "everything above 255. Let the data set bring its values to [0, 255] and give 8 bits, or to [0, 1] and give "
+    'Expected PIL images of 8 bits, but the data set gave one of mode "{mode}", whose values above 255 convert("RGB") '
+    "would turn into white. Let the data set bring its values to [0, 255] and give 8 bits, or to [0, 1] and give "
     "floating-point tensors [C, H, W]."
 )
 

@@ -62,8 +62,8 @@ class TransferMonitor:
         control: compare the student with an untrained network as well.
         explainer: of the answers; None is chosen for each model, as by `E2KDLoss`.
         every: steps between probes.
-        max_seconds: of one probe: explanations come first, then UniCAM, then regions, and what would begin later is
-            skipped, with a warning.
+        max_seconds: budget of one probe. Explanations come first, then UniCAM, then regions; a stage that would begin
+            later than that is skipped, with a warning.
         max_share: of the training time that probes may take; they come later where `every` would exceed it. None lets
             `every` alone decide.
         pictures: images shown in a picture.

@@ -98,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--e2kd-explainer", choices=tuple(NAMED), help="by the kind of model, or the cache's, if not given"
     )
-    made.add_argument("--e2kd-layer", help="the student's, of GradCAM unless an explainer is named or cached")
-    made.add_argument("--e2kd-teacher-layer", help="the teacher's, likewise; layers are found if not given")
+    made.add_argument("--e2kd-layer", help="of the student; GradCAM of it unless an explainer is given or cached")
+    made.add_argument("--e2kd-teacher-layer", help="of the teacher, in the same way")
     made.add_argument(
         "--e2kd-classes",
         type=choice_said,

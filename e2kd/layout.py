@@ -87,13 +87,16 @@ def _same_aspect(height: int, width: int, image_size: tuple[int, int]) -> bool:
     return abs(height * image_size[1] - width * image_size[0]) <= max(image_size) * 1.01
 
 
-def layout_of(shape: tuple[int, ...], image_size: tuple[int, int], prefer: str = "NCHW") -> Layout | None:
+def layout_of(
+    shape: tuple[int, ...], image_size: tuple[int, int], prefer: str = "NCHW", prefix: int | None = None
+) -> Layout | None:
     """The layout of a feature tensor of this shape, or None when it holds no map of more than one cell.
 
     Args:
         shape: [B, C, h, w], [B, h, w, C] or [B, tokens, C].
         image_size: (H, W) of the images the features come from.
         prefer: which order to take for a 4-D shape that could be both.
+        prefix: tokens before the patch tokens, as the network says; taken where the others form a grid.
 
     >>> layout_of((2, 7, 7, 768), (224, 224)).order, layout_of((2, 198, 192), (224, 224))
     ('NHWC', Layout(order='NLC', prefix=2))
@@ -101,7 +104,7 @@ def layout_of(shape: tuple[int, ...], image_size: tuple[int, int], prefer: str =
     if len(shape) == 4:
         return _layout_of_image(shape, image_size, prefer)
     if len(shape) == 3:
-        return _layout_of_tokens(shape[1], image_size)
+        return _layout_of_tokens(shape[1], image_size, prefix)
     return None
 
 
@@ -117,9 +120,9 @@ def _layout_of_image(shape: tuple[int, ...], image_size: tuple[int, int], prefer
     return Layout(prefer if prefer in fitting else fitting[0])
 
 
-def _layout_of_tokens(tokens: int, image_size: tuple[int, int]) -> Layout | None:
-    for prefix in range(min(MAX_PREFIX, tokens - 2) + 1):
-        grid = grid_of(tokens - prefix, image_size)
-        if grid is not None and grid[0] * grid[1] > 1:
-            return Layout("NLC", prefix, (*grid, *image_size))
-    return None
+def _layout_of_tokens(tokens: int, image_size: tuple[int, int], known: int | None) -> Layout | None:
+    grids = {prefix: grid_of(tokens - prefix, image_size) for prefix in range(min(MAX_PREFIX, tokens - 2) + 1)}
+    found = {prefix: grid for prefix, grid in grids.items() if grid is not None and grid[0] * grid[1] > 1}
+    exact = (prefix for prefix, (h, w) in found.items() if h * image_size[1] == w * image_size[0])
+    prefix = known if known in found else next(exact, next(iter(found), None))
+    return None if prefix is None else Layout("NLC", prefix, (*found[prefix], *image_size))

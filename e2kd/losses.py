@@ -195,7 +195,7 @@ class E2KDLoss(Wrapping):
             if not isinstance(teacher, str):
                 check_module(teacher, "teacher")
             self.explainer, theirs = explainers_of(student, teacher, explainer, teacher_explainer)
-            self.teacher = Teacher(teacher, theirs, *settings)
+            self.teacher = Teacher(teacher, theirs, *settings).beside(unwrap(student))
         self.student = StudentExplainer(unwrap(student), self.explainer, example, fraction)
         self.tap = self.student.tap
         self.seed, self.step = torch.initial_seed(), 0

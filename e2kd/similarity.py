@@ -20,10 +20,16 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     >>> resize(torch.ones(2, 1, 7, 7), (14, 14)).shape
     torch.Size([2, 1, 14, 14])
     """
+    if size[1] == 1 or maps.shape[-1] == 1:  # torch shrinks rows of one pixel wrongly (CPU): they go as columns
+        along = _bilinear(maps, (maps.shape[-2], size[1]))
+        return _bilinear(along.mT, (size[1], size[0])).mT
+    return _bilinear(maps, size)
+
+
+def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    # Antialiasing of maps one pixel wide returns wrong values in torch (seen up to 2.15, CPU).
-    shrinks = (maps.shape[-2] > size[0] or maps.shape[-1] > size[1]) and maps.shape[-1] > 1
+    shrinks = maps.shape[-2] > size[0] or maps.shape[-1] > size[1]
     return F.interpolate(at_least_float32(maps), size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 

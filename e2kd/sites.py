@@ -95,8 +95,9 @@ def layout_in(call: Call, found: Trace, model: nn.Module) -> Layout | None:
     """The layout of a call's output, if it is a map over the batch."""
     if call.output is None or call.output.shape[:1] != found.images.shape[:1]:
         return None
-    order = getattr(model, "output_fmt", "NCHW")
-    return layout_of(tuple(call.output.shape), found.image_size, "NHWC" if str(order).endswith("NHWC") else "NCHW")
+    order = "NHWC" if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW"
+    prefix = getattr(model, "num_prefix_tokens", None)
+    return layout_of(tuple(call.output.shape), found.image_size, order, prefix if isinstance(prefix, int) else None)
 
 
 def _alive(call: Call, found: Trace, model: nn.Module) -> bool:

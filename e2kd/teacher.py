@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.bcos.images import channels_of, check_range, colours_of, decoded, encoded, is_bcos
+from e2kd.bcos.images import channels_of, check_range, colours_of, decoded, encoded, encoder_of, is_bcos
 from e2kd.errors import taking_images
 from e2kd.explainers import Explainer, reads_images
 from e2kd.inspection import inspect
@@ -19,6 +19,7 @@ from e2kd.lessons import Lesson
 from e2kd.listening import Ear, Heard, Place, hearing
 from e2kd.modes import as_computed, as_written, device_of, evaluating, timm_configuration, unwrap
 from e2kd.outputs import logits_of
+from e2kd.similarity import at_least_float32
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 
@@ -59,7 +60,16 @@ class Teacher:
         self.channels, self.bcos = channels_of(self.model), is_bcos(self.model)
         check_pairs(teacher_normalization=normalization, input_normalization=input_normalization)
         self.given, self.wanted = input_normalization, expected_normalization(self.model, normalization)
-        self.checks = 0
+        self.checks, self.encoding = 0, False
+
+    def beside(self, student: nn.Module) -> Teacher:
+        """Itself, told that images are in [0, 1] if the student is a B-cos network that encodes them, which wants that.
+
+        What was said of the images comes first.
+        """
+        if self.given is None and is_bcos(student) and encoder_of(student) is not None:
+            self.given, self.encoding = ((0.0,), (1.0,)), True
+        return self
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] for the student's images, without a graph."""
@@ -86,6 +96,7 @@ class Teacher:
     def follow(self, other: Teacher) -> None:
         """Ask the model as another teacher of it was told to."""
         self.settings, self.size, self.given, self.wanted = other.settings, other.size, other.given, other.wanted
+        self.encoding = other.encoding
 
     def serves(self, other: Teacher) -> bool:
         """Whether this one may answer in another's place: for the same model, asked in the same way."""
@@ -160,11 +171,15 @@ class Teacher:
         if images.shape[1] == 2 * self.channels:  # a student that is a B-cos network was given them encoded
             images, given = decoded(images), ((0.0,) * self.channels, (1.0,) * self.channels)
         self._check_normalization(given)
+        if self.encoding and self.wanted is not None:
+            self._check(images, "student")
         images = _rescaled(images, given, self.wanted)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
+            wide = at_least_float32(images)
+            resized = F.interpolate(wide, self.size, mode="bilinear", align_corners=False, antialias=True)
+            images = resized.to(images.dtype)
         if self.bcos:
-            self._check(images)
+            self._check(images, "teacher")
             images = encoded(images, self.channels)
         return images
 
@@ -193,11 +208,11 @@ class Teacher:
                 "they are."
             )
 
-    def _check(self, images: Tensor) -> None:
+    def _check(self, images: Tensor, who: str) -> None:
         """Images in [0, 1]; after the first batches on the CPU alone, where looking does not wait."""
         self.checks += 1
         if images.device.type == "cpu" or self.checks <= FIRST_CHECKS:
-            check_range(images, "teacher")
+            check_range(images, who)
 
     def _move_to(self, device: torch.device) -> None:
         where = device_of(self.model, device)

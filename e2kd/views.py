@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.bcos.mode import ExplanationMode, explanation_mode
@@ -19,6 +20,9 @@ from e2kd.modes import as_computed
 from e2kd.outputs import first_tensor
 from e2kd.plans import Plan
 from e2kd.similarity import at_least_float32
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+LOW_PRECISION = 0.1  # in its place for other types
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,31 @@ def closed_view(captured: Tensor, logits: Tensor, plan: Plan, linear: nn.Module,
         return weights(classes)[:, :, None, None].expand_as(maps)
 
     return View(logits, maps, gradient, weights=weights)
+
+
+def pooled_logits(view: View, linear: nn.Linear) -> Tensor:
+    """The logits [B, K] of a closed form: those of its pooled maps, without a graph."""
+    with torch.no_grad(), torch.autocast(view.features.device.type, enabled=False):
+        means = view.features.mean((2, 3)).to(linear.weight.dtype)
+        return F.linear(means, linear.weight, linear.bias)  # not the module: hosts have hooks there
+
+
+def tolerance(*dtypes: torch.dtype, low: float = LOW_PRECISION) -> float:
+    """The largest `difference` of logits that were computed from the same in these types.
+
+    >>> tolerance(torch.float32, torch.float64)
+    0.001
+    """
+    return max(TOLERANCE.get(dtype, low) for dtype in dtypes)
+
+
+def difference(found: Tensor, given: Tensor) -> float:
+    """The largest difference of logits that were computed again, relative to the spread of those that were given."""
+    if found.shape != given.shape:
+        return float("inf")
+    found, given = found.detach().double(), given.detach().double()
+    spread = (given - given.mean()).abs().amax() + 1e-6 * given.abs().amax() + 1e-12
+    return float((found - given).abs().amax() / spread)
 
 
 def autograd_view(

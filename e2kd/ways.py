@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,11 +19,19 @@ from e2kd.modes import dtype_of, kept_buffers, replaying
 from e2kd.narrow import NarrowHead
 from e2kd.passes import alone_in_batch
 from e2kd.plans import Plan
-from e2kd.views import View, autograd_view, closed_view, dynamic_view, whole_view
+from e2kd.views import (
+    LOW_PRECISION,
+    View,
+    autograd_view,
+    closed_view,
+    difference,
+    dynamic_view,
+    pooled_logits,
+    tolerance,
+    whole_view,
+)
 
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-LOW_PRECISION_TOLERANCE = 0.1  # of what comes after a layer
-WHOLE_TOLERANCE = 0.3  # of a whole network in low precision
+WHOLE_TOLERANCE = 0.3  # of a whole network in low precision, as `LOW_PRECISION` is of what comes after a layer
 
 MISMATCH = (
     "The logits given to the criterion differ from those that the student's head gives for the captured features of "
@@ -119,19 +125,15 @@ class Ways:
 
     def difference(self, view: View) -> float:
         """The largest of a view's logits from those that were given, relative to the spread of these."""
-        given = (self.logits if view.rows is None else self.logits[view.rows]).detach().double()
-        if view.logits.shape != given.shape:
-            return float("inf")
-        spread = (given - given.mean()).abs().amax() + 1e-6 * given.abs().amax() + 1e-12
-        return float((view.logits.detach().double() - given).abs().amax() / spread)
+        return difference(view.logits, self.logits if view.rows is None else self.logits[view.rows])
 
     @property
     def tolerance(self) -> float:
         """The largest `difference` of the same forward run again."""
         forward = self.forward
-        low = WHOLE_TOLERANCE if forward.features is None else LOW_PRECISION_TOLERANCE
-        types = {self.logits.dtype, (forward.images if forward.features is None else forward.features).dtype}
-        return low if forward.autocast is not None else max(TOLERANCE.get(dtype, low) for dtype in types)
+        low = WHOLE_TOLERANCE if forward.features is None else LOW_PRECISION
+        read = forward.images if forward.features is None else forward.features
+        return low if forward.autocast is not None else tolerance(self.logits.dtype, read.dtype, low=low)
 
     def _whole(self) -> Iterator[tuple[str, Callable[[], View]]]:
         found = self.forward.explained
@@ -154,10 +156,7 @@ class Ways:
     def _closed(self, features: Tensor, head: Head, classifier: nn.Linear) -> View:
         captured = head.prologue(features)
         view = closed_view(captured, self.logits, self.plan, classifier, self.forward.size)
-        with torch.no_grad(), torch.autocast(captured.device.type, enabled=False):
-            means = view.features.mean((2, 3)).to(dtype_of(classifier))
-            pooled = F.linear(means, classifier.weight, classifier.bias)  # not the module: hosts have hooks there
-        return replace(view, logits=pooled)
+        return replace(view, logits=pooled_logits(view, classifier))
 
     def _replay(self, head: Head, run: Head | NarrowHead) -> View:
         assert self.forward.features is not None

@@ -362,6 +362,11 @@ def doubled() -> nn.Module:
     return model
 
 
+def convnext_of_rms_norms() -> nn.Module:
+    made: nn.Module = timm.models.ConvNeXt(depths=(1,) * 4, dims=(8,) * 4, num_classes=5, norm_layer="rmsnorm2d")
+    return made
+
+
 @pytest.mark.parametrize(
     ("build", "messages"),
     [
@@ -395,6 +400,7 @@ def doubled() -> nn.Module:
         (doubled, ["found conv1, layer1.0.conv2"]),
         (lambda: nn.Sequential(nn.Conv2d(3, 5, 1)), ["get_classifier"]),
         (lambda: e2kd.bcos.resnet18(), ["e2kd.bcos.resnet.BcosResNet is not known"]),
+        (convnext_of_rms_norms, ["RmsNorm2d lies between the pooling and the classifier"]),
     ],
 )
 def test_what_it_cannot_convert_is_named(build: Callable[[], nn.Module], messages: list[str]) -> None:

@@ -447,6 +447,24 @@ def test_copies_carry_nothing_and_removal_leaves_nothing() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
 
 
+@pytest.mark.parametrize("method", [e2kd.E2KDLoss, e2kd.baselines.AT])
+def test_the_teacher_is_given_the_same_images_wherever_the_students_are_encoded(method: Any) -> None:
+    """Its own normalisation is known, and that a network which encodes images itself takes them in [0, 1]."""
+
+    def seen(student: nn.Module, x: Tensor) -> Tensor:
+        teacher, given = standard(), list[Tensor]()
+        teacher.pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}  # type: ignore[assignment]
+        criterion = method(student, teacher)
+        teacher.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        criterion(student(x))
+        return given[-1]
+
+    inside = nn.Sequential(AddInverse(), net())
+    assert torch.equal(seen(inside, colours()), seen(net(), encoded()))
+    with pytest.raises(ValueError, match=r"student is a B-cos network, which expects images in \[0, 1\]"):
+        seen(inside, 3 * colours())
+
+
 def test_no_mode_is_left_when_the_student_fails() -> None:
     student, teacher = net(), net(seed=1)
     _, wanted, _ = step(copy.deepcopy(student), teacher, encoded())

@@ -317,9 +317,10 @@ def test_a_stream_is_refused_in_words(tmp_path: Path) -> None:
         e2kd.FrozenDataset(Stream(), frozen(noise(), tmp_path))
 
 
-def test_images_in_bfloat16_are_known_by_their_pixels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", [None, 12])
+def test_images_in_bfloat16_are_known_by_their_pixels(view: int | None, tmp_path: Path) -> None:
     data = noise(dtype=torch.bfloat16)
-    cache = e2kd.freeze(net().bfloat16(), data, tmp_path, progress=False)
+    cache = e2kd.freeze(net().bfloat16(), data, tmp_path, view=view, progress=False)
     assert cache is not None
     assert len(e2kd.FrozenDataset(data, cache).__getitems__([0, 7])) == 2
 

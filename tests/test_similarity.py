@@ -90,10 +90,14 @@ def test_explanation_loss_is_one_minus_similarity() -> None:
     torch.testing.assert_close(e2kd.ExplanationLoss()(a, b), each.mean())
 
 
-def test_resize_of_maps_one_pixel_wide_keeps_their_values() -> None:
-    """torch's antialiased interpolation returns wrong values for (N, 1, H, 1)."""
-    column = torch.arange(8.0).reshape(1, 1, 8, 1)
-    assert resize(column, (4, 1)).flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
+@pytest.mark.parametrize(
+    ("given", "wanted"), [((8, 1), (4, 1)), ((14, 2), (7, 1)), ((14, 14), (7, 1)), ((5, 1), (9, 3)), ((6, 4), (9, 1))]
+)
+def test_narrow_maps_are_resized_as_flat_ones(given: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """torch's antialiased interpolation returns wrong values where rows of one pixel shrink, but not columns."""
+    tall, shrinks = maps(2, 3, *given), given[0] > wanted[0] or given[1] > wanted[1]
+    lying = F.interpolate(tall.mT, wanted[::-1], mode="bilinear", antialias=shrinks)
+    torch.testing.assert_close(resize(tall, wanted), lying.mT)
 
 
 def test_resize_down_averages_and_up_interpolates() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import e2kd
+from e2kd.layout import Layout, layout_of
 from e2kd.student import StudentExplainer
 
 CLASSES = 5
@@ -368,3 +369,37 @@ def test_torchscript_is_refused() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
     with pytest.raises(e2kd.UnsupportedModel, match="The teacher is TorchScript"):
         e2kd.E2KDLoss(net(), scripted)
+
+
+# Plans at other sizes of images
+
+
+@pytest.mark.parametrize("size", [(80, 96), (160, 224), (64, 80), (32, 96), (32, 32), (80, 90)], ids=str)
+def test_registers_are_not_taken_for_patches(size: tuple[int, int]) -> None:
+    """Tokens less some of the prefix may form a grid as well, of about the image's aspect ratio."""
+    patch = 32 if size == (160, 224) else 16
+    made = timm.models.VisionTransformer(
+        size, patch, embed_dim=16, depth=1, num_heads=2, num_classes=CLASSES, reg_tokens=4, global_pool="avg"
+    )
+    assert tuple(e2kd.explain(made, torch.rand(2, 3, *size)).maps.shape[-2:]) == made.patch_embed.grid_size
+    assert layout_of((2, 5 * 6 + 5, 16), (80, 96)) == Layout("NLC", 5, (5, 6, 80, 96))  # without a word of the network
+
+
+@pytest.mark.parametrize("explainer", [e2kd.HiResCAM(), e2kd.LayerCAM()])
+def test_a_pooling_that_leaves_cells_out_is_no_closed_form(explainer: e2kd.Explainer) -> None:
+    """At one size it pools all cells; the plan that was found there serves other sizes too."""
+    layers = nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.AvgPool2d(7), nn.Flatten(), nn.Linear(4, CLASSES)
+    model = nn.Sequential(*layers)
+    e2kd.explain(model, images(2, 56), explainer=explainer)
+    later = e2kd.explain(model, images(2, 64), explainer=explainer)
+    torch.testing.assert_close(later, e2kd.explain(copy.deepcopy(model), images(2, 64), explainer=explainer))
+    assert not later.maps[..., -1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_in_half_precision_is_given_other_sizes(dtype: torch.dtype) -> None:
+    student, x = net(), images()
+    teacher = net(16).eval()
+    wanted = e2kd.E2KDLoss(student, teacher, teacher_size=24)(student(x))
+    found = e2kd.E2KDLoss(student, copy.deepcopy(teacher).to(dtype), teacher_size=24)(student(x))
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.01)

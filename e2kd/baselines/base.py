@@ -289,7 +289,7 @@ class Baseline(Wrapping, ABC):
             return teacher
         if not isinstance(teacher, str):
             check_module(teacher, "teacher")
-        return Teacher(teacher, None, *settings)
+        return Teacher(teacher, None, *settings).beside(self.student)
 
     def _layers(self, example: Tensor | None) -> Pair:
         assert isinstance(self.teacher, Teacher)

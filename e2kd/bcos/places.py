@@ -99,6 +99,8 @@ def _head(model: Any, recipe: Recipe) -> Places:
         if kind(head) == POOL_NORM_HEAD:
             if head.hidden_size:
                 raise Unconvertible("a hidden layer lies between the pooling and the classifier")
+            if not isinstance(head.norm, (nn.LayerNorm, nn.Identity)):
+                raise Unconvertible(f"{type(head.norm).__name__} lies between the pooling and the classifier")
             found |= {head.norm: partial(_pooled_norm, first=0), head.flatten: drop}
     return found
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from e2kd.errors import shape
+from e2kd.similarity import at_least_float32
 
 FITS = ("crop", "squash")
 CHANNELS = (1, 3, 4, 6)
@@ -84,7 +85,9 @@ class CanonicalView:
             return image
         top, left, high, wide = (round(v) for v in self.placement(image.shape[-2], image.shape[-1]))
         cut = image[:, top : top + max(high, 1), left : left + max(wide, 1)][None]
-        return F.interpolate(cut, self.size, mode="bilinear", align_corners=False, antialias=True)[0]
+        floats = at_least_float32(cut) if cut.is_floating_point() else cut
+        resized = F.interpolate(floats, self.size, mode="bilinear", align_corners=False, antialias=True)[0]
+        return resized.to(image.dtype)
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest says of it."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from e2kd.choosing import default_explainer
 from e2kd.errors import NoEffectWarning
 from e2kd.explainers import Explainer
-from e2kd.frozen.asking import LARGEST, Answers, Asked
+from e2kd.frozen.asking import LARGEST_MAP, Answers, Asked
 from e2kd.frozen.encoding import Array
 from e2kd.frozen.forecast import check_space
 from e2kd.frozen.looks import looks_of
@@ -48,7 +48,7 @@ def freeze(
     teacher_size: int | tuple[int, int] | None = None,
     top: int | None = None,
     map_type: str | None = None,
-    map_size: int | tuple[int, int] = LARGEST,
+    map_size: int | tuple[int, int] = LARGEST_MAP,
     ids: Sequence[str] | None = None,
     batch_size: int = 64,
     workers: int = 0,

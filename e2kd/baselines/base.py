@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.baselines.untrained import Watch
 from e2kd.capture import Tap
-from e2kd.errors import NoEffectWarning, UnsupportedModel, check_weight
+from e2kd.errors import UnsupportedModel, check_weight, warn_user
 from e2kd.forward import Forward
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
@@ -307,7 +306,7 @@ class Baseline(Wrapping, ABC):
         dtype = self._dtype(logits.device)
         mine = [_maps(stage, forward.heard.get(stage.place.key), forward.size) for stage in self.student_stages]
         if mine and not any(maps.requires_grad for maps in mine):
-            warnings.warn(FIXED.format(name=type(self).__name__), NoEffectWarning, stacklevel=5)
+            warn_user(FIXED.format(name=type(self).__name__))
         theirs = [_maps(stage, heard.tensors.get(stage.place.key), heard.size) for stage in self.teacher_stages]
         return Batch(
             [at_least_float32(m) if dtype is None else m.to(dtype) for m in mine],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from e2kd.choosing import default_explainer
-from e2kd.errors import NoEffectWarning
+from e2kd.errors import warn_user
 from e2kd.explainers import Explainer
 from e2kd.frozen.asking import LARGEST_MAP, Answers, Asked
 from e2kd.frozen.encoding import Array
@@ -190,10 +189,8 @@ def _stored(record: Record, answers: Answers, images: Tensor, ids: NDArray[np.ui
 def _warn_dead(frozen: FrozenTeacher) -> None:
     zero, count = frozen.store.zero_maps, frozen.store.record.map_count * len(frozen)
     if zero > 0.5 * count:
-        warnings.warn(
+        warn_user(
             f"{zero} of {count} cached maps are zero everywhere and teach nothing. Is the teacher trained, and "
             "are the images normalised as it expects? Else name another layer or explainer; for all classes, CAM() has "
-            "maps of classes that are not seen.",
-            NoEffectWarning,
-            stacklevel=3,
+            "maps of classes that are not seen."
         )

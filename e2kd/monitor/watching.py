@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import shape
+from e2kd.errors import shape, warn_user
 from e2kd.explainers import Explainer
 from e2kd.modes import device_of, undrawn, unwrap
 from e2kd.monitor import ranks
@@ -208,7 +207,7 @@ class TransferMonitor:
         new = {reason for reason in self.reasons.values() if reason not in self._warned}
         for reason in sorted(new):
             where = ", ".join(name for name, said in self.reasons.items() if said == reason)
-            warnings.warn(f"The monitor has no value for {where}: {reason}.", stacklevel=4)
+            warn_user(f"The monitor has no value for {where}: {reason}.", UserWarning)
         self._warned |= new
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
-from e2kd.errors import shape, taking_images
+from e2kd.errors import shape, taking_images, warn_user
 from e2kd.transfer.readings import LayerReading, Reading, read
 from e2kd.transfer.targets import label_features
 from e2kd.transfer.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
@@ -222,10 +221,10 @@ def _blank(x: LayerReading, reason: str, size: tuple[int, int] | None) -> UniCAM
 
 def _warn_few(n: int) -> None:
     if n < FEW:
-        warnings.warn(
+        warn_user(
             f"UniCAM of {n} images: their maps say more about the other images of the batch than about their own. "
             "Use 64 or more.",
-            stacklevel=3,
+            UserWarning,
         )
 
 

@@ -111,7 +111,7 @@ class GuidanceLoss(nn.Module):
     """
 
     takes_lessons = True  # as a criterion inside of another: it is given the targets as they came
-    name = "guidance"
+    part_names = ("task", "guidance", "zero_maps")
 
     def __init__(
         self,

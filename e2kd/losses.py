@@ -39,6 +39,7 @@ from e2kd.wrapping import Wrapping
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
 
+SOMETIMES = ("cosine", "agreement")  # parts that are nan where nothing was explained or the teacher not asked
 NO_MAPS = (
     "Expected explanations for a weight other than 0, but the cache holds logits alone. Leave criterion.weight at 0, "
     "or freeze the teacher with an explainer."
@@ -151,6 +152,8 @@ class E2KDLoss(Wrapping):
     ['agreement', 'cosine', 'explanation', 'kd', 'loss', 'task', 'zero_maps']
     """
 
+    part_names = ("task", "kd", "explanation", "cosine", "agreement", "zero_maps")
+
     def __init__(
         self,
         student: nn.Module,
@@ -220,8 +223,7 @@ class E2KDLoss(Wrapping):
         self.step += 1
         rows = self._rows(len(logits), logits.device) if explaining else None
         zero = at_least_float32(logits.new_zeros(()))
-        parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")}
-        parts |= dict.fromkeys(("cosine", "agreement"), zero + torch.nan)
+        parts = dict.fromkeys(self.part_names, zero) | dict.fromkeys(SOMETIMES, zero + torch.nan)
         loss, lesson = zero, None
         if explaining or self.kd_weight != 0:  # asked first, so that criteria inside of this one hear the answer
             lesson = self._lesson(forward, explaining, rows, taught)

@@ -220,6 +220,11 @@ class Baseline(Wrapping, ABC):
         """The method's loss [] for a batch, without its weight."""
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """What its parts are called, but the loss."""
+        return ("task", self.name)
+
+    @property
     def student(self) -> nn.Module:
         """The network that is trained."""
         return self._model[0]

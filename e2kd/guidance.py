@@ -22,6 +22,7 @@ from e2kd.localization import on_grid
 from e2kd.modes import unwrap
 from e2kd.objects import Boxes, box_masks
 from e2kd.outputs import logits_of
+from e2kd.showing import shown
 from e2kd.similarity import at_least_float32, check_each, is_zero
 from e2kd.student import StudentExplainer
 from e2kd.tasks import IGNORED, remove_hooks, reported, task_loss
@@ -130,6 +131,10 @@ class GuidanceLoss(nn.Module):
         self.explainer = explainer or (BcosContributions() if is_bcos(unwrap(model)) else GradCAM())
         self.model = StudentExplainer(unwrap(model), self.explainer, example)  # no submodule
         self._parts: dict[str, Tensor] = {}
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return shown(weight=self.weight, loss=self.loss, explainer=self.explainer)
 
     @property
     def parts(self) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from e2kd.guards import (
 from e2kd.lessons import Lesson, Prepared, lesson_of
 from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.modes import unwrap
+from e2kd.showing import shown
 from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
 from e2kd.tasks import nested, reported, task_loss
@@ -38,6 +39,10 @@ from e2kd.teacher import Normalization, Teacher
 from e2kd.wrapping import Wrapping
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
+
+# What the repr of a criterion tells, always and where it is not the default.
+TOLD = ("weight", "kd_weight", "task_weight", "temperature", "classes", "explainer", "fraction", "every")
+USUAL = {"similarity": cosine, "during": None, "resize": None, "distillation": None}
 
 SOMETIMES = ("cosine", "agreement")  # parts that are nan where nothing was explained or the teacher not asked
 NO_MAPS = (
@@ -68,6 +73,10 @@ class ExplanationLoss(nn.Module):
         super().__init__()
         check_reduction(reduction)
         self.similarity, self.size, self.reduction = similarity, size, reduction
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return shown(similarity=self.similarity, size=self.size, reduction=self.reduction)
 
     def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
         """Maps [B, C, H, W] and [B, C, h, w] -> [] or [B]."""
@@ -203,6 +212,23 @@ class E2KDLoss(Wrapping):
         self.tap = self.student.tap
         self.seed, self.step = torch.initial_seed(), 0
         self._share_teacher()
+
+    def extra_repr(self) -> str:
+        """The settings; of those that are seldom given, the ones that were."""
+        told = {name: getattr(self, name) for name in TOLD}
+        told |= {name: getattr(self, name) for name, usual in USUAL.items() if getattr(self, name) is not usual}
+        return shown(**told, **self._said_of_teacher())
+
+    def _said_of_teacher(self) -> dict[str, object]:
+        """How a live teacher is asked and explained, as far as that was given."""
+        if not isinstance(self.teacher, Teacher):
+            return {}
+        asked = zip(
+            ("teacher_normalization", "input_normalization", "teacher_size"), self.teacher.settings, strict=True
+        )
+        told: dict[str, object] = {name: setting for name, setting in asked if setting is not None}
+        theirs = self.teacher.explainer
+        return told if shown(it=theirs) == shown(it=self.explainer) else {"teacher_explainer": theirs} | told
 
     @property
     def step(self) -> int:

@@ -29,7 +29,7 @@ PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "per
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught", "graph", "folders", "pictures", "held", "hooks", "sharding", "percentiles"],
-    ["kernels"],
+    ["kernels", "showing"],
     ["embeddings", "modes"],
     ["similarity", "layout", "outputs", "regions", "bcos", "distance"],
     ["objects", "warping", "kornia_stages"],

@@ -69,6 +69,7 @@ class AT(Baseline):
     """
 
     name = "at"
+    shows = ("power",)
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
 from e2kd.modes import device_of, dtype_of, unwrap
 from e2kd.probing import example_images
+from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
 from e2kd.tasks import reported
 from e2kd.teacher import Normalization, Teacher
@@ -128,8 +129,8 @@ class Baseline(Wrapping, ABC):
     its weight.
 
     A method of your own says which layers it compares, by `choose`, and computes its `term` from a `Batch` of what they
-    returned; `name` is the term's in `.parts`. One that compares logits alone leaves `choose` out, and takes frozen
-    teachers if it sets `takes_features = False`.
+    returned; `name` is the term's in `.parts`, `shows` are attributes for its `repr`. One that
+    compares logits alone leaves `choose` out, and takes frozen teachers if it sets `takes_features = False`.
 
     Trainable parts, where a method has them, are its parameters, beside those of `criterion`: give them to the
     optimizer, `SGD([*student.parameters(), *criterion.parameters()])`, and save `criterion.state_dict()` with
@@ -178,6 +179,7 @@ class Baseline(Wrapping, ABC):
 
     name: ClassVar[str]  # of the term, in `.parts`
     takes_features = True
+    shows: ClassVar[tuple[str, ...]] = ()  # attributes with settings of its own, for `repr`
     step: Tensor
 
     def __init__(
@@ -218,6 +220,13 @@ class Baseline(Wrapping, ABC):
     @abstractmethod
     def term(self, batch: Batch) -> Tensor:
         """The method's loss [] for a batch, without its weight."""
+
+    def extra_repr(self) -> str:
+        """The settings, and the layers that are compared, if any are."""
+        stages = {"layers": self.student_stages, "teacher_layers": self.teacher_stages}
+        compared = {name: [stage.place.key for stage in found] for name, found in stages.items() if found}
+        own = {name: getattr(self, name) for name in self.shows}
+        return shown(weight=self.weight, warmup=self.warmup, **own, **compared)
 
     @property
     def part_names(self) -> tuple[str, ...]:

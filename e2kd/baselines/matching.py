@@ -72,6 +72,7 @@ class AFD(Baseline):
     """
 
     name = "afd"
+    shows = ("width",)
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class AFD(Baseline):
 
         super().__init__(student, teacher, criterion, weight, choose, **settings)
         mine, theirs = ([s.channels for s in stages] for stages in (self.student_stages, self.teacher_stages))
+        self.width = width
         self.matching = self.beside_student(Matching(mine, theirs, width))
 
     def term(self, batch: Batch) -> Tensor:

@@ -78,6 +78,18 @@ def check_reduction(value: str) -> None:
         )
 
 
+def check_names(**options: object) -> None:
+    """Raise a TypeError for one name in the place of a list of them, whose letters would be taken for names.
+
+    >>> check_names(layers="layer3")
+    Traceback (most recent call last):
+    TypeError: Expected layers to be a list of names, but got 'layer3'. Pass layers=['layer3'].
+    """
+    for option, names in options.items():
+        if isinstance(names, str):
+            raise TypeError(f"Expected {option} to be a list of names, but got {names!r}. Pass {option}=[{names!r}].")
+
+
 @contextmanager
 def taking_images(who: str, model: object, images: Iterable[int], advice: str) -> Iterator[None]:
     """Says which model it was that could not take images of a shape.

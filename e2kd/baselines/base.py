@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.baselines.untrained import Watch
 from e2kd.capture import Tap
-from e2kd.errors import UnsupportedModel, check_weight, warn_user
+from e2kd.errors import UnsupportedModel, check_names, check_weight, warn_user
 from e2kd.forward import Forward
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
@@ -107,8 +107,10 @@ class Pair:
         """As many stages of both, last with last; those that were named, where they were.
 
         Raises:
+            TypeError: for one name in the place of a list.
             ValueError: when other numbers of layers were named.
         """
+        check_names(layers=layers, teacher_layers=teacher_layers)
         count = len(layers or teacher_layers or ()) or count
         mine = self.student.stages(count) if layers is None else self.student.named(layers)
         theirs = self.teacher.stages(count) if teacher_layers is None else self.teacher.named(teacher_layers)
@@ -155,7 +157,7 @@ class Baseline(Wrapping, ABC):
     Raises:
         UnsupportedModel: when a layer is not there or returns no map, and for a frozen teacher, which has no features,
             unless the method takes none.
-        TypeError: for networks that are no modules.
+        TypeError: for networks that are no modules, and for the name of one layer in the place of a list.
         ValueError: for settings outside their range, unequal numbers of named layers, and a student that no usual image
             size runs through; its message says what to do.
 

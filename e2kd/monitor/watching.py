@@ -16,7 +16,7 @@ from e2kd.monitor.probed import Part, Probed
 from e2kd.monitor.sinks import Log, LogImages
 from e2kd.sharding import reshard
 from e2kd.transfer import Regions, untrained
-from e2kd.transfer.contrasting import label_rows
+from e2kd.transfer.contrasting import label_rows, names_of
 
 Probe = Tensor | Sequence[Tensor]
 PROBE = (
@@ -76,7 +76,9 @@ class TransferMonitor:
         reasons: why scalars of the last probe are NaN; each is warned of once.
 
     Raises:
-        ValueError: when the probe is no images and labels, masks are none [n, H, W], or there are not as many of all.
+        ValueError: when the probe is no images and labels, masks are none [n, H, W], or there are not as many of all;
+            for a layer of the student that is named twice.
+        TypeError: for the name of one layer in the place of a list.
 
     >>> make = lambda: nn.Sequential(
     ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
@@ -116,6 +118,7 @@ class TransferMonitor:
     ) -> None:
         images, labels = _images_and_labels(probe)
         _check_masks(masks)
+        names_of(layers)  # now, and not at the first probe
         _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)
         self.student, self.base = unwrap(student), unwrap(base)
         self._models = [self.student, self.base, *([] if teacher is None else [unwrap(teacher)])]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
-from e2kd.errors import shape, taking_images, warn_user
+from e2kd.errors import check_names, shape, taking_images, warn_user
 from e2kd.transfer.readings import LayerReading, Reading, read
 from e2kd.transfer.targets import label_features
 from e2kd.transfer.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
@@ -119,6 +119,7 @@ def unicam(
 
     Raises:
         UnsupportedModel: when a layer does not exist or holds no map.
+        TypeError: for the name of one layer in the place of a list.
         ValueError: when targets don't fit, or a model can't take the images.
 
     >>> make = lambda: nn.Sequential(
@@ -241,6 +242,7 @@ def names_of(layers: Sequence[str | tuple[str, str]] | None) -> tuple[list[str] 
     """The student's and the base's names of layers as `unicam` takes them; None where an explanation reads."""
     if layers is None:
         return None, None
+    check_names(layers=layers)
     pairs = [(layer, layer) if isinstance(layer, str) else layer for layer in layers]
     mine = [pair[0] for pair in pairs]
     if len(set(mine)) < len(mine) or not mine:

@@ -85,8 +85,13 @@ def _check_signs(teacher: Prepared, explainer: Explainer | None) -> None:
         )
 
 
-def check_module(value: object, role: str) -> None:
-    """Raise a TypeError for a student or teacher that is no module."""
+def check_module(value: object, role: str, order: str = "student, teacher, criterion") -> None:
+    """Raise a TypeError for a student or teacher that is no module.
+
+    Args:
+        role: what it is called.
+        order: of what the criterion is built from.
+    """
     if not isinstance(value, nn.Module):
         raise TypeError(f"Expected the {role} to be a torch.nn.Module, but got {type(value).__name__}: {value!r:.60}.")
     if isinstance(value, torch.jit.ScriptModule):
@@ -95,10 +100,7 @@ def check_module(value: object, role: str) -> None:
             "was made of."
         )
     if isinstance(value, _Loss):
-        raise TypeError(
-            f"Expected the {role} to be a network, but got {type(value).__name__}. The order is student, teacher, "
-            "criterion."
-        )
+        raise TypeError(f"Expected the {role} to be a network, but got {type(value).__name__}. The order is {order}.")
 
 
 def check_not_empty(logits: Tensor) -> None:

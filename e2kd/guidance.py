@@ -17,7 +17,7 @@ from e2kd.classes import Chosen, choose
 from e2kd.errors import check_weight, shape
 from e2kd.explainers import BcosContributions, Explainer, GradCAM
 from e2kd.forward import Forward
-from e2kd.guards import check_grid, check_module, check_not_empty, is_teaching
+from e2kd.guards import check_explainers, check_grid, check_module, check_not_empty, check_task, is_teaching
 from e2kd.localization import on_grid
 from e2kd.modes import unwrap
 from e2kd.objects import Boxes, box_masks
@@ -126,7 +126,9 @@ class GuidanceLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_weight("weight", weight)
-        check_module(model, "model")
+        check_module(model, "model", "model, criterion")
+        check_task(criterion)
+        check_explainers(explainer=explainer)
         self.criterion, self.loss, self.weight = criterion, loss, weight
         self.explainer = explainer or (BcosContributions() if is_bcos(unwrap(model)) else GradCAM())
         self.model = StudentExplainer(unwrap(model), self.explainer, example)  # no submodule

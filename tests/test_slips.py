@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import nn
 
 import e2kd
 from e2kd.baselines import AFD, AT, Overhaul, ReviewKD
+from e2kd.guidance import GuidanceLoss
 from e2kd.transfer import layer_features, read
 
 X = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+DATA = torch.utils.data.TensorDataset(X.float(), torch.arange(4))
 
 
 def monitor(**settings: Any) -> e2kd.TransferMonitor:
@@ -50,3 +53,39 @@ def test_one_name_is_no_list_in_a_method_of_ones_own() -> None:
 
     with pytest.raises(TypeError, match=r"Pass layers=\['1'\]"):
         Own(cnn(), cnn(8), "1")
+
+
+@pytest.mark.parametrize("wrong", [e2kd.GradCAM, "gradcam", e2kd.explain])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda wrong, folder: GuidanceLoss(cnn(), nn.CrossEntropyLoss(), explainer=wrong),
+        lambda wrong, folder: monitor(explainer=wrong),
+        lambda wrong, folder: e2kd.freeze(cnn().float(), DATA, folder / "cache", explainer=wrong, progress=False),
+    ],
+    ids=["guidance", "monitor", "freeze"],
+)
+def test_what_is_no_explainer_is_refused(call: Callable[[Any, Path], object], wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Expected explainer to be an object with a layer"):
+        call(wrong, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_refuses_what_is_no_explainer(tmp_path: Path) -> None:
+    frozen = e2kd.freeze(cnn().float(), DATA, tmp_path, progress=False)
+    assert frozen is not None
+    with pytest.raises(TypeError, match="Expected explainer to be an object with a layer"):
+        frozen.verify(cnn().float(), DATA, explainer=e2kd.GradCAM, augmentations={})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [e2kd.KDLoss(), e2kd.MultiLabelKDLoss()])
+def test_guidance_is_around_a_loss_of_the_task(wrong: nn.Module) -> None:
+    with pytest.raises(TypeError, match="which compares logits with a teacher's"):
+        GuidanceLoss(cnn(), wrong)
+
+
+def test_the_order_that_is_told_is_that_of_the_criterion() -> None:
+    with pytest.raises(TypeError, match=r"Expected the model to be a network.* The order is model, criterion\."):
+        GuidanceLoss(nn.CrossEntropyLoss(), cnn())
+    with pytest.raises(TypeError, match=r"The order is student, teacher, criterion\."):
+        e2kd.E2KDLoss(nn.CrossEntropyLoss(), cnn(), cnn(8))  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from e2kd.frozen.matching import check_looks, match_rows
 from e2kd.frozen.planning import explainer_said
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
+from e2kd.guards import check_explainers
 from e2kd.similarity import cosine
 from e2kd.taught import Taught, all_known
 
@@ -107,6 +108,7 @@ def verification(
     explainer: Explainer | None,
 ) -> Verification:
     """See `FrozenTeacher.verify`."""
+    check_explainers(explainer=explainer)
     if rows < 1:
         raise ValueError(f"Expected rows >= 1 to compute again, but got {rows}.")
     matched = match_rows(dataset, frozen, ids, "position")

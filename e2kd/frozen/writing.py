@@ -28,6 +28,7 @@ from e2kd.frozen.sources import Batch, Sample, Source, Unreadable, batches, chec
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.frozen.views import CanonicalView, view_of
 from e2kd.frozen.writer import Writer
+from e2kd.guards import check_explainers
 from e2kd.teacher import Normalization
 
 SMALL = 4096  # values of a map up to which 16 bits are not worth saving
@@ -87,6 +88,7 @@ def freeze(
         The frozen teacher; None in a process that ended before the others.
 
     Raises:
+        TypeError: for what is no explainer.
         ValueError: for settings that can't be frozen, another cache's folder, samples that could not be read (finished
             shards are kept).
         OSError: when the disk is full; finished shards are kept.
@@ -97,6 +99,7 @@ def freeze(
     >>> freeze(net, data, tempfile.mkdtemp(), progress=False)
     FrozenTeacher(Sequential, 8 images, 5 classes, maps [1, 14, 14] float16)
     """
+    check_explainers(explainer=explainer)
     rank, world = _place(rank, world)
     names = list(ids) if ids is not None else names_of(dataset)
     if names is not None and len(names) != len(dataset):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from e2kd.errors import shape, warn_user
 from e2kd.explainers import Explainer
+from e2kd.guards import check_explainers
 from e2kd.modes import device_of, undrawn, unwrap
 from e2kd.monitor import ranks
 from e2kd.monitor.budget import Budget
@@ -78,7 +79,7 @@ class TransferMonitor:
     Raises:
         ValueError: when the probe is no images and labels, masks are none [n, H, W], or there are not as many of all;
             for a layer of the student that is named twice.
-        TypeError: for the name of one layer in the place of a list.
+        TypeError: for the name of one layer in the place of a list, and for what is no explainer.
 
     >>> make = lambda: nn.Sequential(
     ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
@@ -117,6 +118,7 @@ class TransferMonitor:
         prefix: str = "e2kd/",
     ) -> None:
         images, labels = _images_and_labels(probe)
+        check_explainers(explainer=explainer)
         _check_masks(masks)
         names_of(layers)  # now, and not at the first probe
         _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)

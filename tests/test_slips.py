@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import cnn
@@ -13,6 +14,7 @@ from torch import nn
 
 import e2kd
 from e2kd.baselines import AFD, AT, Overhaul, ReviewKD
+from e2kd.explainers import KINDS
 from e2kd.guidance import GuidanceLoss
 from e2kd.transfer import layer_features, read
 
@@ -89,3 +91,35 @@ def test_the_order_that_is_told_is_that_of_the_criterion() -> None:
         GuidanceLoss(nn.CrossEntropyLoss(), cnn())
     with pytest.raises(TypeError, match=r"The order is student, teacher, criterion\."):
         e2kd.E2KDLoss(nn.CrossEntropyLoss(), cnn(), cnn(8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "told"),
+    [
+        (lambda: e2kd.InputGradient("conv1"), TypeError, r"reads no layer, but got layer='conv1'.*GradCAM\('conv1'\)"),
+        (lambda: e2kd.BcosWeights("layer4"), TypeError, "Expected resolution .* got 'layer4'. BcosWeights reads"),
+        (lambda: e2kd.BcosContributions(("a", 2)), TypeError, "Expected resolution"),
+        (lambda: e2kd.BcosContributions(7.5), TypeError, "Expected resolution"),
+        (lambda: e2kd.BcosContributions(0), ValueError, "1 or more"),
+        (lambda: e2kd.BcosWeights((7, 7, 7)), ValueError, "1 or more"),
+    ],
+)
+def test_a_layer_of_what_reads_images_is_refused(make: Any, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        make()
+
+
+def test_explainers_print_as_caches_know_them() -> None:
+    """`repr` is part of a cache's identity: another one would ask users to freeze again."""
+    assert [repr(kind()) for kind in KINDS] == [
+        "GradCAM(layer=None)",
+        "CAM(layer=None)",
+        "HiResCAM(layer=None)",
+        "LayerCAM(layer=None)",
+        "InputGradient(layer=None)",
+        "BcosWeights(resolution=None, passes=None)",
+        "BcosContributions(resolution=14, passes=None)",
+    ]
+    assert repr(e2kd.GradCAM("layer4")) == "GradCAM(layer='layer4')"
+    assert repr(e2kd.BcosWeights((28, 28), "shared")) == "BcosWeights(resolution=(28, 28), passes='shared')"
+    assert repr(e2kd.BcosContributions(np.int64(7))) == f"BcosContributions(resolution={np.int64(7)!r}, passes=None)"

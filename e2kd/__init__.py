@@ -16,7 +16,7 @@ from e2kd.taught import Taught
 from e2kd.version import __version__
 
 if TYPE_CHECKING:
-    from e2kd import baselines, bcos, distance, guidance, metrics, monitor, perturb, transfer
+    from e2kd import baselines, bcos, distance, frozen, guidance, metrics, monitor, perturb, trainers, transfer
     from e2kd.augment import JointAugmentation
     from e2kd.embeddings import label_embeddings
     from e2kd.frozen import CanonicalView, FrozenDataset, FrozenTeacher, freeze
@@ -54,6 +54,7 @@ __all__ = [
     "distance",
     "explain",
     "freeze",
+    "frozen",
     "guidance",
     "kd_loss",
     "label_embeddings",
@@ -61,12 +62,15 @@ __all__ = [
     "monitor",
     "multilabel_kd_loss",
     "perturb",
+    "trainers",
     "transfer",
     "unicam",
 ]
 
 # loaded when asked for
-_PARTS = ("baselines", "bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer")
+_PARTS = (
+    "baselines", "bcos", "distance", "frozen", "guidance", "metrics", "monitor", "perturb", "trainers", "transfer",
+)  # fmt: skip
 _LATER = {  # names that do, from the module named
     "CanonicalView": "frozen",
     "FrozenDataset": "frozen",

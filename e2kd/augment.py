@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from e2kd.errors import shape
 from e2kd.kornia_stages import drawn, is_rigid, pipeline, probe, ramps, walk
 from e2kd.regions import project, visible
+from e2kd.showing import shown
 from e2kd.taught import Taught
 from e2kd.warping import warp, warp_by_matrix
 
@@ -60,6 +61,10 @@ class JointAugmentation(nn.Module):
         self.size = size
         self.rigid = is_rigid(self.operations)
         self.verified: set[str] = set()
+
+    def extra_repr(self) -> str:
+        """The setting; the operations are shown below."""
+        return shown(size=self.size)
 
     @torch.no_grad()
     def forward(self, images: Tensor, taught: Taught) -> tuple[Tensor, Taught]:

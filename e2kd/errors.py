@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+OURS = ("e2kd", "torch")  # packages whose lines say nothing to the user
 REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)  # how models refuse images
 
 
@@ -18,6 +21,21 @@ class NoEffectWarning(UserWarning):
 
 class UnsupportedModel(ValueError):
     """A model that e2kd can't explain as asked; the message says what to do."""
+
+
+def warn_user(message: str, category: type[Warning] = NoEffectWarning) -> None:
+    """Warn at the nearest line that is neither e2kd's nor torch's: the user's own, or that of their trainer.
+
+    A fixed stacklevel would depend on how a module is called: hooks, wrappers and `torch.compile` put frames of their
+    own between.
+    """
+    if torch.compiler.is_compiling():  # which can't follow frames
+        torch.compiler.disable(warn_user)(message, category)
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_globals.get("__name__", "").split(".")[0] in OURS and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def unknown_layer(name: str, known: Iterable[str]) -> UnsupportedModel:
@@ -58,6 +76,18 @@ def check_reduction(value: str) -> None:
         raise ValueError(
             f"Expected reduction to be 'mean' or 'none', but got {value!r}. For a sum, add up what 'none' gives."
         )
+
+
+def check_names(**options: object) -> None:
+    """Raise a TypeError for one name in the place of a list of them, whose letters would be taken for names.
+
+    >>> check_names(layers="layer3")
+    Traceback (most recent call last):
+    TypeError: Expected layers to be a list of names, but got 'layer3'. Pass layers=['layer3'].
+    """
+    for option, names in options.items():
+        if isinstance(names, str):
+            raise TypeError(f"Expected {option} to be a list of names, but got {names!r}. Pass {option}=[{names!r}].")
 
 
 @contextmanager

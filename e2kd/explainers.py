@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -149,7 +150,10 @@ class InputGradient:
     """
 
     reads_images = True
-    layer: None = None
+    layer: None = None  # a field, since `repr` is part of what a cache is known by
+
+    def __post_init__(self) -> None:
+        check_no_layer(type(self).__name__, self.layer)
 
     def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
         """Images and gradient [B, C, H, W] -> the gradient."""
@@ -174,6 +178,7 @@ class DynamicWeights:
     layer = None
 
     def __post_init__(self) -> None:
+        check_resolution(type(self).__name__, self.resolution)
         check_passes(self.passes)
 
 
@@ -221,6 +226,29 @@ class BcosContributions(DynamicWeights):
 
 
 KINDS = (GradCAM, CAM, HiResCAM, LayerCAM, InputGradient, BcosWeights, BcosContributions)
+
+
+def check_no_layer(name: str, layer: object) -> None:
+    """Raise a TypeError for a layer that would be read by nobody."""
+    if layer is not None:
+        raise TypeError(
+            f"{name} explains the images and reads no layer, but got layer={layer!r}. Leave it out, or use one that "
+            f"reads a layer: GradCAM({layer!r})."
+        )
+
+
+def check_resolution(name: str, resolution: object) -> None:
+    """Raise for what is no size of maps: a TypeError for another type, such as a layer's name, else a ValueError."""
+    if resolution is None:
+        return
+    sides = resolution if isinstance(resolution, (tuple, list)) else (resolution,)
+    if not all(isinstance(side, Integral) for side in sides):
+        raise TypeError(
+            f"Expected resolution to be a side or (h, w) in cells, or None, but got {resolution!r}. {name} reads the "
+            "images, so it has no layer to name."
+        )
+    if len(sides) != (1 if sides is not resolution else 2) or not all(side >= 1 for side in sides):
+        raise ValueError(f"Expected resolution to be a side or (h, w) of 1 or more, or None, but got {resolution!r}.")
 
 
 def check_passes(passes: str | None) -> None:

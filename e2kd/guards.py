@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from e2kd.errors import NoEffectWarning, UnsupportedModel, check_temperature, check_weight, shape
+from e2kd.errors import UnsupportedModel, check_temperature, check_weight, shape, warn_user
 from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
 from e2kd.logits import KDLoss, MultiLabelKDLoss
@@ -87,8 +85,13 @@ def _check_signs(teacher: Prepared, explainer: Explainer | None) -> None:
         )
 
 
-def check_module(value: object, role: str) -> None:
-    """Raise a TypeError for a student or teacher that is no module."""
+def check_module(value: object, role: str, order: str = "student, teacher, criterion") -> None:
+    """Raise a TypeError for a student or teacher that is no module.
+
+    Args:
+        role: what it is called.
+        order: of what the criterion is built from.
+    """
     if not isinstance(value, nn.Module):
         raise TypeError(f"Expected the {role} to be a torch.nn.Module, but got {type(value).__name__}: {value!r:.60}.")
     if isinstance(value, torch.jit.ScriptModule):
@@ -97,10 +100,7 @@ def check_module(value: object, role: str) -> None:
             "was made of."
         )
     if isinstance(value, _Loss):
-        raise TypeError(
-            f"Expected the {role} to be a network, but got {type(value).__name__}. The order is student, teacher, "
-            "criterion."
-        )
+        raise TypeError(f"Expected the {role} to be a network, but got {type(value).__name__}. The order is {order}.")
 
 
 def check_not_empty(logits: Tensor) -> None:
@@ -133,7 +133,7 @@ def check_batch(logits: Tensor, teacher_logits: Tensor) -> None:
 def _warn_probabilities(name: str, values: Tensor) -> None:
     """Warn of a softmax at the end of a network, whose KL would be that of a second softmax, all but uniform."""
     if are_probabilities(values):
-        warnings.warn(f"The {name}'s logits {PROBABILITIES}.", NoEffectWarning, stacklevel=6)
+        warn_user(f"The {name}'s logits {PROBABILITIES}.")
 
 
 def are_probabilities(logits: Tensor) -> bool:
@@ -186,23 +186,19 @@ def check_maps_of(maps: Tensor, weights: Tensor, whose: str) -> None:
 def warn_graph(term: Tensor) -> None:
     """Warn of a term that can't reach the student, for want of a graph."""
     if not term.requires_grad:
-        warnings.warn(
+        warn_user(
             "The similarity of the explanations has no graph, so it teaches nothing: all that could change the maps is "
-            "frozen, or the explainer or similarity leaves torch (detach, NumPy, comparisons).",
-            NoEffectWarning,
-            stacklevel=5,
+            "frozen, or the explainer or similarity leaves torch (detach, NumPy, comparisons)."
         )
 
 
 def warn_dead(dead: Tensor, total: Tensor, place: str) -> None:
     """Warn when most explained samples have an all-zero map. On an accelerator `.parts["zero_maps"]` tells."""
     if dead.device.type == "cpu" and float(dead.sum()) > 0.5 * float(total.sum()) > 0:
-        warnings.warn(
+        warn_user(
             f"In this batch more than half of the maps are zero everywhere (the student's at {place}, or the "
             "teacher's), so their explanations teach nothing. Expected in the first steps of an untrained student; if "
-            '`.parts["zero_maps"]` stays high, name another layer or use another explainer.',
-            NoEffectWarning,
-            stacklevel=5,
+            '`.parts["zero_maps"]` stays high, name another layer or use another explainer.'
         )
 
 
@@ -222,10 +218,8 @@ def is_teaching(criterion: nn.Module, student: nn.Module, logits: Tensor, role: 
 def warn_eval(evaluated: str, role: str) -> None:
     """Warn that a loss with gradients was asked for while the network that learns or the criterion is in eval mode."""
     also = " (BatchNorm layers may stay in eval mode)" if evaluated == role else ""
-    warnings.warn(
+    warn_user(
         f"The criterion returns the plain task loss because the {evaluated} is in eval mode, although gradients are "
         f"on: the {role} is taught nothing else. Call {evaluated}.train() to teach it{also}, or evaluate under "
-        "torch.no_grad().",
-        NoEffectWarning,
-        stacklevel=4,
+        "torch.no_grad()."
     )

@@ -17,11 +17,12 @@ from e2kd.classes import Chosen, choose
 from e2kd.errors import check_weight, shape
 from e2kd.explainers import BcosContributions, Explainer, GradCAM
 from e2kd.forward import Forward
-from e2kd.guards import check_grid, check_module, check_not_empty, is_teaching
+from e2kd.guards import check_explainers, check_grid, check_module, check_not_empty, check_task, is_teaching
 from e2kd.localization import on_grid
 from e2kd.modes import unwrap
 from e2kd.objects import Boxes, box_masks
 from e2kd.outputs import logits_of
+from e2kd.showing import shown
 from e2kd.similarity import at_least_float32, check_each, is_zero
 from e2kd.student import StudentExplainer
 from e2kd.tasks import IGNORED, remove_hooks, reported, task_loss
@@ -111,7 +112,7 @@ class GuidanceLoss(nn.Module):
     """
 
     takes_lessons = True  # as a criterion inside of another: it is given the targets as they came
-    name = "guidance"
+    part_names = ("task", "guidance", "zero_maps")
 
     def __init__(
         self,
@@ -125,11 +126,17 @@ class GuidanceLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_weight("weight", weight)
-        check_module(model, "model")
+        check_module(model, "model", "model, criterion")
+        check_task(criterion)
+        check_explainers(explainer=explainer)
         self.criterion, self.loss, self.weight = criterion, loss, weight
         self.explainer = explainer or (BcosContributions() if is_bcos(unwrap(model)) else GradCAM())
         self.model = StudentExplainer(unwrap(model), self.explainer, example)  # no submodule
         self._parts: dict[str, Tensor] = {}
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return shown(weight=self.weight, loss=self.loss, explainer=self.explainer)
 
     @property
     def parts(self) -> dict[str, Tensor]:

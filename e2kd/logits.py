@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.errors import check_reduction, check_temperature, shape
+from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
 
 ONE_LOGIT = (
@@ -108,6 +109,10 @@ class KDLoss(nn.Module):
         check_reduction(reduction)
         self.temperature, self.reduction = temperature, reduction
 
+    def extra_repr(self) -> str:
+        """The settings."""
+        return shown(temperature=self.temperature, reduction=self.reduction)
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Student and teacher logits [B, K] -> [] or [B]."""
         return kd_loss(student_logits, teacher_logits, self.temperature, reduction=self.reduction)
@@ -128,6 +133,10 @@ class MultiLabelKDLoss(nn.Module):
         super().__init__()
         check_reduction(reduction)
         self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        """The setting."""
+        return shown(reduction=self.reduction)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Student and teacher logits [B, K] -> [] or [B]."""

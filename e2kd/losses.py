@@ -30,6 +30,7 @@ from e2kd.guards import (
 from e2kd.lessons import Lesson, Prepared, lesson_of
 from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.modes import unwrap
+from e2kd.showing import shown
 from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
 from e2kd.tasks import nested, reported, task_loss
@@ -39,6 +40,11 @@ from e2kd.wrapping import Wrapping
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
 
+# What the repr of a criterion tells, always and where it is not the default.
+TOLD = ("weight", "kd_weight", "task_weight", "temperature", "classes", "explainer", "fraction", "every")
+USUAL = {"similarity": cosine, "during": None, "resize": None, "distillation": None}
+
+SOMETIMES = ("cosine", "agreement")  # parts that are nan where nothing was explained or the teacher not asked
 NO_MAPS = (
     "Expected explanations for a weight other than 0, but the cache holds logits alone. Leave criterion.weight at 0, "
     "or freeze the teacher with an explainer."
@@ -67,6 +73,10 @@ class ExplanationLoss(nn.Module):
         super().__init__()
         check_reduction(reduction)
         self.similarity, self.size, self.reduction = similarity, size, reduction
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return shown(similarity=self.similarity, size=self.size, reduction=self.reduction)
 
     def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
         """Maps [B, C, H, W] and [B, C, h, w] -> [] or [B]."""
@@ -151,6 +161,8 @@ class E2KDLoss(Wrapping):
     ['agreement', 'cosine', 'explanation', 'kd', 'loss', 'task', 'zero_maps']
     """
 
+    part_names = ("task", "kd", "explanation", "cosine", "agreement", "zero_maps")
+
     def __init__(
         self,
         student: nn.Module,
@@ -201,6 +213,23 @@ class E2KDLoss(Wrapping):
         self.seed, self.step = torch.initial_seed(), 0
         self._share_teacher()
 
+    def extra_repr(self) -> str:
+        """The settings; of those that are seldom given, the ones that were."""
+        told = {name: getattr(self, name) for name in TOLD}
+        told |= {name: getattr(self, name) for name, usual in USUAL.items() if getattr(self, name) is not usual}
+        return shown(**told, **self._said_of_teacher())
+
+    def _said_of_teacher(self) -> dict[str, object]:
+        """How a live teacher is asked and explained, as far as that was given."""
+        if not isinstance(self.teacher, Teacher):
+            return {}
+        asked = zip(
+            ("teacher_normalization", "input_normalization", "teacher_size"), self.teacher.settings, strict=True
+        )
+        told: dict[str, object] = {name: setting for name, setting in asked if setting is not None}
+        theirs = self.teacher.explainer
+        return told if shown(it=theirs) == shown(it=self.explainer) else {"teacher_explainer": theirs} | told
+
     @property
     def step(self) -> int:
         """Training calls so far. Set it where a training is resumed; e2kd's trainers do."""
@@ -220,8 +249,7 @@ class E2KDLoss(Wrapping):
         self.step += 1
         rows = self._rows(len(logits), logits.device) if explaining else None
         zero = at_least_float32(logits.new_zeros(()))
-        parts = {name: zero for name in ("task", "kd", "explanation", "zero_maps")}
-        parts |= dict.fromkeys(("cosine", "agreement"), zero + torch.nan)
+        parts = dict.fromkeys(self.part_names, zero) | dict.fromkeys(SOMETIMES, zero + torch.nan)
         loss, lesson = zero, None
         if explaining or self.kd_weight != 0:  # asked first, so that criteria inside of this one hear the answer
             lesson = self._lesson(forward, explaining, rows, taught)

@@ -44,6 +44,11 @@ class Wrapping(nn.Module):
         self._parts: dict[str, Tensor] = {}
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """What its own parts are called, but the loss."""
+        raise NotImplementedError
+
+    @property
     def parts(self) -> dict[str, Tensor]:
         """Detached scalars of the last training call; see the class."""
         return dict(self._parts)

@@ -130,6 +130,30 @@ def test_a_batch_without_masks_has_no_guidance_to_report() -> None:
     assert averages.take()["guidance"] == pytest.approx(guided)
 
 
+@pytest.mark.parametrize("bare", [True, False])
+def test_zero_maps_of_guidance_are_in_the_logs_too(bare: bool) -> None:
+    student = net()
+    inner = GuidanceLoss(student, nn.CrossEntropyLoss(), explainer=Own(lambda maps: maps * 0))
+    criterion: Any = inner if bare else AT(student, net(12, 1), inner, layers=["1"])
+    averages = Averages(criterion)
+    for _ in range(2):
+        criterion(student(X), Y, masks=torch.ones(4, 32, 32))
+    assert averages.take()["zero_maps"] == 4
+
+
+@pytest.mark.parametrize("kind", ["e2kd", "at", "guidance"])
+def test_part_names_are_those_of_the_parts(kind: str) -> None:
+    student, teacher, task = net(), net(12, 1), nn.CrossEntropyLoss()
+    made = {
+        "e2kd": lambda: e2kd.E2KDLoss(student, teacher, task),
+        "at": lambda: AT(student, teacher, task),
+        "guidance": lambda: GuidanceLoss(student, task),
+    }
+    criterion: Any = made[kind]()
+    criterion(student(X), Y, *([torch.ones(4, 32, 32)] if kind == "guidance" else []))
+    assert {*criterion.part_names, "loss"} == set(criterion.parts)
+
+
 def test_what_nobody_inside_takes_is_refused_in_evaluation_too() -> None:
     student, teacher = net(), net(12, 1)
     criterion = e2kd.E2KDLoss(student, teacher, FitNets(student, teacher), distillation=e2kd.MultiLabelKDLoss())

@@ -24,12 +24,14 @@ NAMES = {
     "UnsupportedModel", "__version__", "check", "cosine", "explain", "freeze", "kd_loss", "label_embeddings",
     "multilabel_kd_loss", "unicam",
 }  # fmt: skip
-PARTS = {"baselines", "bcos", "distance", "guidance", "metrics", "monitor", "perturb", "transfer"}  # public as a whole
+PARTS = {  # public as a whole
+    "baselines", "bcos", "distance", "frozen", "guidance", "metrics", "monitor", "perturb", "trainers", "transfer",
+}  # fmt: skip
 
 # An import may only point to a lower layer, or sideways within one package.
 LAYERS = [
     ["errors", "version", "taught", "graph", "folders", "pictures", "held", "hooks", "sharding", "percentiles"],
-    ["kernels"],
+    ["kernels", "showing"],
     ["embeddings", "modes"],
     ["similarity", "layout", "outputs", "regions", "bcos", "distance"],
     ["objects", "warping", "kornia_stages"],
@@ -128,6 +130,13 @@ def test_importing_e2kd_loads_torch_and_nothing_heavy() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("[] ")
     assert int(out.split()[1]) < 20, out
+
+
+def test_what_messages_name_is_there_in_a_fresh_script() -> None:
+    names = "e2kd.frozen.AppearanceOnly, e2kd.frozen.merge, e2kd.frozen.CacheError, e2kd.trainers.accelerate.Parts"
+    code = f"import e2kd; print({names}); print(hasattr(e2kd.trainers, 'keras'))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("False\n")
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__", "NoEffectWarning", "UnsupportedModel", "Explanation"}))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.baselines.base import Baseline, Batch, Names
+from e2kd.errors import check_names
 from e2kd.similarity import pooled
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class AT(Baseline):
     """
 
     name = "at"
+    shows = ("power",)
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class AT(Baseline):
         power: float = 2.0,
         **settings: Unpack[Settings],
     ) -> None:
+        check_names(layers=layers, teacher_layers=teacher_layers)
         super().__init__(
             student, teacher, criterion, weight, lambda pair: pair.stages(layers, teacher_layers), **settings
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.baselines.untrained import Watch
 from e2kd.capture import Tap
-from e2kd.errors import NoEffectWarning, UnsupportedModel, check_weight
+from e2kd.errors import UnsupportedModel, check_names, check_weight, warn_user
 from e2kd.forward import Forward
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
 from e2kd.modes import device_of, dtype_of, unwrap
 from e2kd.probing import example_images
+from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
 from e2kd.tasks import reported
 from e2kd.teacher import Normalization, Teacher
@@ -107,8 +107,10 @@ class Pair:
         """As many stages of both, last with last; those that were named, where they were.
 
         Raises:
+            TypeError: for one name in the place of a list.
             ValueError: when other numbers of layers were named.
         """
+        check_names(layers=layers, teacher_layers=teacher_layers)
         count = len(layers or teacher_layers or ()) or count
         mine = self.student.stages(count) if layers is None else self.student.named(layers)
         theirs = self.teacher.stages(count) if teacher_layers is None else self.teacher.named(teacher_layers)
@@ -129,8 +131,8 @@ class Baseline(Wrapping, ABC):
     its weight.
 
     A method of your own says which layers it compares, by `choose`, and computes its `term` from a `Batch` of what they
-    returned; `name` is the term's in `.parts`. One that compares logits alone leaves `choose` out, and takes frozen
-    teachers if it sets `takes_features = False`.
+    returned; `name` is the term's in `.parts`, `shows` are attributes for its `repr`. One that
+    compares logits alone leaves `choose` out, and takes frozen teachers if it sets `takes_features = False`.
 
     Trainable parts, where a method has them, are its parameters, beside those of `criterion`: give them to the
     optimizer, `SGD([*student.parameters(), *criterion.parameters()])`, and save `criterion.state_dict()` with
@@ -155,7 +157,7 @@ class Baseline(Wrapping, ABC):
     Raises:
         UnsupportedModel: when a layer is not there or returns no map, and for a frozen teacher, which has no features,
             unless the method takes none.
-        TypeError: for networks that are no modules.
+        TypeError: for networks that are no modules, and for the name of one layer in the place of a list.
         ValueError: for settings outside their range, unequal numbers of named layers, and a student that no usual image
             size runs through; its message says what to do.
 
@@ -179,6 +181,7 @@ class Baseline(Wrapping, ABC):
 
     name: ClassVar[str]  # of the term, in `.parts`
     takes_features = True
+    shows: ClassVar[tuple[str, ...]] = ()  # attributes with settings of its own, for `repr`
     step: Tensor
 
     def __init__(
@@ -219,6 +222,18 @@ class Baseline(Wrapping, ABC):
     @abstractmethod
     def term(self, batch: Batch) -> Tensor:
         """The method's loss [] for a batch, without its weight."""
+
+    def extra_repr(self) -> str:
+        """The settings, and the layers that are compared, if any are."""
+        stages = {"layers": self.student_stages, "teacher_layers": self.teacher_stages}
+        compared = {name: [stage.place.key for stage in found] for name, found in stages.items() if found}
+        own = {name: getattr(self, name) for name in self.shows}
+        return shown(weight=self.weight, warmup=self.warmup, **own, **compared)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """What its parts are called, but the loss."""
+        return ("task", self.name)
 
     @property
     def student(self) -> nn.Module:
@@ -307,7 +322,7 @@ class Baseline(Wrapping, ABC):
         dtype = self._dtype(logits.device)
         mine = [_maps(stage, forward.heard.get(stage.place.key), forward.size) for stage in self.student_stages]
         if mine and not any(maps.requires_grad for maps in mine):
-            warnings.warn(FIXED.format(name=type(self).__name__), NoEffectWarning, stacklevel=5)
+            warn_user(FIXED.format(name=type(self).__name__))
         theirs = [_maps(stage, heard.tensors.get(stage.place.key), heard.size) for stage in self.teacher_stages]
         return Batch(
             [at_least_float32(m) if dtype is None else m.to(dtype) for m in mine],

@@ -69,6 +69,7 @@ class CATKD(Baseline):
     """
 
     name = "cat"
+    shows = ("resolution", "normalize")
 
     def __init__(
         self,

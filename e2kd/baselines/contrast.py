@@ -86,6 +86,7 @@ class CRD(Baseline):
     """
 
     name = "crd"
+    shows = ("negatives", "temperature", "momentum", "width")
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class CRD(Baseline):
         if negatives < 1 or width < 1:
             raise ValueError(f"Expected negatives >= 1 and width >= 1, but got {negatives} and {width}.")
         super().__init__(student, teacher, criterion, weight, choose, **settings)
-        self.negatives, self.temperature = negatives, temperature
+        self.negatives, self.temperature, self.momentum, self.width = negatives, temperature, momentum, width
         self.student_embedding = self.beside_student(nn.Linear(self.student_stages[0].channels, width))
         self.teacher_embedding = self.beside_student(nn.Linear(self.teacher_stages[0].channels, width))
         self.memory = self.beside_student(ContrastMemory(width, momentum))

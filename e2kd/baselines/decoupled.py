@@ -117,6 +117,7 @@ class DKD(Baseline):
     """
 
     name = "dkd"
+    shows = ("alpha", "beta", "temperature")
     takes_features = False
 
     def __init__(

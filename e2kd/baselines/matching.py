@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from e2kd.baselines.base import Baseline, Batch, Names, Pair
 from e2kd.baselines.stages import Stage
+from e2kd.errors import check_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,6 +73,7 @@ class AFD(Baseline):
     """
 
     name = "afd"
+    shows = ("width",)
 
     def __init__(
         self,
@@ -85,12 +87,15 @@ class AFD(Baseline):
         width: int = 128,
         **settings: Unpack[Settings],
     ) -> None:
+        check_names(layers=layers, teacher_layers=teacher_layers)
+
         def choose(pair: Pair) -> tuple[list[Stage], list[Stage]]:
             mine = pair.student.blocks() if layers is None else pair.student.named(layers)
             return mine, pair.teacher.blocks() if teacher_layers is None else pair.teacher.named(teacher_layers)
 
         super().__init__(student, teacher, criterion, weight, choose, **settings)
         mine, theirs = ([s.channels for s in stages] for stages in (self.student_stages, self.teacher_stages))
+        self.width = width
         self.matching = self.beside_student(Matching(mine, theirs, width))
 
     def term(self, batch: Batch) -> Tensor:

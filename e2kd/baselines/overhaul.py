@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from e2kd.baselines.attention import on_one_grid
 from e2kd.baselines.base import Baseline, Batch, Names, Pair
 from e2kd.baselines.stages import Stage
+from e2kd.errors import check_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,6 +105,8 @@ class Overhaul(Baseline):
         teacher_layers: Names = None,
         **settings: Unpack[Settings],
     ) -> None:
+        check_names(layers=layers, teacher_layers=teacher_layers)
+
         def choose(pair: Pair) -> tuple[list[Stage], list[Stage]]:
             mine, theirs = pair.stages(layers, teacher_layers)
             return pair.student.before_activation(mine), pair.teacher.before_activation(theirs)

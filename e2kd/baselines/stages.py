@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from e2kd.errors import UnsupportedModel
+from e2kd.errors import UnsupportedModel, check_names
 from e2kd.layout import Layout
 from e2kd.listening import Place
 from e2kd.modes import as_written
@@ -111,7 +111,9 @@ class Layers:
         Raises:
             UnsupportedModel: when a module does not exist, did not run or returns no map, and when one that runs
                 several times was named more often than it runs.
+            TypeError: for one name in the place of a list.
         """
+        check_names(names=names)
         names = [first_name(self.model, name) for name in names]
         left = Counter(names)
         found = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import NoEffectWarning
+from e2kd.errors import warn_user
 from e2kd.sharding import is_sharded
 
 STEPS = 50  # between two looks
@@ -48,7 +47,7 @@ class Watch:
         trained, learned = (not torch.equal(*pair) for pair in zip(self.before, now, strict=True))
         self.known = trained or learned
         if learned and not trained:
-            warnings.warn(UNTRAINED.format(steps=self.steps, name=name), NoEffectWarning, stacklevel=6)
+            warn_user(UNTRAINED.format(steps=self.steps, name=name))
 
 
 def _some(parameters: Iterable[nn.Parameter]) -> Tensor | None:

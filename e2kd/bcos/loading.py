@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from e2kd.bcos.blocks import Layer
 from e2kd.bcos.files import read_network
 from e2kd.bcos.recognition import recognised
-from e2kd.errors import shape
+from e2kd.errors import shape, warn_user
 
 CONVERTED = "model."  # before the keys of networks that B-cosification made: they hold the standard one as `model`
 
@@ -101,10 +100,10 @@ def _check_origin(state: dict[str, Tensor], path: str | Path, *, converted: bool
             f"activations, unlike other B-cos networks with these keys. {advice}"
         )
     if norm is None and any(key.endswith("running_mean") and value.any() for key, value in state.items()):
-        warnings.warn(
+        warn_user(
             f"The batch norms of {path} hold means, which networks that were B-cos from the start don't use. Was it "
             f"made from a standard network? Then this is not it. {make} If it is what you want, name its `norm`.",
-            stacklevel=3,
+            UserWarning,
         )
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.errors import shape
+from e2kd.showing import shown
 
 
 def bcos_loss(logits: Tensor, targets: Tensor, off_label: float | None = None) -> Tensor:
@@ -64,6 +65,10 @@ class BcosLoss(nn.Module):
     def __init__(self, off_label: float | None = None) -> None:
         super().__init__()
         self.off_label = None if off_label is None else check_off_label(off_label)
+
+    def extra_repr(self) -> str:
+        """The setting."""
+        return shown(off_label=self.off_label)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits [B, K] and targets [B] or [B, K] -> []."""

@@ -16,7 +16,7 @@ from e2kd.modes import device_of, dtype_of, timm_configuration
 from e2kd.similarity import pooled
 from e2kd.teacher import Normalization, Teacher, expected_normalization
 
-LARGEST = 56  # side of stored maps: finer ones agree less with an augmented image's own map, at more bytes
+LARGEST_MAP = 56  # side of stored maps: finer ones agree less with an augmented image's own map, at more bytes
 CHOICES = ("teacher", "labels", "all")
 
 
@@ -56,7 +56,7 @@ class Asked:
         classes: str,
         normalization: Normalization | None,
         size: int | tuple[int, int] | None,
-        map_size: tuple[int, int] = (LARGEST, LARGEST),
+        map_size: tuple[int, int] = (LARGEST_MAP, LARGEST_MAP),
     ) -> None:
         if classes not in CHOICES:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from e2kd.frozen.exact import exact
 from e2kd.frozen.geometry import composed, follow, framed
-from e2kd.frozen.looks import LOOKED_AT
+from e2kd.frozen.looks import COMPARED
 from e2kd.frozen.matching import check_labels, check_looks, check_unchanged, match_rows
 from e2kd.frozen.recording import Recorder
 from e2kd.frozen.samples import image_and_label, pixel_hash, transforms_of
@@ -102,7 +102,7 @@ class FrozenDataset(Dataset[tuple[Any, Any]]):
             place = int(frozen_first[0])
             check_unchanged(self.frozen.view(image_and_label(self._exact[place])[0]), place, self.frozen)
         if self.frozen.store.record.looks:
-            self._check_looks([found for k in spread(len(self), LOOKED_AT) if isinstance(found := source[k], Sample)])
+            self._check_looks([found for k in spread(len(self), COMPARED) if isinstance(found := source[k], Sample)])
 
     def _check_looks(self, samples: list[Sample]) -> None:
         """Raise a ValueError for samples that don't look as they did; where there is a transform, no read shows it."""

@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 
 # How a map is stored, and which stored number stands for its scale.
 MAP_TYPES = {"float16": ("<f2", 1), "int8": ("|i1", 127), "uint8": ("|u1", 255)}
-LARGEST = 65504.0  # of float16
+LARGEST_FLOAT16 = 65504.0
 
 
 def finite(values: Tensor, name: str) -> Floats:
@@ -39,8 +39,8 @@ def stored_logits(logits: Floats, top: int | None) -> dict[str, Array]:
         ValueError: for logits that float16 can't hold; it names the first row.
     """
     _refuse(
-        np.abs(logits).max(1) > LARGEST,
-        f"logits within ±{LARGEST:,.0f}, the largest float16",
+        np.abs(logits).max(1) > LARGEST_FLOAT16,
+        f"logits within ±{LARGEST_FLOAT16:,.0f}, the largest float16",
         "larger ones",
         "Are they the logits of a classifier? Then scale them down in the teacher's forward.",
     )

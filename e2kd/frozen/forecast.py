@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from e2kd.errors import warn_user
 from e2kd.frozen.records import Record
 
 
@@ -78,5 +78,5 @@ def check_space(record: Record, rows: int, folder: str | Path, world: int = 1) -
             raise OSError(
                 f'{said}Free some space or use another disk; top=100 stores fewer logits, map_type="int8" smaller maps.'
             )
-        warnings.warn(f"{said}That is enough for one of {world} processes alone, on a disk of its own.", stacklevel=3)
+        warn_user(f"{said}That is enough for one of {world} processes alone, on a disk of its own.", UserWarning)
     return forecast

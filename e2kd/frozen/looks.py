@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from e2kd.frozen.encoding import LARGEST_FLOAT16
+
 SIDE = 4  # cells per axis of what is kept of every image
 LOOK = SIDE * SIDE
 ALLOWED = 0.01  # mean difference: decoders of JPEG files differ by less, other pictures and transforms by more
-LARGEST = 65504.0  # of float16
-LOOKED_AT = 16  # samples, spread over many, that are compared where not every one is
+COMPARED = 16  # samples, spread over many, that are compared where not every one is
 
 Looks = NDArray[np.float16]
 
@@ -43,7 +44,8 @@ def looks_of(images: Sequence[Tensor] | Tensor) -> Looks:
     found = np.empty((len(images), LOOK), np.float16)
     for look, image in zip(found, images, strict=True):
         cells = F.adaptive_avg_pool2d(image.mean(0, keepdim=True, dtype=torch.float32), SIDE).flatten()
-        look[:] = (cells / 255 if image.dtype == torch.uint8 else cells.clamp(-LARGEST, LARGEST)).numpy()
+        inside = cells / 255 if image.dtype == torch.uint8 else cells.clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
+        look[:] = inside.numpy()
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import safetensors
 import torch
 
+from e2kd.errors import warn_user
 from e2kd.frozen.errors import CacheError, listed
 from e2kd.frozen.files import publish
 from e2kd.frozen.fingerprints import canonical
@@ -87,7 +87,7 @@ def publish_plan(folder: Path, plan: Plan) -> Plan:
     check_same(there, plan, f"The folder {folder} has a cache", "what is to be frozen now", advice)
     other = differences(there, plan, informative=True)
     if other:
-        warnings.warn(f"The cache in {folder} was begun under other conditions: {listed(other)}.", stacklevel=3)
+        warn_user(f"The cache in {folder} was begun under other conditions: {listed(other)}.", UserWarning)
     return there
 
 

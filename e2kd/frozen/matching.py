@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from e2kd.frozen.looks import ALLOWED, Looks, apart, apart_from, looks_of
 from e2kd.frozen.samples import class_names_of, hashes_of, names_of, transformed
-from e2kd.frozen.sources import LOOKED_AT, Sample, Source, spread
+from e2kd.frozen.sources import READ_AGAIN, Sample, Source, spread
 
 if TYPE_CHECKING:
     from e2kd.frozen.teacher import FrozenTeacher
@@ -132,7 +132,7 @@ def _by_pixels(dataset: Any, frozen: FrozenTeacher, match: str) -> Matched:
 def _fits(dataset: Any, frozen: FrozenTeacher, rows: np.ndarray) -> bool:
     """Whether some samples are those of the rows, by their pixels: a data set and a shuffled one have one length."""
     source, ids = Source(dataset, frozen.view, None), frozen.ids()
-    samples = [found for place in spread(len(rows), LOOKED_AT) if isinstance(found := source[place], Sample)]
+    samples = [found for place in spread(len(rows), READ_AGAIN) if isinstance(found := source[place], Sample)]
     return all(sample.id == int(ids[rows[sample.row]]) for sample in samples)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from e2kd.errors import warn_user
 from e2kd.frozen.errors import CacheError, listed
 from e2kd.frozen.files import link_or_copy
 from e2kd.frozen.fingerprints import digest
@@ -67,8 +67,8 @@ def _common_plan(sources: list[Path]) -> Plan:
         check_same(plans[0], plan, f"{sources[0]} has a cache", f"the one in {source}")
         other = differences(plans[0], plan, informative=True)
         if other:
-            warnings.warn(
-                f"{sources[0]} and {source} were written under different conditions: {listed(other)}.", stacklevel=4
+            warn_user(
+                f"{sources[0]} and {source} were written under different conditions: {listed(other)}.", UserWarning
             )
     return plans[0]
 

@@ -14,7 +14,7 @@ REPAIR = "Run freeze again with the same arguments: it computes what is damaged 
 UNFINISHED = (
     "{folder} holds no complete cache: {what}. Either freeze has not finished: run it again with the same arguments, "
     "and it goes on where it stopped. Or processes wrote into folders of their own: bring these together with "
-    "e2kd.frozen.merging.merge(folders, out)."
+    "e2kd.frozen.merge(folders, out)."
 )
 
 

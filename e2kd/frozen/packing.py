@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from e2kd.errors import shape
+from e2kd.errors import shape, warn_user
 from e2kd.frozen.fingerprints import hash_json
 from e2kd.frozen.records import Record
 from e2kd.taught import Taught, labels_of
@@ -92,7 +91,7 @@ class Packing:
         if watches:
             self.watched += 1
             if images is not None and not _alike(witnesses, _witnesses(images)):
-                warnings.warn(CHANGED, stacklevel=2)
+                warn_user(CHANGED, UserWarning)
         _, height, width = self.map_shape
         return Taught(
             targets[:, LABEL_AT],

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
-from e2kd.frozen.looks import ALLOWED, LOOKED_AT, apart, apart_from, looks_of
+from e2kd.frozen.looks import ALLOWED, COMPARED, apart, apart_from, looks_of
 from e2kd.frozen.sources import Sample, Source, spread
 from e2kd.frozen.writer import Writer
 
@@ -28,7 +28,7 @@ def check_resumed(writer: Writer, source: Source, first: Tensor, todo: Iterable[
     if not apart_from(first, writer.plan["first_image"]) <= ALLOWED:
         raise ValueError(REPLACED.format(row=0, folder=writer.folder))
     whole = [row for shard in writer.mine() if shard not in todo for row in writer.rows(shard)]
-    for place in spread(len(whole), LOOKED_AT):
+    for place in spread(len(whole), COMPARED):
         sample = source[whole[place]]
         if isinstance(sample, Sample) and not _is_stored(sample, writer):
             raise ValueError(REPLACED.format(row=sample.row, folder=writer.folder))

@@ -18,7 +18,7 @@ from e2kd.frozen.samples import image_and_label, pixel_hash
 from e2kd.frozen.views import CanonicalView
 
 SHOWN = 10  # unreadable samples that a message lists
-LOOKED_AT, READINGS = 4, 4  # samples and readings of each: one flip in two passes once in 4096
+READ_AGAIN, READINGS = 4, 4  # samples, and readings of each: one flip in two passes once in 4096
 
 
 class Sample(NamedTuple):
@@ -139,7 +139,7 @@ def unsteady(source: Source) -> int | None:
 
     One that can't be read is passed over, and told of when its turn comes.
     """
-    for row in spread(len(source), LOOKED_AT):
+    for row in spread(len(source), READ_AGAIN):
         first = source[row]
         again = (source[row] for _ in range(READINGS - 1))
         if isinstance(first, Sample) and any(

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from e2kd.choosing import KNOWN
 from e2kd.comparing import compare_each
 from e2kd.explainers import Explainer
-from e2kd.frozen.asking import LARGEST, Asked
+from e2kd.frozen.asking import LARGEST_MAP, Asked
 from e2kd.frozen.fingerprints import hash_weights
 from e2kd.frozen.matching import check_looks, match_rows
 from e2kd.frozen.planning import explainer_said
 from e2kd.frozen.records import Rows
 from e2kd.frozen.sources import Source
+from e2kd.guards import check_explainers
 from e2kd.similarity import cosine
 from e2kd.taught import Taught, all_known
 
@@ -107,6 +108,7 @@ def verification(
     explainer: Explainer | None,
 ) -> Verification:
     """See `FrozenTeacher.verify`."""
+    check_explainers(explainer=explainer)
     if rows < 1:
         raise ValueError(f"Expected rows >= 1 to compute again, but got {rows}.")
     matched = match_rows(dataset, frozen, ids, "position")
@@ -147,7 +149,7 @@ def _asked(frozen: FrozenTeacher, model: nn.Module, example: Tensor, explainer: 
         frozen.choice,
         None if normalization is None else (normalization[0], normalization[1]),
         None if teacher["size"] is None else (teacher["size"][0], teacher["size"][1]),
-        (LARGEST, LARGEST) if said is None else (said["map_size"][0], said["map_size"][1]),
+        (LARGEST_MAP, LARGEST_MAP) if said is None else (said["map_size"][0], said["map_size"][1]),
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from e2kd.errors import warn_user
 from e2kd.frozen.encoding import Array
 from e2kd.frozen.errors import CacheError
 from e2kd.frozen.files import remove_leftovers
@@ -128,7 +128,7 @@ class Writer:
         except FileNotFoundError:
             return False
         except CacheError as error:
-            warnings.warn(f"A shard in {self.folder} has to be computed again: {error}", stacklevel=4)
+            warn_user(f"A shard in {self.folder} has to be computed again: {error}", UserWarning)
             return False
         self._entries[index] = shard.entry()
         return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from e2kd.choosing import default_explainer
-from e2kd.errors import NoEffectWarning
+from e2kd.errors import warn_user
 from e2kd.explainers import Explainer
-from e2kd.frozen.asking import LARGEST, Answers, Asked
+from e2kd.frozen.asking import LARGEST_MAP, Answers, Asked
 from e2kd.frozen.encoding import Array
 from e2kd.frozen.forecast import check_space
 from e2kd.frozen.looks import looks_of
@@ -29,6 +28,7 @@ from e2kd.frozen.sources import Batch, Sample, Source, Unreadable, batches, chec
 from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.frozen.views import CanonicalView, view_of
 from e2kd.frozen.writer import Writer
+from e2kd.guards import check_explainers
 from e2kd.teacher import Normalization
 
 SMALL = 4096  # values of a map up to which 16 bits are not worth saving
@@ -48,7 +48,7 @@ def freeze(
     teacher_size: int | tuple[int, int] | None = None,
     top: int | None = None,
     map_type: str | None = None,
-    map_size: int | tuple[int, int] = LARGEST,
+    map_size: int | tuple[int, int] = LARGEST_MAP,
     ids: Sequence[str] | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -88,6 +88,7 @@ def freeze(
         The frozen teacher; None in a process that ended before the others.
 
     Raises:
+        TypeError: for what is no explainer.
         ValueError: for settings that can't be frozen, another cache's folder, samples that could not be read (finished
             shards are kept).
         OSError: when the disk is full; finished shards are kept.
@@ -98,6 +99,7 @@ def freeze(
     >>> freeze(net, data, tempfile.mkdtemp(), progress=False)
     FrozenTeacher(Sequential, 8 images, 5 classes, maps [1, 14, 14] float16)
     """
+    check_explainers(explainer=explainer)
     rank, world = _place(rank, world)
     names = list(ids) if ids is not None else names_of(dataset)
     if names is not None and len(names) != len(dataset):
@@ -190,10 +192,8 @@ def _stored(record: Record, answers: Answers, images: Tensor, ids: NDArray[np.ui
 def _warn_dead(frozen: FrozenTeacher) -> None:
     zero, count = frozen.store.zero_maps, frozen.store.record.map_count * len(frozen)
     if zero > 0.5 * count:
-        warnings.warn(
+        warn_user(
             f"{zero} of {count} cached maps are zero everywhere and teach nothing. Is the teacher trained, and "
             "are the images normalised as it expects? Else name another layer or explainer; for all classes, CAM() has "
-            "maps of classes that are not seen.",
-            NoEffectWarning,
-            stacklevel=3,
+            "maps of classes that are not seen."
         )

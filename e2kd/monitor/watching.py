@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from e2kd.errors import shape
+from e2kd.errors import shape, warn_user
 from e2kd.explainers import Explainer
+from e2kd.guards import check_explainers
 from e2kd.modes import device_of, undrawn, unwrap
 from e2kd.monitor import ranks
 from e2kd.monitor.budget import Budget
@@ -17,7 +17,7 @@ from e2kd.monitor.probed import Part, Probed
 from e2kd.monitor.sinks import Log, LogImages
 from e2kd.sharding import reshard
 from e2kd.transfer import Regions, untrained
-from e2kd.transfer.contrasting import label_rows
+from e2kd.transfer.contrasting import label_rows, names_of
 
 Probe = Tensor | Sequence[Tensor]
 PROBE = (
@@ -77,7 +77,9 @@ class TransferMonitor:
         reasons: why scalars of the last probe are NaN; each is warned of once.
 
     Raises:
-        ValueError: when the probe is no images and labels, masks are none [n, H, W], or there are not as many of all.
+        ValueError: when the probe is no images and labels, masks are none [n, H, W], or there are not as many of all;
+            for a layer of the student that is named twice.
+        TypeError: for the name of one layer in the place of a list, and for what is no explainer.
 
     >>> make = lambda: nn.Sequential(
     ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
@@ -116,7 +118,9 @@ class TransferMonitor:
         prefix: str = "e2kd/",
     ) -> None:
         images, labels = _images_and_labels(probe)
+        check_explainers(explainer=explainer)
         _check_masks(masks)
+        names_of(layers)  # now, and not at the first probe
         _check(len(images), base_images=base_images, teacher_images=teacher_images, masks=masks)
         self.student, self.base = unwrap(student), unwrap(base)
         self._models = [self.student, self.base, *([] if teacher is None else [unwrap(teacher)])]
@@ -208,7 +212,7 @@ class TransferMonitor:
         new = {reason for reason in self.reasons.values() if reason not in self._warned}
         for reason in sorted(new):
             where = ", ".join(name for name, said in self.reasons.items() if said == reason)
-            warnings.warn(f"The monitor has no value for {where}: {reason}.", stacklevel=4)
+            warn_user(f"The monitor has no value for {where}: {reason}.", UserWarning)
         self._warned |= new
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,12 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from e2kd.losses import E2KDLoss
+from e2kd.losses import SOMETIMES, E2KDLoss
 from e2kd.modes import unwrap
 from e2kd.tasks import nested
-
-EXPLAINED = ("task", "kd", "explanation", "cosine", "agreement", "zero_maps")  # parts of an E2KDLoss
-SOMETIMES = ("cosine", "agreement")  # a nan in another part is a nan of the training
 
 
 class Averages:
@@ -81,7 +79,7 @@ class Averages:
         values = torch.stack([parts.get(name, missing).to(missing) for name in self.names])
         known = values.isnan().logical_not()
         for place, name in enumerate(self.names):
-            if name in parts and name not in SOMETIMES:
+            if name in parts and name not in SOMETIMES:  # a nan in another part is a nan of the training
                 known[place] = True
         new = torch.stack([torch.where(known, values, 0.0), known.to(values)])
         self.sums = new if self.sums is None else self.sums + new
@@ -115,8 +113,7 @@ class Averages:
 
 def names_of(inside: Sequence[Any]) -> tuple[str, ...]:
     """What the parts of these criteria are called, but the loss itself."""
-    own = (EXPLAINED if isinstance(one, E2KDLoss) else ("task", one.name) for one in inside)
-    return tuple(dict.fromkeys(name for names in own for name in names))
+    return tuple(dict.fromkeys(chain.from_iterable(one.part_names for one in inside)))
 
 
 def means(names: Sequence[str], sums: Tensor) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
-from e2kd.errors import shape, taking_images
+from e2kd.errors import check_names, shape, taking_images, warn_user
 from e2kd.transfer.readings import LayerReading, Reading, read
 from e2kd.transfer.targets import label_features
 from e2kd.transfer.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
@@ -120,6 +119,7 @@ def unicam(
 
     Raises:
         UnsupportedModel: when a layer does not exist or holds no map.
+        TypeError: for the name of one layer in the place of a list.
         ValueError: when targets don't fit, or a model can't take the images.
 
     >>> make = lambda: nn.Sequential(
@@ -222,10 +222,10 @@ def _blank(x: LayerReading, reason: str, size: tuple[int, int] | None) -> UniCAM
 
 def _warn_few(n: int) -> None:
     if n < FEW:
-        warnings.warn(
+        warn_user(
             f"UniCAM of {n} images: their maps say more about the other images of the batch than about their own. "
             "Use 64 or more.",
-            stacklevel=3,
+            UserWarning,
         )
 
 
@@ -242,6 +242,7 @@ def names_of(layers: Sequence[str | tuple[str, str]] | None) -> tuple[list[str] 
     """The student's and the base's names of layers as `unicam` takes them; None where an explanation reads."""
     if layers is None:
         return None, None
+    check_names(layers=layers)
     pairs = [(layer, layer) if isinstance(layer, str) else layer for layer in layers]
     mine = [pair[0] for pair in pairs]
     if len(set(mine)) < len(mine) or not mine:

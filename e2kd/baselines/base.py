@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from e2kd.baselines.stages import Layers, Stage
 from e2kd.baselines.untrained import Watch
+from e2kd.bcos.images import as_encoded
 from e2kd.capture import Tap
 from e2kd.errors import UnsupportedModel, check_names, check_weight, warn_user
 from e2kd.forward import Forward
@@ -310,7 +311,7 @@ class Baseline(Wrapping, ABC):
         assert isinstance(self.teacher, Teacher)
         student, model = self.student, self.teacher.model
         if example is None and (noise := example_images(student)) is not None:
-            example = noise.sigmoid()  # in the range of images that aren't normalised, which B-cos networks take
+            example = as_encoded(noise.sigmoid(), student)  # as B-cos networks take them, which others don't mind
         if example is None:
             raise ValueError(NO_EXAMPLE.format(name=type(student).__name__))
         images = example[:2].to(_device(student), dtype_of(student))

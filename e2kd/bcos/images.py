@@ -91,6 +91,12 @@ def encoded(images: Tensor, channels: int) -> Tensor:
     return AddInverse()(images) if 2 * images.shape[1] == channels else images
 
 
+def as_encoded(images: Tensor, model: nn.Module) -> Tensor:
+    """Images in [0, 1] of a model's channels, the second half the inverse of the first where it takes them encoded."""
+    colours = colours_of(model)
+    return AddInverse()(images[:, :colours]) if images.shape[1] == 2 * colours else images
+
+
 def decoded(images: Tensor) -> Tensor:
     """Encoded images [B, 2C, H, W] without their inverse [B, C, H, W].
 

@@ -278,7 +278,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     peaks = ["e²KD peak memory", "two forwards, peak"] if all("peak_mib" in row for row in rows) else []
     body = []
     for row in rows:
-        times = [f"{row['ratio'][arm]:.3f}x" for arm in ("kd*", "e2kd", "twice")]
+        times = [
+            between({"median": row["ratio"][arm], "quartiles": row["quartiles"][arm]}, "x")
+            for arm in ("kd*", "e2kd", "twice")
+        ]
         shares = [f"{row['peak_mib'][arm] / row['peak_mib']['kd']:.2f}x" for arm in ("e2kd", "twice") if peaks]
         body.append([row["pair"], *times, *shares])
     return markdown_table([*header, *peaks], body)

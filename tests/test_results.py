@@ -168,7 +168,7 @@ def test_a_frozen_explanation_teaches(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "study", ["standard_50", "standard_50_longer", "standard_200", "standard_4500", "bcos_50", "bcos_200"]
+    "study", ["standard_50", "standard_50_longer", "standard_200", "standard_4500", "bcos_50", "bcos_200", "bcos_4500"]
 )
 def test_few_images_teach_more_with_explanations(study: str) -> None:
     for gain in differences(tables.results(f"limited_{study}")["rows"], "e2kd", "kd", limited.MEASURES).values():

@@ -10,9 +10,12 @@
 A run that was stopped goes on where it was; `--fresh` begins anew. Teachers are trained on the train part's JPEG
 files, students from scratch with no label loss but in the arm `cross_entropy`. A seed decides the images, the first
 weights, the batches and every augmentation, so arms of one seed differ in their criterion alone: a frozen teacher has
-seen the images as they are, a live one sees each as it is augmented. Every arm's τ and λ are those of the highest mean
-accuracy on held-out images of the train part over two seeds that are not reported. Seeds 0 to 2 are left out: an
-early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
+seen the images as they are, a live one sees each as it is augmented. In the published rows of methods with layers of
+their own (CRD, FitNets, AFD, ReviewKD and Overhaul, alone and under e²KD) the images, first weights and batches are
+KD's, but the augmentations were drawn separately, after those layers: their pairs are looser. Every arm's τ and λ are
+those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. Seeds 0
+to 2 are left out: an early run had shown their test rows before the largest λ were among the choices
+(limited_stopped.json).
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
 

@@ -13,9 +13,10 @@ weights, the batches and every augmentation, so arms of one seed differ in their
 seen the images as they are, a live one sees each as it is augmented. In the published rows of methods with layers of
 their own (CRD, FitNets, AFD, ReviewKD and Overhaul, alone and under e²KD) the images, first weights and batches are
 KD's, but the augmentations were drawn separately, after those layers: their pairs are looser. Every arm's τ and λ are
-those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. Seeds 0
-to 2 are left out: an early run had shown their test rows before the largest λ were among the choices
-(limited_stopped.json).
+those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. The
+ResNet-32 teachers of the families standard, turned and vit begin with weights of the whole train part, these images
+included: there τ and λ are chosen where the teacher is right more often than on test images. Seeds 0 to 2 are left
+out: an early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
 

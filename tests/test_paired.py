@@ -136,3 +136,17 @@ def test_rows_of_two_machines_are_joined_or_refused(folder: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["records", str(elsewhere)])
     records.main()
     assert json.loads((folder / "study.json").read_text(encoding="utf-8")) == found
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "said"),
+    [
+        ((3, 4), (5, 6), None),
+        ((3, 4), (4, 5), "+20.0 (1 pair, no interval)"),
+        ((3,), (3,), "+20.0 (1 pair, no interval)"),
+        ((3, 4, 5), (4, 5, 6), "+20.0 (+20.0 to +20.0, 2 pairs)"),
+    ],
+)
+def test_gains_say_how_many_seeds_are_paired(mine: tuple[int, ...], theirs: tuple[int, ...], said: str | None) -> None:
+    rows = [*(row("e2kd", seed, 0.7) for seed in mine), *(row("kd", seed, 0.5) for seed in theirs)]
+    assert gains(rows, "e2kd", "kd", ["accuracy"]) == [said]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import ImageFolder, VOCDetection
+from torchvision.datasets import VOCDetection
 from torchvision.datasets.folder import is_image_file
 
 from benchmarks.full_scale_data import SPLIT_SEED, Box, Layout, Split
@@ -27,9 +28,35 @@ VOC_SPLITS = {"2012": ("train", "val"), "2007": ("trainval", "test")}  # 2012's 
 
 
 def image_folder(path: Path) -> Split:
-    """A folder with one folder of images for each class."""
-    found = ImageFolder(str(path))
-    return Split(path, found.samples, found.classes)
+    """A folder with one folder of images for each class; what is hidden is left out.
+
+    Raises:
+        ValueError: for fewer than two classes, and for one without images, or with folders of images.
+    """
+    folders = _folders(path)
+    samples = [(str(image), label) for label, folder in enumerate(folders) for image in _images_of(folder)]
+    if len(folders) < 2:
+        found = "the folder " + folders[0].name if folders else "no folder"
+        raise ValueError(
+            f"Expected two classes or more in {path}, a folder of images for each, but found {found} alone. Sort the "
+            f"images into folders of their classes or, if they are not needed, move {path.name} away."
+        )
+    return Split(path, samples, [folder.name for folder in folders])
+
+
+def _images_of(folder: Path) -> list[Path]:
+    """The images of a class."""
+    (_, names), *below = _tree(folder)
+    inner = next((each for each, images in below if images), None)
+    if inner is not None:
+        above = inner.parent.parent if inner.parent.name.lower() in PLANT_SPLITS else inner.parent
+        raise ValueError(
+            f"Expected images of one class in {folder}, but it holds folders of images, as {inner}. If those are the "
+            f"classes, pass {above}; if they are a copy, move them away."
+        )
+    if not names:
+        raise ValueError(f"Expected images of one class in {folder}, but found none. Move it away, if it is no class.")
+    return [folder / name for name in names]
 
 
 def imagenet(path: Path) -> Layout:
@@ -46,7 +73,7 @@ def plantvillage(path: Path) -> Layout:
     Raises:
         ValueError: for a folder of several versions of the images, or of splits without their others.
     """
-    folders = {folder.name.lower(): folder for folder in path.iterdir() if folder.is_dir()}
+    folders = {folder.name.lower(): folder for folder in _folders(path)}
     if PLANT_VERSIONS & folders.keys():
         raise ValueError(
             f"Expected classes in {path}, but found {_told(folders)}: name one of them, as {path / 'color'}."
@@ -159,6 +186,23 @@ def unrelated(path: Path) -> Split:
     folders = sorted({file.parent.relative_to(path).as_posix() for file in files})
     numbers = {name: label for label, name in enumerate(folders)}
     return Split(path, [(str(file), numbers[file.parent.relative_to(path).as_posix()]) for file in files], folders)
+
+
+def _folders(path: Path) -> list[Path]:
+    """Those in a folder, by name."""
+    return sorted(found for found in path.iterdir() if found.is_dir() and _shown(found.name))
+
+
+def _tree(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below, each with the names of its images."""
+    for found, folders, files in os.walk(path):
+        folders[:] = sorted(filter(_shown, folders))
+        yield Path(found), sorted(name for name in files if _shown(name) and is_image_file(name))
+
+
+def _shown(name: str) -> bool:
+    """Whether a file or folder is the data set's: archives and editors leave hidden ones beside them."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def _same_classes(train: Split, test: Split) -> Layout:

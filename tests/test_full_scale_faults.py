@@ -50,6 +50,41 @@ def test_plantvillage_with_splits_or_versions_that_do_not_fit(tmp_path: Path, pa
         full_scale_layouts.plantvillage(plants(tmp_path, **parts))
 
 
+def test_the_folder_above_the_classes_is_no_class(tmp_path: Path) -> None:
+    """Nor is a second copy of the classes beside them: its images would be in training and test."""
+    inner = plants(tmp_path, PlantVillage=5) / "PlantVillage"
+    with pytest.raises(ValueError, match=rf"holds folders of images, as .*PlantVillage/Apple.*pass {inner};"):
+        full_scale_layouts.plantvillage(tmp_path)
+    copy = shutil.copytree(inner, tmp_path / "twice")
+    shutil.copytree(inner, copy / "PlantVillage")
+    with pytest.raises(ValueError, match=rf"pass {copy / 'PlantVillage'}; if they are a copy, move them away"):
+        full_scale_layouts.plantvillage(copy)
+    splits = plants(tmp_path / "outer" / "inner", train=3, valid=2)
+    with pytest.raises(ValueError, match=rf"pass {splits};"):
+        full_scale_layouts.plantvillage(tmp_path / "outer")
+
+
+def test_one_class_is_not_enough(tmp_path: Path) -> None:
+    Painter().folders(tmp_path, PLANTS[:1], 2)
+    with pytest.raises(ValueError, match=r"Expected two classes or more in .* the folder Apple___healthy alone"):
+        full_scale_layouts.plantvillage(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["imagenet", "plantvillage"])
+def test_hidden_files_and_folders_are_no_images_and_classes(folder: Make, tmp_path: Path, layout: str) -> None:
+    """Those of macOS archives, notebooks and download caches."""
+    shutil.copytree(folder(layout), tmp_path, dirs_exist_ok=True)
+    before = full_scale_layouts.READERS[layout](tmp_path)
+    for root in {before.train.root, before.test.root}:
+        for name in ("__MACOSX", ".cache", ".ipynb_checkpoints"):
+            (root / name).mkdir()
+            (root / name / "._a.jpg").write_bytes(b"no image")
+        (root / before.train.classes[0] / "._b.JPEG").write_bytes(b"no image")
+    after = full_scale_layouts.READERS[layout](tmp_path)
+    assert (after.train.classes, after.train.samples) == (before.train.classes, before.train.samples)
+    assert after.test.samples == before.test.samples
+
+
 def changed(path: Path, file: str, now: str, then: str) -> None:
     text = (path / file).read_text()
     assert now in text

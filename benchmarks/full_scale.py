@@ -70,7 +70,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "teacher": (str, f"{NAMES}; none with a complete cache"),
     "student": (str, NAMES),
     "per_class": (_or_all, "training images of each class, or all"),
-    "held_out": (int, "training images of each class that are kept to choose settings on"),
+    "held_out": (int, "training images of each class to choose settings on, where the data set has no others"),
     "epochs": (int, "over the training images"),
     "batch": (int, "of all processes together"),
     "warmup": (float, "epochs"),
@@ -102,7 +102,8 @@ def run_of(args: argparse.Namespace) -> Run:
         raise ValueError(f"The preset {args.preset} distils on images of another data set: --unrelated FOLDER.")
     layout, path = args.data
     names = {field.name for field in fields(Run)} & vars(args).keys() - {"data"}
-    return Run(**{name: getattr(args, name) for name in names}, recipe=recipe, data=layout, path=Path(path))
+    given = {name: getattr(args, name) for name in names}
+    return Run(**given, recipe=recipe, data=layout, path=Path(path), hold_out=getattr(args, "held_out", 0) > 0)
 
 
 def presets() -> str:

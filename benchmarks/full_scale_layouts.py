@@ -179,8 +179,8 @@ READERS: dict[str, Callable[[Path], Layout]] = {
 
 
 def unrelated(path: Path) -> Split:
-    """All images below a folder, whatever they show: the folder each is in stands for its class."""
-    files = sorted(file for file in path.rglob("*") if is_image_file(file.name))
+    """All images below a folder, linked ones too, whatever they show: the folder each is in stands for its class."""
+    files = sorted(folder / name for folder, names in _tree(path) for name in names)
     if not files:
         raise FileNotFoundError(f"Expected images in {path} or folders below it, but found none.")
     folders = sorted({file.parent.relative_to(path).as_posix() for file in files})
@@ -194,8 +194,14 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _tree(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and all below, each with the names of its images."""
-    for found, folders, files in os.walk(path):
+    """A folder and all below, each with the names of its images; linked folders too, but none twice."""
+    seen = set()
+    for found, folders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(found)
+        if real in seen:  # or a link to a folder above would be followed for ever
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(filter(_shown, folders))
         yield Path(found), sorted(name for name in files if _shown(name) and is_image_file(name))
 

@@ -11,7 +11,7 @@ from benchmarks import full_scale_layouts
 from benchmarks.full_scale_data import few, held_out
 from benchmarks.full_scale_folders import Painter
 from benchmarks.full_scale_run import images_of
-from tests.full_scale_cases import Make, names, run_on
+from tests.full_scale_cases import Make, names, run_on, targets
 
 PLANTS = ("Apple___healthy", "Tomato___healthy")
 
@@ -83,6 +83,19 @@ def test_hidden_files_and_folders_are_no_images_and_classes(folder: Make, tmp_pa
     after = full_scale_layouts.READERS[layout](tmp_path)
     assert (after.train.classes, after.train.samples) == (before.train.classes, before.train.samples)
     assert after.test.samples == before.test.samples
+
+
+def test_unrelated_images_are_followed_through_links(tmp_path: Path) -> None:
+    """Once, where a link leads in a circle; and hidden files are left out."""
+    Painter().folders(tmp_path / "elsewhere", PLANTS, 2)
+    here = plants(tmp_path / "here", here=2)
+    for name in PLANTS:
+        (here / name).symlink_to(tmp_path / "elsewhere" / name)
+    (here / "round").symlink_to(here)
+    (here / PLANTS[0] / "._a.jpg").write_bytes(b"no image")
+    found = full_scale_layouts.unrelated(here)
+    assert found.classes == [*PLANTS, *(f"here/{name}" for name in PLANTS)]
+    assert targets(found) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def changed(path: Path, file: str, now: str, then: str) -> None:

@@ -51,7 +51,7 @@ from benchmarks.limited_training import (
     train,
 )
 from benchmarks.paired import Case, Row, Study, tested
-from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means, seeds
 from benchmarks.records import Record, existing
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
@@ -94,14 +94,14 @@ def choices(
 def run(
     study: Study,
     args: argparse.Namespace,
-    seeds: Sequence[int],
+    test_seeds: Sequence[int],
     tuning_seeds: Sequence[int],
     multiples: Sequence[float] = MULTIPLES,
 ) -> None:
     """Chooses on validation images, arm by arm, then trains every arm's students, seed by seed."""
     tried = [choices(arm, args.temperatures, args.weights, multiples) for arm in args.arms]
     best = [study.best(cases, tuning_seeds) for cases in tried]
-    study.fill([case._replace(seed=seed) for seed, case in itertools.product(seeds, best)])
+    study.fill([case._replace(seed=seed) for seed, case in itertools.product(test_seeds, best)])
 
 
 def result_name(family: str, per_class: int, unrelated: bool, study: str = "") -> str:
@@ -168,7 +168,7 @@ def section(found: Row) -> str:
     over = ", those of frozen arms over frozen KD" if "frozen_kd" in arms else ""
     epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
     note = (
-        f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of {len(SEEDS)} paired seeds, "
+        f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of {seeds(rows)}, "
         f"{epochs} in every arm. Gains are over KD{over}, {BETWEEN}."
     )
     if "frozen_kd" not in arms and arms & set(FROZEN):
@@ -217,8 +217,8 @@ def main() -> None:
         found["shift"] = shift_curve(data, data.teacher)
     record = Record(None if args.quick else name, found, fresh=args.fresh)
     study = Study(measured, record.rows, record.write, args.jobs)
-    seeds = (SEEDS[:1], TUNING_SEEDS[:1]) if args.quick else (SEEDS, TUNING_SEEDS)
-    run(study, args, *seeds, args.multiples)
+    trained = (SEEDS[:1], TUNING_SEEDS[:1]) if args.quick else (SEEDS, TUNING_SEEDS)
+    run(study, args, *trained, args.multiples)
     print(section(record.found(study.rows)))
 
 

@@ -34,7 +34,7 @@ from benchmarks.composites import composites
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC, EVERY_CLASS, FROZEN, settings_of
 from benchmarks.paired import Case, Row, Study, tested
-from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means, seeds
 from benchmarks.records import Record, existing
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
@@ -194,9 +194,10 @@ def gains_table(results: list[Row]) -> str:
 def section(results: list[Row]) -> str:
     """The page's tables, with what they are of."""
     settings = results[0]["settings"]
+    trained = seeds(row for found in results for row in found["rows"])
     note = (
         f"Percent of {settings['measured']} composites each in and out of distribution, EPG out of it, mean ± sd of "
-        f"{len(SEEDS)} paired seeds, {settings['epochs']} epochs of {settings['images']:,} images in every arm. "
+        f"{trained}, {settings['epochs']} epochs of {settings['images']:,} images in every arm. "
         f"Differences, {BETWEEN}:"
     )
     commands = itertools.chain(*(found["commands"] for found in results))
@@ -216,7 +217,8 @@ def main() -> None:
     settings = Settings(epochs=args.epochs)
     if args.quick:
         settings = Settings(images=100, epochs=1, teacher_images=100, teacher_epochs=1, measured=60)
-    teacher = trained_teacher(settings, args.work)
+    with paired.work_of(args) as folder:
+        teacher = trained_teacher(settings, folder)
     parts = tests(teacher, settings.measured)
     head = {"settings": asdict(settings), "teacher": parts["test"].scores(teacher)}
     again = {"again": True} if args.again else {}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
-from benchmarks import limited, records
+from benchmarks import cells, limited, localisation, records, right_reasons
 from benchmarks.limited import choices
 from benchmarks.paired import Case, Study, differences
 from benchmarks.paired_tables import gains
@@ -83,7 +85,31 @@ def test_the_page_says_what_every_arm_gains_and_what_rivals_lack() -> None:
     said = limited.section({**head, "commands": ["python -m x"], "rows": rows}).splitlines()
     assert "| e²KD | 70.0 ±0.0 | 70.0 ±0.0 | +20.0 (+20.0 to +20.0) | +20.0 (+20.0 to +20.0) | 4 |  |" in said
     assert "| frozen e²KD | 50.0 ±0.0 | 50.0 ±0.0 | +10.0 (+10.0 to +10.0) | +10.0 (+10.0 to +10.0) | 4 |  |" in said
+    assert any("mean ± sd of 2 paired seeds" in line for line in said)
     assert "| less CATKD | +10.0 (+10.0 to +10.0) | +10.0 (+10.0 to +10.0) |" in said
+
+
+@pytest.mark.parametrize("module", [right_reasons, localisation, cells], ids=lambda module: module.__name__)
+def test_a_quick_run_leaves_no_teacher_behind(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kept(Exception):
+        """Where a teacher would be kept."""
+
+    def kept(path: Path, network: nn.Module, fit: Any) -> nn.Module:
+        raise Kept(path)
+
+    for one in (right_reasons, localisation):
+        monkeypatch.setattr(one, "trained_once", kept)
+        monkeypatch.setattr(one, "from_cifar", lambda blocks, classes: nn.Identity())
+    pets = SimpleNamespace(load=lambda part: None, epochs=1, classes=3)
+    monkeypatch.setattr(localisation, "TASKS", {"pets": pets})
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--work", str(tmp_path)])
+    with pytest.raises(Kept) as found:
+        module.main()
+    (path,) = found.value.args
+    assert not path.is_relative_to(tmp_path)
+    assert not path.parent.exists()
 
 
 @pytest.fixture

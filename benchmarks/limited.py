@@ -5,6 +5,7 @@
     python -m benchmarks.limited --family turned --epochs 13   # 40 classes: what an image shows and how it is turned
     python -m benchmarks.limited --unrelated --per-class 200 --epochs 13   # images of other data sets (Table 5, right)
     python -m benchmarks.limited --arms kd e2kd                # some arms alone; rows of others stay
+    python -m benchmarks.limited --study again                 # rows of their own, where the same was run before
     python -m benchmarks.limited --quick                       # a minute, to see that it runs; writes nothing
 
 A run that was stopped goes on where it was; `--fresh` begins anew. Teachers are trained on the train part's JPEG
@@ -17,6 +18,8 @@ those of the highest mean accuracy on held-out images of the train part over two
 ResNet-32 teachers of the families standard, turned and vit begin with weights of the whole train part, these images
 included: there τ and λ are chosen where the teacher is right more often than on test images. Seeds 0 to 2 are left
 out: an early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
+`--study again` changes the file alone: a teacher comes out the same on one machine, but differently on another, as that
+of the published rows did, and students beside that one need rows of their own.
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
 
@@ -61,7 +64,7 @@ PER_CLASS = (50, 200, 4500)
 MEASURES = ("accuracy", "agreement")
 STUDIES = {  # what their tables add to the title
     "": "",
-    "again": ", a teacher trained anew",
+    "again": ", a teacher trained anew",  # on another machine
     "longer": ", longer schedule",
 }
 BASES = {arm: "frozen_kd" for arm in FROZEN}  # what an arm is compared with, if not KD
@@ -187,7 +190,7 @@ def main() -> None:
     parser.add_argument("--family", choices=list(FAMILIES), default="standard")
     parser.add_argument("--per-class", type=int, choices=PER_CLASS, default=50, help="images of each class")
     parser.add_argument("--unrelated", action="store_true", help="students see photographs of other data sets instead")
-    parser.add_argument("--study", choices=list(STUDIES), default="", help="where the same was run once more")
+    parser.add_argument("--study", choices=list(STUDIES), default="", help="with rows of its own")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS), metavar="ARM")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")

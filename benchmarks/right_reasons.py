@@ -2,7 +2,7 @@
 
     python -m benchmarks.right_reasons                                # every student, two to three hours on two cores
     python -m benchmarks.right_reasons --students vit convnext
-    python -m benchmarks.right_reasons --students resnet --again      # once more, beside another teacher
+    python -m benchmarks.right_reasons --students resnet --again      # rows of their own, where the same was run before
     python -m benchmarks.right_reasons --quick                        # to see that it runs; writes nothing
 
 The teacher, a ResNet-32 that begins with CIFAR-10's weights, has seen cats and dogs on water and greenery alike.
@@ -12,6 +12,8 @@ misleads: labels, and animals on either background. A seed decides the composite
 every shift, so students of one seed differ in their criterion alone. For each architecture and arm, τ and λ are those
 of the highest accuracy over both kinds of composites of validation animals on validation backgrounds, with a seed
 that is not reported. A run that was stopped goes on where it was; `--fresh` begins anew.
+`--again` changes the file alone: a teacher comes out the same on one machine, but differently on another, and students
+beside that one need rows of their own.
 Results: benchmarks/results/right_reasons_<student>.json, with _again before the dot of what was run once more.
 """
 

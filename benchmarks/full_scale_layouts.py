@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
@@ -18,6 +19,7 @@ from benchmarks.full_scale_data import SPLIT_SEED, Box, Layout, Split
 
 BACKGROUNDS = ("land", "water")
 BIRD_COLUMNS = ("img_filename", "y", "split", "place")
+BIRD_VALUES = {"y": ("0", "1"), "split": ("0", "1", "2"), "place": ("0", "1")}
 PLANT_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PLANT_VERSIONS = {"color", "grayscale", "segmented"}  # of all images, beside one another as they are downloaded
 VOC_CLASSES = (
@@ -36,9 +38,9 @@ def image_folder(path: Path) -> Split:
     folders = _folders(path)
     samples = [(str(image), label) for label, folder in enumerate(folders) for image in _images_of(folder)]
     if len(folders) < 2:
-        found = "the folder " + folders[0].name if folders else "no folder"
+        found = f"the folder {folders[0].name} alone" if folders else "no folder"
         raise ValueError(
-            f"Expected two classes or more in {path}, a folder of images for each, but found {found} alone. Sort the "
+            f"Expected two classes or more in {path}, a folder of images for each, but found {found}. Sort the "
             f"images into folders of their classes or, if they are not needed, move {path.name} away."
         )
     return Split(path, samples, [folder.name for folder in folders])
@@ -60,7 +62,13 @@ def _images_of(folder: Path) -> list[Path]:
 
 
 def imagenet(path: Path) -> Layout:
-    """`train/CLASS` and `val/CLASS`."""
+    """`train/CLASS` and `val/CLASS`.
+
+    Raises:
+        FileNotFoundError: when one of them is not there.
+    """
+    for part in ("train", "val"):
+        _existing_folder(path / part, "train/CLASS and val/CLASS")
     return _same_classes(image_folder(path / "train"), image_folder(path / "val"))
 
 
@@ -71,8 +79,10 @@ def plantvillage(path: Path) -> Layout:
     other names for `val`, in capitals or not.
 
     Raises:
+        FileNotFoundError: when there is no such folder.
         ValueError: for a folder of several versions of the images, or of splits without their others.
     """
+    _existing_folder(path, "train/CLASS with val/CLASS or test/CLASS, or classes alone")
     folders = {folder.name.lower(): folder for folder in _folders(path)}
     if PLANT_VERSIONS & folders.keys():
         raise ValueError(
@@ -127,16 +137,9 @@ def waterbirds(path: Path) -> Layout:
     """`metadata.csv` with img_filename, y, split and place; a group is a class on a background, number 2 y + place.
 
     Raises:
-        ValueError: for a table without one of these columns.
+        ValueError: for a table without one of these columns, or with other values than there are.
     """
-    table = _existing(path / "metadata.csv")
-    with table.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows, missing = list(reader), [name for name in BIRD_COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ValueError(
-            f"Expected the columns {', '.join(BIRD_COLUMNS)} in {table}, but it lacks {', '.join(missing)}."
-        )
+    rows = _birds(_existing(path / "metadata.csv"))
     classes = [f"{background}bird" for background in BACKGROUNDS]
 
     def part(number: int) -> Split:
@@ -148,11 +151,38 @@ def waterbirds(path: Path) -> Layout:
     return Layout(part(0), part(2), part(1), groups)
 
 
+def _birds(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows, missing = list(reader), [name for name in BIRD_COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(
+            f"Expected the columns {', '.join(BIRD_COLUMNS)} in {table}, but it lacks {', '.join(missing)}."
+        )
+    for row, (name, known) in product(rows, BIRD_VALUES.items()):
+        if row[name] not in known:
+            raise ValueError(
+                f"Expected {name} to be one of {_told(known)} in {table}, but it is {row[name]!r} of "
+                f"{row['img_filename']}. The table has to be that of Waterbirds."
+            )
+    return rows
+
+
 def voc(path: Path) -> Layout:
-    """`VOCdevkit/VOC2012`, or VOC2007 where that is not there, as `torchvision.datasets.VOCDetection` reads it."""
-    year = next((year for year in VOC_SPLITS if (path / "VOCdevkit" / f"VOC{year}").is_dir()), None)
+    """`VOCdevkit/VOC2012`, or VOC2007 where that is empty or not there, as torchvision's `VOCDetection` reads it.
+
+    Raises:
+        FileNotFoundError: when there is neither, or a list of images is missing.
+    """
+    lists = {year: path / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" for year in VOC_SPLITS}
+    year = next((year for year, folder in lists.items() if folder.is_dir()), None)
     if year is None:
-        raise FileNotFoundError(f"Expected VOCdevkit/VOC2012 or VOCdevkit/VOC2007 in {path}, but there is neither.")
+        raise FileNotFoundError(
+            f"Expected VOCdevkit/VOC2012 or VOCdevkit/VOC2007 in {path}, with JPEGImages, Annotations and "
+            "ImageSets/Main, but there is neither."
+        )
+    for part in VOC_SPLITS[year]:
+        _existing(lists[year] / f"{part}.txt")
     return Layout(*(_voc_part(VOCDetection(str(path), year, part)) for part in VOC_SPLITS[year]))
 
 
@@ -228,6 +258,11 @@ def _multi_hot(labels: Sequence[int], classes: int) -> Tensor:
 
 def _lines(path: Path) -> list[str]:
     return [line.strip() for line in _existing(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _existing_folder(path: Path, layout: str) -> None:
+    if not path.is_dir():
+        raise FileNotFoundError(f"Expected {layout} in the folder of the data set, but there is no folder {path}.")
 
 
 def _existing(path: Path) -> Path:

@@ -98,6 +98,65 @@ def test_unrelated_images_are_followed_through_links(tmp_path: Path) -> None:
     assert targets(found) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("layout", "gone", "said"),
+    [
+        ("imagenet", "train", r"Expected train/CLASS and val/CLASS .* no folder .*/train\."),
+        ("imagenet", "val", r"Expected train/CLASS and val/CLASS .* no folder .*/val\."),
+        ("plantvillage", "", "Expected train/CLASS with val/CLASS or test/CLASS, or classes alone"),
+        ("voc", "VOCdevkit/VOC2012/ImageSets", "Expected VOCdevkit/VOC2012 or VOCdevkit/VOC2007 .* there is neither"),
+    ],
+)
+def test_a_folder_that_is_missing_is_named(folder: Make, tmp_path: Path, layout: str, gone: str, said: str) -> None:
+    here = shutil.copytree(folder(layout), tmp_path / "here")
+    shutil.rmtree(here / gone)
+    with pytest.raises(FileNotFoundError, match=said):
+        full_scale_layouts.READERS[layout](here)
+
+
+@pytest.mark.parametrize(("layout", "part"), [("imagenet", "val"), ("plantvillage", "test")])
+def test_images_beside_one_another_have_no_classes(tmp_path: Path, layout: str, part: str) -> None:
+    """As ImageNet's validation images are unpacked, and the test images of New Plant Diseases."""
+    here = plants(tmp_path, train=3, **({} if part == "val" else {"valid": 2}))
+    Painter().paint(here / part / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(ValueError, match=rf"two classes or more in .*/{part}.*Sort the images.*move {part} away"):
+        full_scale_layouts.READERS[layout](here)
+
+
+def test_an_empty_class_is_named(tmp_path: Path) -> None:
+    (plants(tmp_path, train=3, test=2) / "test" / "Empty").mkdir()
+    with pytest.raises(ValueError, match=r"test/Empty, but found none. Move it away, if it is no class"):
+        full_scale_layouts.plantvillage(tmp_path)
+
+
+def test_an_empty_voc2012_does_not_hide_voc2007(folder: Make, tmp_path: Path) -> None:
+    devkit = shutil.copytree(folder("voc"), tmp_path, dirs_exist_ok=True) / "VOCdevkit"
+    (devkit / "VOC2012").rename(devkit / "VOC2007")
+    (devkit / "VOC2012").mkdir()
+    lists = devkit / "VOC2007" / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    with pytest.raises(FileNotFoundError, match=r"Expected the file .*VOC2007/ImageSets/Main/test\.txt"):
+        full_scale_layouts.voc(tmp_path)
+    (lists / "val.txt").rename(lists / "test.txt")
+    assert [len(split) for split in full_scale_layouts.voc(tmp_path)[:2]] == [6, 3]
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "said"),
+    [
+        (",1,0,1,", ",2,0,1,", "y to be one of 0, 1"),
+        (",1,0,1,", ",1,0,3,", "place to be one of 0, 1"),
+        (",1,0,1,", ",1,5,1,", "split to be one of 0, 1, 2"),
+        (",1,0,1,", ",,0,1,", "but it is ''"),
+    ],
+)
+def test_birds_and_backgrounds_that_there_are_not(folder: Make, tmp_path: Path, now: str, then: str, said: str) -> None:
+    shutil.copytree(folder("waterbirds"), tmp_path, dirs_exist_ok=True)
+    changed(tmp_path, "metadata.csv", now, then)
+    with pytest.raises(ValueError, match=f"{said}.*bird_4.jpg"):
+        full_scale_layouts.waterbirds(tmp_path)
+
+
 def changed(path: Path, file: str, now: str, then: str) -> None:
     text = (path / file).read_text()
     assert now in text

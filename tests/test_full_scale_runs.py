@@ -74,6 +74,17 @@ def test_checkpoints_of_another_teacher_are_not_gone_on_with(folder: Make, tmp_p
         distil(run)
 
 
+def test_checkpoints_of_more_processes_are_not_gone_on_with(folder: Make, tmp_path: Path) -> None:
+    run = run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="cross_entropy")
+    distil(run)
+    (tmp_path / "result.json").unlink()
+    settings = tmp_path / "checkpoints" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"processes": 2}))
+    reset()
+    with pytest.raises(SystemExit, match="processes is 2 there but 1 here"):
+        distil(run)
+
+
 def test_a_result_says_how_it_was_made(folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--data", "plantvillage", "a folder", "--workers", "3"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/full_scale.py", *words])

@@ -85,6 +85,18 @@ def test_checkpoints_of_more_processes_are_not_gone_on_with(folder: Make, tmp_pa
         distil(run)
 
 
+def test_kds_term_has_a_weight(folder: Make, tmp_path: Path) -> None:
+    """Of arms that have the term; it is a setting of the student."""
+    words = ["--data", "plantvillage", "a folder", "--kd-weight", "0.5", "--arm"]
+    weights = {
+        arm: full_scale.run_of(full_scale.arguments([*words, arm])).settings()["kd_weight"]
+        for arm in ("kd", "frozen_e2kd", "at", "dkd", "cross_entropy")
+    }
+    assert weights == {"kd": 0.5, "frozen_e2kd": 0.5, "at": 0.5, "dkd": None, "cross_entropy": None}
+    run = run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="e2kd", kd_weight=0.5)
+    assert Distillation(run).criterion.kd_weight == 0.5
+
+
 def test_a_result_says_how_it_was_made(folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--data", "plantvillage", "a folder", "--workers", "3"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/full_scale.py", *words])

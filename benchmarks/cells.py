@@ -26,8 +26,8 @@ from torch import Tensor, nn
 import e2kd
 from benchmarks import right_reasons
 from benchmarks.common import markdown_table
-from benchmarks.paired import Case, Row, Study, parser_of
-from benchmarks.paired_tables import made_by, percent
+from benchmarks.paired import Case, Row, Study, parser_of, work_of
+from benchmarks.paired_tables import made_by, percent, seeds
 from benchmarks.records import Record
 from benchmarks.right_reasons import Settings, Test
 from benchmarks.small_networks import SIDE, STUDENTS
@@ -122,8 +122,8 @@ def table(found: Row) -> str:
         cells = [percent([row[name] for row in sorted(mine, key=lambda row: row["seed"])]) for name in TITLES]
         body.append([f"{STUDENTS[student].title}, e²KD", *cells])
     note = (
-        f"Percent of {found['settings']['measured']} composites out of distribution, mean ± sd of {len(SEEDS)} seeds. "
-        f"{100 * found['animal']:.1f} % of the pixels are the animal's."
+        f"Percent of {found['settings']['measured']} composites out of distribution, mean ± sd of "
+        f"{seeds(found['rows'], 'seed')}. {100 * found['animal']:.1f} % of the pixels are the animal's."
     )
     return "\n\n".join([markdown_table(["", *TITLES.values()], body), note, made_by(found["commands"])])
 
@@ -138,7 +138,8 @@ def main() -> None:
     settings = Settings(**next(iter(results.values()))["settings"])
     if args.quick:
         settings = Settings(images=100, epochs=1, teacher_images=100, teacher_epochs=1, measured=60)
-    teacher = right_reasons.trained_teacher(settings, args.work)
+    with work_of(args) as folder:
+        teacher = right_reasons.trained_teacher(settings, folder)
     test = right_reasons.tests(teacher, settings.measured)["test"]
     head: Row = {
         "settings": vars(settings), "teacher": knows(teacher, test),

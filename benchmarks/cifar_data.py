@@ -18,7 +18,9 @@ from benchmarks.common import ROOT
 
 SHARED = Path(os.environ.get("E2KD_SHARED", ROOT.parent / "shared"))
 TRAIN, TEST = (SHARED / "data" / "cifar10" / f"{part}_jpeg.safetensors" for part in ("train", "test"))
-HELD_OUT = 500  # images of each class of the train part that neither teacher nor students train on
+# images of each class of the train part that we train neither teacher nor students on; the weights that a ResNet-32
+# teacher begins with were trained on the whole train part
+HELD_OUT = 500
 
 
 PHOTOS = ("imagenet-samples/all", "catsdogs1400", "pets600/images", "coco256/images")

@@ -70,7 +70,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "teacher": (str, f"{NAMES}; none with a complete cache"),
     "student": (str, NAMES),
     "per_class": (_or_all, "training images of each class, or all"),
-    "held_out": (int, "training images of each class that are kept to choose settings on"),
+    "held_out": (int, "training images of each class to choose settings on, where the data set has no others"),
     "epochs": (int, "over the training images"),
     "batch": (int, "of all processes together"),
     "warmup": (float, "epochs"),
@@ -102,7 +102,8 @@ def run_of(args: argparse.Namespace) -> Run:
         raise ValueError(f"The preset {args.preset} distils on images of another data set: --unrelated FOLDER.")
     layout, path = args.data
     names = {field.name for field in fields(Run)} & vars(args).keys() - {"data"}
-    return Run(**{name: getattr(args, name) for name in names}, recipe=recipe, data=layout, path=Path(path))
+    given = {name: getattr(args, name) for name in names}
+    return Run(**given, recipe=recipe, data=layout, path=Path(path), hold_out=getattr(args, "held_out", 0) > 0)
 
 
 def presets() -> str:
@@ -168,6 +169,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Run.seed)
     parser.add_argument("--temperature", type=float, default=Run.temperature, help="τ")
     parser.add_argument("--weight", type=float, default=Run.weight, help="λ; of a rival a multiple of its own weight")
+    parser.add_argument("--kd-weight", type=float, default=Run.kd_weight, help="of KD's term; the paper also tries 0.5")
     parser.add_argument("--fraction", type=float, default=Run.fraction, help="of each batch that is explained")
     parser.add_argument("--split", choices=("test", "validation"), default=Run.split)
     parser.add_argument("--teacher-checkpoint", type=Path, help="its maker's weights if not given")

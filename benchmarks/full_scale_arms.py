@@ -52,7 +52,7 @@ def distilled(
         student,
         teacher.model if isinstance(teacher, Teacher) else teacher,
         inner,
-        kd_weight=0.0 if rival is DKD else 1.0,
+        kd_weight=0.0 if rival is DKD else run.kd_weight,
         weight=run.weight if explained else 0.0,
         temperature=run.temperature,
         classes=classes,

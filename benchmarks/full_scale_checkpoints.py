@@ -37,7 +37,8 @@ def result_of(folder: Path, settings: Row) -> Row:
 
 
 def begin(folder: Path, about: Row, *, write: bool) -> None:
-    """One process writes what a student is made of beside its checkpoints: settings, and the weights of its teacher.
+    """One process writes what a student is made of beside its checkpoints: settings, the weights of its teacher, and
+    the number of processes, each of which has its own share of a batch, statistics and random numbers.
 
     Raises:
         SystemExit: when there are checkpoints of another student.

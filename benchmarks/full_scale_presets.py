@@ -20,7 +20,8 @@ class Recipe:
         data: the layout it was made for.
         teacher, student: names, as `full_scale_networks.network` takes them.
         per_class: training images of each class; None takes all.
-        held_out: training images of each class that are kept from all students, to choose settings on.
+        held_out: training images of each class that are kept from all students, to choose settings on, where the data
+            set has no others for that.
         epochs, batch: the batch is that of all processes together.
         warmup: epochs over which the learning rate rises from a hundredth, before its cosine.
         optimizer: "AdamW" or "Adam".

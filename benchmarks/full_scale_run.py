@@ -20,8 +20,8 @@ from e2kd.teacher import Normalization
 WARMUP_FROM = 0.01  # of the learning rate
 READING_LABELS = ("cross_entropy", "dkd")
 SHORTER_SIDE = 256 / 224  # of a test image, to the side of its centre crop
-CHOSEN = ("temperature", "weight", "fraction")
-ELSEWHERE = ("out", "workers", "evaluate_every", "track", "cpu")  # may be others when a run goes on
+CHOSEN = ("temperature", "weight", "kd_weight", "fraction")
+ELSEWHERE = ("out", "workers", "evaluate_every", "track", "cpu", "hold_out")  # may be others when a run goes on
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Run:
         data, path: layout and folder of the data set.
         unrelated: folder of the images to distil on instead; any images.
         arm: a name in `ARMS`.
-        temperature, weight, fraction: τ, λ and the share of each batch that is explained, as far as the arm reads
-            them. λ is e²KD's weight or, of a rival without it, a multiple of the rival's own.
+        temperature, weight, kd_weight, fraction: τ, λ, the weight of KD's term, and the share of each batch that is
+            explained, as far as the arm reads them. λ is e²KD's weight or, of a rival without it, a multiple of the
+            rival's own.
         split: "test", or "validation" to choose settings.
+        hold_out: whether the recipe's `held_out` was asked for, and does not only stand in a preset.
         teacher_checkpoint, student_checkpoint: state_dicts.
         teacher_logit_bias: of an official B-cos network that was trained with another than -log(classes - 1).
         pretrained: whether a teacher without a checkpoint has its maker's weights.
@@ -54,8 +56,10 @@ class Run:
     seed: int = 0
     temperature: float = 1.0
     weight: float = 1.0
+    kd_weight: float = 1.0
     fraction: float = 1.0
     split: str = "test"
+    hold_out: bool = False
     teacher_checkpoint: Path | None = None
     teacher_logit_bias: float | None = None
     student_checkpoint: Path | None = None
@@ -77,25 +81,36 @@ class Run:
 
 
 def read_by(arm: str) -> list[str]:
-    """Which of τ, λ and the explained share make a difference to an arm.
+    """Which of τ, λ, KD's weight and the explained share make a difference to an arm.
 
     >>> read_by("e2kd"), read_by("kd"), read_by("dkd")
-    (['temperature', 'weight', 'fraction'], ['temperature'], ['weight'])
+    (['temperature', 'weight', 'kd_weight', 'fraction'], ['temperature', 'kd_weight'], ['weight'])
     """
+    distils = arm not in ("cross_entropy", "dkd")  # DKD stands in KD's place and has a τ of its own
     reads = {
-        "temperature": arm not in ("cross_entropy", "dkd"),  # DKD has its own
+        "temperature": distils,
         "weight": arm in EXPLAINED or arm in RIVALS,
+        "kd_weight": distils,
         "fraction": arm in EXPLAINED,
     }
     return [name for name in CHOSEN if reads[name]]
 
 
 def images_of(run: Run, layout: Layout) -> tuple[Split, Split]:
-    """What the student is trained on, and what it is measured on."""
+    """What the student is trained on, and what it is measured on. Images are held out of the training where the data
+    set has none to choose settings on.
+
+    Raises:
+        ValueError: for held-out images that would serve nothing, an arm that can't read its images, and no images.
+    """
     train, validation = layout.train, layout.validation
-    if run.recipe.held_out:
-        train, kept = held_out(train, run.recipe.held_out)
-        validation = validation or kept
+    if validation is not None and run.hold_out:
+        raise ValueError(
+            f"The data set in {run.path} has images of its own to choose settings on: held-out ones would be lost to "
+            "the training. Leave out --held-out."
+        )
+    if validation is None and run.recipe.held_out:
+        train, validation = held_out(train, run.recipe.held_out)
     if run.unrelated is not None:
         if run.arm in READING_LABELS:
             raise ValueError(

@@ -11,11 +11,12 @@ from benchmarks.common import markdown_table
 from benchmarks.full_scale_checkpoints import RESULT
 from benchmarks.full_scale_run import CHOSEN
 from benchmarks.limited_training import ARMS as TITLES
+from benchmarks.limited_training import FROZEN
 from benchmarks.paired import Case, Row
 from benchmarks.paired_tables import BETWEEN, gains, percent, plain
 from e2kd.frozen.settings import differences
 
-PAIRS = (("e2kd", "kd"), ("frozen_e2kd", "frozen_kd"))
+PAIRS = {arm: "frozen_kd" if arm in FROZEN else "kd" for arm in TITLES if arm not in ("kd", "frozen_kd")}
 NOT_MEASURED = (*Case._fields, "processes")
 OF_A_STUDENT = ("arm", "seed", "split", "cache")  # what may differ between the students of a table
 CHOICE = "On validation images, to choose τ and λ by:"
@@ -95,7 +96,7 @@ def _tested(some: list[Student]) -> list[str]:
     tables = [_side_by_side(some, ())]
     compared = [
         [f"{TITLES[arm]} - {TITLES[base]}", *gains(rows, arm, base, fields)]
-        for arm, base in PAIRS
+        for arm, base in PAIRS.items()
         if {arm, base} <= arms
     ]
     if compared:

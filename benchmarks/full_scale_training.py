@@ -215,7 +215,7 @@ def distil(run: Run) -> Row:
         return rows[0]
     made = Distillation(run)
     accelerator, about = made.accelerator, {"settings": settings, "teacher": made.weights}
-    begin(run.out, about, write=accelerator.is_main_process)
+    begin(run.out, about | {"processes": accelerator.num_processes}, write=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     for number in range(made.resume(), run.recipe.epochs):
         accelerator.print(f"epoch {number}: loss {made.epoch(number):.3f}")

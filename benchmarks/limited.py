@@ -5,14 +5,21 @@
     python -m benchmarks.limited --family turned --epochs 13   # 40 classes: what an image shows and how it is turned
     python -m benchmarks.limited --unrelated --per-class 200 --epochs 13   # images of other data sets (Table 5, right)
     python -m benchmarks.limited --arms kd e2kd                # some arms alone; rows of others stay
+    python -m benchmarks.limited --study again                 # rows of their own, where the same was run before
     python -m benchmarks.limited --quick                       # a minute, to see that it runs; writes nothing
 
 A run that was stopped goes on where it was; `--fresh` begins anew. Teachers are trained on the train part's JPEG
 files, students from scratch with no label loss but in the arm `cross_entropy`. A seed decides the images, the first
 weights, the batches and every augmentation, so arms of one seed differ in their criterion alone: a frozen teacher has
-seen the images as they are, a live one sees each as it is augmented. Every arm's τ and λ are those of the highest mean
-accuracy on held-out images of the train part over two seeds that are not reported. Seeds 0 to 2 are left out: an
-early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
+seen the images as they are, a live one sees each as it is augmented. In the published rows of methods with layers of
+their own (CRD, FitNets, AFD, ReviewKD and Overhaul, alone and under e²KD) the images, first weights and batches are
+KD's, but the augmentations were drawn separately, after those layers: their pairs are looser. Every arm's τ and λ are
+those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. The
+ResNet-32 teachers of the families standard, turned and vit begin with weights of the whole train part, these images
+included: there τ and λ are chosen where the teacher is right more often than on test images. Seeds 0 to 2 are left
+out: an early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
+`--study again` changes the file alone: a teacher comes out the same on one machine, but differently on another, as that
+of the published rows did, and students beside that one need rows of their own.
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
 
@@ -47,7 +54,7 @@ from benchmarks.limited_training import (
     train,
 )
 from benchmarks.paired import Case, Row, Study, tested
-from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means, seeds
 from benchmarks.records import Record, existing
 
 SEEDS, TUNING_SEEDS = range(3, 8), range(100, 102)
@@ -57,7 +64,7 @@ PER_CLASS = (50, 200, 4500)
 MEASURES = ("accuracy", "agreement")
 STUDIES = {  # what their tables add to the title
     "": "",
-    "again": ", a teacher trained anew",
+    "again": ", a teacher trained anew",  # on another machine
     "longer": ", longer schedule",
 }
 BASES = {arm: "frozen_kd" for arm in FROZEN}  # what an arm is compared with, if not KD
@@ -90,14 +97,14 @@ def choices(
 def run(
     study: Study,
     args: argparse.Namespace,
-    seeds: Sequence[int],
+    test_seeds: Sequence[int],
     tuning_seeds: Sequence[int],
     multiples: Sequence[float] = MULTIPLES,
 ) -> None:
     """Chooses on validation images, arm by arm, then trains every arm's students, seed by seed."""
     tried = [choices(arm, args.temperatures, args.weights, multiples) for arm in args.arms]
     best = [study.best(cases, tuning_seeds) for cases in tried]
-    study.fill([case._replace(seed=seed) for seed, case in itertools.product(seeds, best)])
+    study.fill([case._replace(seed=seed) for seed, case in itertools.product(test_seeds, best)])
 
 
 def result_name(family: str, per_class: int, unrelated: bool, study: str = "") -> str:
@@ -164,7 +171,7 @@ def section(found: Row) -> str:
     over = ", those of frozen arms over frozen KD" if "frozen_kd" in arms else ""
     epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
     note = (
-        f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of {len(SEEDS)} paired seeds, "
+        f"Percent of {10 * settings['test_per_class']:,} test images, mean ± sd of {seeds(rows)}, "
         f"{epochs} in every arm. Gains are over KD{over}, {BETWEEN}."
     )
     if "frozen_kd" not in arms and arms & set(FROZEN):
@@ -183,7 +190,7 @@ def main() -> None:
     parser.add_argument("--family", choices=list(FAMILIES), default="standard")
     parser.add_argument("--per-class", type=int, choices=PER_CLASS, default=50, help="images of each class")
     parser.add_argument("--unrelated", action="store_true", help="students see photographs of other data sets instead")
-    parser.add_argument("--study", choices=list(STUDIES), default="", help="where the same was run once more")
+    parser.add_argument("--study", choices=list(STUDIES), default="", help="with rows of its own")
     parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of the students")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS), metavar="ARM")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="to choose τ from")
@@ -213,8 +220,8 @@ def main() -> None:
         found["shift"] = shift_curve(data, data.teacher)
     record = Record(None if args.quick else name, found, fresh=args.fresh)
     study = Study(measured, record.rows, record.write, args.jobs)
-    seeds = (SEEDS[:1], TUNING_SEEDS[:1]) if args.quick else (SEEDS, TUNING_SEEDS)
-    run(study, args, *seeds, args.multiples)
+    trained = (SEEDS[:1], TUNING_SEEDS[:1]) if args.quick else (SEEDS, TUNING_SEEDS)
+    run(study, args, *trained, args.multiples)
     print(section(record.found(study.rows)))
 
 

@@ -134,7 +134,8 @@ def train(case: Case, data: Data, settings: Settings) -> nn.Module:
     torch.manual_seed(case.seed)
     student, augmentation = family.student(), e2kd.JointAugmentation(*family.kind.augmentation())
     plan = list(orders(len(pixels), BATCH, settings.epochs, case.seed))
-    criterion = criterion_of(case, family, student, frozen if frozen_arm else data.teacher, len(plan))
+    with torch.random.fork_rng(devices=[]):  # a rival draws layers of its own; augmentations are drawn as without them
+        criterion = criterion_of(case, family, student, frozen if frozen_arm else data.teacher, len(plan))
     teaching = isinstance(criterion, e2kd.E2KDLoss)
     optimizer = family.optimizer(nn.ModuleList([student, criterion]))  # a rival may have parts to train
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=len(plan))

@@ -33,7 +33,7 @@ from benchmarks.limited import run
 from benchmarks.limited_training import BASIC
 from benchmarks.objects import TASKS, Objects, Task
 from benchmarks.paired import Case, Row, Study, tested
-from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means, seeds
 from benchmarks.records import Record, existing
 from benchmarks.small_networks import from_cifar, trained_once
 from e2kd.demo.train import batches, train
@@ -131,10 +131,8 @@ def table(results: list[Row]) -> str:
 
 def section(results: list[Row]) -> str:
     """The page's table, with what it is of."""
-    note = (
-        f"Percent on test photos, mean ± sd of {len(SEEDS)} paired seeds, the same steps in every arm. "
-        f"Differences, {BETWEEN}."
-    )
+    trained = seeds(row for found in results for row in found["rows"])
+    note = f"Percent on test photos, mean ± sd of {trained}, the same steps in every arm. Differences, {BETWEEN}."
     commands = itertools.chain(*(found["commands"] for found in results))
     return "\n\n".join([table(results), note, made_by(commands)])
 
@@ -145,8 +143,9 @@ def result_of(name: str, guidance: str, args: Namespace) -> Row:
     epochs = 1 if args.quick else args.epochs or task.epochs
     settings = Settings(epochs, epochs, args.guidance_weight)
     parts = {part: task.load(part) for part in ("train", "validation", "test")}
-    weights = args.work / f"{name}-{guidance}-{settings.teacher_epochs}-{settings.guidance_weight:g}.safetensors"
-    teacher = trained_teacher(task, guidance, parts["train"], settings, weights)
+    file = f"{name}-{guidance}-{settings.teacher_epochs}-{settings.guidance_weight:g}.safetensors"
+    with paired.work_of(args) as folder:
+        teacher = trained_teacher(task, guidance, parts["train"], settings, folder / file)
 
     def measured(case: Case) -> Row:
         student = trained_student(case, task, parts["train"], teacher, settings)

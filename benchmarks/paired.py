@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import tempfile
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +109,16 @@ def parser_of(doc: str | None, weights: Sequence[float], work: Path) -> Argument
     parser.add_argument("--quick", action="store_true", help="one seed, a tiny budget; nothing written")
     parser.add_argument("--fresh", action="store_true", help="begin anew")
     return parser
+
+
+@contextmanager
+def work_of(args: Namespace) -> Iterator[Path]:
+    """The folder of the teachers; under `--quick`, which writes nothing, one that is gone afterwards."""
+    if not args.quick:
+        yield args.work
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def tested(rows: list[Row]) -> set[str]:

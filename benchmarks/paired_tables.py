@@ -34,6 +34,16 @@ def means(rows: list[Row], arm: str, fields: Iterable[str]) -> list[str]:
     return [percent(list(values(rows, arm, field).values())) for field in fields]
 
 
+def seeds(rows: Iterable[Row], what: str = "paired seed") -> str:
+    """How many the students have that were measured on the test images.
+
+    >>> seeds([{"split": "test", "seed": 3}, {"split": "test", "seed": 4}, {"split": "validation", "seed": 100}])
+    '2 paired seeds'
+    """
+    count = len({row["seed"] for row in rows if row["split"] == "test"})
+    return f"{count} {what}" + "s" * (count != 1)
+
+
 def chosen(rows: list[Row], arm: str) -> list[str | None]:
     """The τ and λ that an arm was tested with."""
     row = tests_of(rows, arm)[0]
@@ -41,24 +51,31 @@ def chosen(rows: list[Row], arm: str) -> list[str | None]:
 
 
 def gains(rows: list[Row], arm: str, base: str | None, fields: Sequence[str]) -> list[str | None]:
-    """An arm less another in points, a cell for each measure; empty where one of them was not run."""
+    """An arm less another in points, a cell for each measure; empty where they have no seed in common."""
     arms = tested(rows)
     if base is None or arm == base or not {arm, base} <= arms:
         return [None] * len(fields)
-    return [in_points(found) for found in differences(rows, arm, base, fields).values()]
+    most = max(len(tests_of(rows, name)) for name in (arm, base))
+    return [in_points(found, most) for found in differences(rows, arm, base, fields).values()]
 
 
-def in_points(found: Row) -> str:
-    """One paired difference.
+def in_points(found: Row, most: int) -> str | None:
+    """One paired difference, with the number of pairs where it is less than the most there may be, or one alone.
 
-    >>> in_points({"mean": 0.02, "sd": 0.01, "interval": [0.01, 0.03], "each": [0.01, 0.03]})
+    >>> in_points({"mean": 0.02, "sd": 0.01, "interval": [0.01, 0.03], "each": [0.01, 0.03]}, most=2)
     '+2.0 (+1.0 to +3.0)'
+    >>> in_points({"mean": 0.02, "sd": None, "interval": None, "each": [0.02]}, most=2)
+    '+2.0 (1 pair, no interval)'
     """
+    pairs = len(found["each"])
+    if not pairs:
+        return None
     points = f"{100 * found['mean']:+.1f}"
     if found["interval"] is None:
-        return points
+        return f"{points} (1 pair, no interval)"
     low, high = found["interval"]
-    return f"{points} ({100 * low:+.1f} to {100 * high:+.1f})"
+    fewer = "" if pairs == most else f", {pairs} pairs"
+    return f"{points} ({100 * low:+.1f} to {100 * high:+.1f}{fewer})"
 
 
 def made_by(commands: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.right_reasons                                # every student, two to three hours on two cores
     python -m benchmarks.right_reasons --students vit convnext
-    python -m benchmarks.right_reasons --students resnet --again      # once more, beside another teacher
+    python -m benchmarks.right_reasons --students resnet --again      # rows of their own, where the same was run before
     python -m benchmarks.right_reasons --quick                        # to see that it runs; writes nothing
 
 The teacher, a ResNet-32 that begins with CIFAR-10's weights, has seen cats and dogs on water and greenery alike.
@@ -12,6 +12,8 @@ misleads: labels, and animals on either background. A seed decides the composite
 every shift, so students of one seed differ in their criterion alone. For each architecture and arm, τ and λ are those
 of the highest accuracy over both kinds of composites of validation animals on validation backgrounds, with a seed
 that is not reported. A run that was stopped goes on where it was; `--fresh` begins anew.
+`--again` changes the file alone: a teacher comes out the same on one machine, but differently on another, and students
+beside that one need rows of their own.
 Results: benchmarks/results/right_reasons_<student>.json, with _again before the dot of what was run once more.
 """
 
@@ -34,7 +36,7 @@ from benchmarks.composites import composites
 from benchmarks.limited import run
 from benchmarks.limited_training import BASIC, EVERY_CLASS, FROZEN, settings_of
 from benchmarks.paired import Case, Row, Study, tested
-from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means
+from benchmarks.paired_tables import BETWEEN, chosen, gains, made_by, means, seeds
 from benchmarks.records import Record, existing
 from benchmarks.small_networks import STUDENTS, Student, from_cifar, trained_once
 from e2kd.demo.data import Mode, Scenes
@@ -194,9 +196,10 @@ def gains_table(results: list[Row]) -> str:
 def section(results: list[Row]) -> str:
     """The page's tables, with what they are of."""
     settings = results[0]["settings"]
+    trained = seeds(row for found in results for row in found["rows"])
     note = (
         f"Percent of {settings['measured']} composites each in and out of distribution, EPG out of it, mean ± sd of "
-        f"{len(SEEDS)} paired seeds, {settings['epochs']} epochs of {settings['images']:,} images in every arm. "
+        f"{trained}, {settings['epochs']} epochs of {settings['images']:,} images in every arm. "
         f"Differences, {BETWEEN}:"
     )
     commands = itertools.chain(*(found["commands"] for found in results))
@@ -216,7 +219,8 @@ def main() -> None:
     settings = Settings(epochs=args.epochs)
     if args.quick:
         settings = Settings(images=100, epochs=1, teacher_images=100, teacher_epochs=1, measured=60)
-    teacher = trained_teacher(settings, args.work)
+    with paired.work_of(args) as folder:
+        teacher = trained_teacher(settings, folder)
     parts = tests(teacher, settings.measured)
     head = {"settings": asdict(settings), "teacher": parts["test"].scores(teacher)}
     again = {"again": True} if args.again else {}

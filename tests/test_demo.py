@@ -26,7 +26,7 @@ from e2kd.demo.lessons import SHIFT, Lessons, frozen_lessons
 from e2kd.demo.measure import Scores, evaluate, mean_and_missing, predictions, worst_group
 from e2kd.demo.progress import Tracker
 from e2kd.demo.report import COLUMNS, NAMES, difference_lines, rows
-from e2kd.demo.results import interval, results_of
+from e2kd.demo.results import interval, results_of, t95
 from e2kd.demo.settings import EXPLAINED, FROZEN, PAIRS, Arm, Settings
 from e2kd.demo.show import typical
 from e2kd.demo.textures import BLOBS, STRIPES, texture_heights
@@ -354,6 +354,13 @@ def test_the_confidence_interval_is_students() -> None:
     assert interval([1.0, 2.0, 3.0, None, 4.0, 9.0]) == pytest.approx([3.8 - reach, 3.8 + reach])
     assert interval([1.0]) is None
     assert interval([None, None]) is None
+
+
+def test_quantiles_are_those_of_a_table_of_t() -> None:
+    known = {1: 12.706, 4: 2.776, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000}
+    assert {degrees: round(t95(degrees), 3) for degrees in known} == known
+    reach = 2.228 * statistics.stdev(range(11)) / math.sqrt(11)
+    assert interval([*range(11)]) == pytest.approx([5 - reach, 5 + reach], rel=1e-3)
 
 
 def test_the_figure_shows_the_median_seed() -> None:

@@ -199,6 +199,20 @@ def test_images_of_a_run(folder: Make, tmp_path: Path) -> None:
     assert own is birds.validation
 
 
+def test_images_are_held_out_only_where_there_are_no_others_to_choose_on(folder: Make, tmp_path: Path) -> None:
+    here = folder("waterbirds")
+    birds = full_scale_layouts.waterbirds(here)
+    run = run_on(here, tmp_path, "waterbirds", recipe={"held_out": 1}, split="validation")
+    assert images_of(run, birds) == (birds.train, birds.validation)
+    words = ["--data", "waterbirds", str(here), "--held-out"]
+    asked, not_asked = (full_scale.run_of(full_scale.arguments([*words, number])) for number in "10")
+    with pytest.raises(ValueError, match="Leave out --held-out"):
+        images_of(asked, birds)
+    assert images_of(not_asked, birds) == (birds.train, birds.test)
+    assert asked.settings().keys() == run.settings().keys()
+    assert "hold_out" not in run.settings()
+
+
 ONE_OF_EACH = {
     "imagenet": {"arm": "kd"},
     "sun397": {"arm": "cross_entropy"},

@@ -74,6 +74,29 @@ def test_checkpoints_of_another_teacher_are_not_gone_on_with(folder: Make, tmp_p
         distil(run)
 
 
+def test_checkpoints_of_more_processes_are_not_gone_on_with(folder: Make, tmp_path: Path) -> None:
+    run = run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="cross_entropy")
+    distil(run)
+    (tmp_path / "result.json").unlink()
+    settings = tmp_path / "checkpoints" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"processes": 2}))
+    reset()
+    with pytest.raises(SystemExit, match="processes is 2 there but 1 here"):
+        distil(run)
+
+
+def test_kds_term_has_a_weight(folder: Make, tmp_path: Path) -> None:
+    """Of arms that have the term; it is a setting of the student."""
+    words = ["--data", "plantvillage", "a folder", "--kd-weight", "0.5", "--arm"]
+    weights = {
+        arm: full_scale.run_of(full_scale.arguments([*words, arm])).settings()["kd_weight"]
+        for arm in ("kd", "frozen_e2kd", "at", "dkd", "cross_entropy")
+    }
+    assert weights == {"kd": 0.5, "frozen_e2kd": 0.5, "at": 0.5, "dkd": None, "cross_entropy": None}
+    run = run_on(folder("plantvillage"), tmp_path, "plantvillage", arm="e2kd", kd_weight=0.5)
+    assert Distillation(run).criterion.kd_weight == 0.5
+
+
 def test_a_result_says_how_it_was_made(folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--data", "plantvillage", "a folder", "--workers", "3"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/full_scale.py", *words])

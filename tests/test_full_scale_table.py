@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.common import write_json
 from benchmarks.full_scale_table import report
+from benchmarks.limited_training import ARMS as TITLES
 
 
 def write(
@@ -40,6 +41,22 @@ def test_results_side_by_side(tmp_path: Path) -> None:
     write(tmp_path / "again", "kd", 1, 0.6)
     with pytest.raises(ValueError, match=r"several of .*seed=1"):
         report(tmp_path)
+
+
+def test_every_arm_is_compared_with_its_kd(tmp_path: Path) -> None:
+    arms = ("cross_entropy", "at", "crd_e2kd", "e2kd_all", "frozen_e2kd_all")
+    for arm in ("kd", "frozen_kd", *arms):
+        write(tmp_path, arm, 0, 0.7 if arm in arms else 0.5)
+    found = report(tmp_path)
+    for arm in arms:
+        base = "frozen KD" if arm.startswith("frozen") else "KD"
+        assert f"| {TITLES[arm]} - {base} | +20.0 (1 pair, no interval) |" in found
+
+
+def test_arms_without_a_seed_in_common_have_no_difference(tmp_path: Path) -> None:
+    for arm, seed in (("kd", 0), ("e2kd", 1)):
+        write(tmp_path, arm, seed, 0.5)
+    assert "| e²KD - KD |  |" in report(tmp_path)
 
 
 def test_what_a_grid_found_is_shown_by_arm_and_setting(tmp_path: Path) -> None:

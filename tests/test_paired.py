@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
-from benchmarks import limited, records
+from benchmarks import cells, limited, localisation, records, right_reasons
 from benchmarks.limited import choices
 from benchmarks.paired import Case, Study, differences
 from benchmarks.paired_tables import gains
@@ -83,7 +85,31 @@ def test_the_page_says_what_every_arm_gains_and_what_rivals_lack() -> None:
     said = limited.section({**head, "commands": ["python -m x"], "rows": rows}).splitlines()
     assert "| e²KD | 70.0 ±0.0 | 70.0 ±0.0 | +20.0 (+20.0 to +20.0) | +20.0 (+20.0 to +20.0) | 4 |  |" in said
     assert "| frozen e²KD | 50.0 ±0.0 | 50.0 ±0.0 | +10.0 (+10.0 to +10.0) | +10.0 (+10.0 to +10.0) | 4 |  |" in said
+    assert any("mean ± sd of 2 paired seeds" in line for line in said)
     assert "| less CATKD | +10.0 (+10.0 to +10.0) | +10.0 (+10.0 to +10.0) |" in said
+
+
+@pytest.mark.parametrize("module", [right_reasons, localisation, cells], ids=lambda module: module.__name__)
+def test_a_quick_run_leaves_no_teacher_behind(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kept(Exception):
+        """Where a teacher would be kept."""
+
+    def kept(path: Path, network: nn.Module, fit: Any) -> nn.Module:
+        raise Kept(path)
+
+    for one in (right_reasons, localisation):
+        monkeypatch.setattr(one, "trained_once", kept)
+        monkeypatch.setattr(one, "from_cifar", lambda blocks, classes: nn.Identity())
+    pets = SimpleNamespace(load=lambda part: None, epochs=1, classes=3)
+    monkeypatch.setattr(localisation, "TASKS", {"pets": pets})
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--work", str(tmp_path)])
+    with pytest.raises(Kept) as found:
+        module.main()
+    (path,) = found.value.args
+    assert not path.is_relative_to(tmp_path)
+    assert not path.parent.exists()
 
 
 @pytest.fixture
@@ -136,3 +162,17 @@ def test_rows_of_two_machines_are_joined_or_refused(folder: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["records", str(elsewhere)])
     records.main()
     assert json.loads((folder / "study.json").read_text(encoding="utf-8")) == found
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "said"),
+    [
+        ((3, 4), (5, 6), None),
+        ((3, 4), (4, 5), "+20.0 (1 pair, no interval)"),
+        ((3,), (3,), "+20.0 (1 pair, no interval)"),
+        ((3, 4, 5), (4, 5, 6), "+20.0 (+20.0 to +20.0, 2 pairs)"),
+    ],
+)
+def test_gains_say_how_many_seeds_are_paired(mine: tuple[int, ...], theirs: tuple[int, ...], said: str | None) -> None:
+    rows = [*(row("e2kd", seed, 0.7) for seed in mine), *(row("kd", seed, 0.5) for seed in theirs)]
+    assert gains(rows, "e2kd", "kd", ["accuracy"]) == [said]

@@ -88,7 +88,12 @@ def _same_aspect(height: int, width: int, image_size: tuple[int, int]) -> bool:
 
 
 def layout_of(
-    shape: tuple[int, ...], image_size: tuple[int, int], prefer: str = "NCHW", prefix: int | None = None
+    shape: tuple[int, ...],
+    image_size: tuple[int, int],
+    prefer: str = "NCHW",
+    prefix: int | None = None,
+    *,
+    convolved: bool = False,
 ) -> Layout | None:
     """The layout of a feature tensor of this shape, or None when it holds no map of more than one cell.
 
@@ -97,24 +102,27 @@ def layout_of(
         image_size: (H, W) of the images the features come from.
         prefer: which order to take for a 4-D shape that could be both.
         prefix: tokens before the patch tokens, as the network says; taken where the others form a grid.
+        convolved: whether convolutions made such a tensor, [B, C, h, w]: then (h, w) may have another aspect ratio than
+            the images, as without padding.
 
     >>> layout_of((2, 7, 7, 768), (224, 224)).order, layout_of((2, 198, 192), (224, 224))
     ('NHWC', Layout(order='NLC', prefix=2))
     """
     if len(shape) == 4:
-        return _layout_of_image(shape, image_size, prefer)
+        return _layout_of_image(shape, image_size, prefer, convolved)
     if len(shape) == 3:
         return _layout_of_tokens(shape[1], image_size, prefix)
     return None
 
 
-def _layout_of_image(shape: tuple[int, ...], image_size: tuple[int, int], prefer: str) -> Layout | None:
+def _layout_of_image(
+    shape: tuple[int, ...], image_size: tuple[int, int], prefer: str, convolved: bool
+) -> Layout | None:
     sides = {"NCHW": (shape[2], shape[3]), "NHWC": (shape[1], shape[2])}
-    fitting = [
-        order
-        for order, (h, w) in sides.items()
-        if h * w > 1 and h <= image_size[0] and w <= image_size[1] and _same_aspect(h, w, image_size)
-    ]
+    inside = {o: (h, w) for o, (h, w) in sides.items() if h * w > 1 and h <= image_size[0] and w <= image_size[1]}
+    fitting = [order for order, (h, w) in inside.items() if _same_aspect(h, w, image_size)]
+    if convolved and "NCHW" not in fitting and min(inside.get("NCHW", (0,))) > 1:
+        return Layout("NCHW")
     if not fitting:
         return None
     return Layout(prefer if prefer in fitting else fitting[0])

@@ -16,6 +16,8 @@ from e2kd.graph import before, between
 from e2kd.modes import evaluating, kept_buffers, undrawn
 from e2kd.outputs import first_tensor, logits_of
 
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+
 CHANGES_IMAGES = (
     "{name} changes the images it is given in place, and everybody else who holds them would see others. Let its first "
     "operation make new ones: Normalize(mean, std) without inplace=True, (x - mean) / std."
@@ -76,12 +78,17 @@ class Call:
 
 @dataclass
 class Trace:
-    """The calls of one forward, in the order they ended."""
+    """The calls of one forward, in the order they ended.
+
+    Attributes:
+        convolved: the shapes of what convolutions and their norms returned, [B, C, h, w].
+    """
 
     images: Tensor
     logits: Tensor
     calls: list[Call] = field(default_factory=list)
     head_input: Tensor | None = None  # what timm's `forward_head` was given
+    convolved: set[tuple[int, ...]] = field(default_factory=set)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -227,7 +234,8 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
         if passed._version != version:
             raise UnsupportedModel(CHANGES_IMAGES.format(name=type(model).__name__))
         head_input = first_tensor(given) if given and isinstance(given[-1], Tensor) else None
-        found = Trace(images, logits, calls, head_input)
+        made = (call.output for call in calls if isinstance(call.module, CONVOLUTIONS) and call.output is not None)
+        found = Trace(images, logits, calls, head_input, {tuple(output.shape) for output in made})
         _fill_gradients(found)  # still in eval mode: activation checkpointing runs parts of the forward again
     return found
 

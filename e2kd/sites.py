@@ -97,7 +97,9 @@ def layout_in(call: Call, found: Trace, model: nn.Module) -> Layout | None:
         return None
     order = "NHWC" if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW"
     prefix = getattr(model, "num_prefix_tokens", None)
-    return layout_of(tuple(call.output.shape), found.image_size, order, prefix if isinstance(prefix, int) else None)
+    known = prefix if isinstance(prefix, int) else None
+    shape = tuple(call.output.shape)
+    return layout_of(shape, found.image_size, order, known, convolved=shape in found.convolved)
 
 
 def _alive(call: Call, found: Trace, model: nn.Module) -> bool:

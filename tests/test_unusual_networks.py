@@ -385,6 +385,18 @@ def test_registers_are_not_taken_for_patches(size: tuple[int, int]) -> None:
     assert layout_of((2, 5 * 6 + 5, 16), (80, 96)) == Layout("NLC", 5, (5, 6, 80, 96))  # without a word of the network
 
 
+@pytest.mark.parametrize("size", [(14, 20), (20, 14), (16, 40)], ids=str)
+@pytest.mark.parametrize("side", [8, 12, 16])
+def test_without_padding_channels_are_not_taken_for_rows(side: int, size: tuple[int, int]) -> None:
+    """The grid has not the images' aspect ratio then, but channels and rows may."""
+    layers = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, side, 3), nn.ReLU()
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(side, CLASSES))
+    x = torch.rand(2, 3, *size)
+    found, features = e2kd.explain(model, x), model[:4](x)
+    torch.testing.assert_close(found.maps, gradcam(features, model[4:](features), found.classes))
+    assert torch.equal(e2kd.transfer.read(model, x, ["3"]).layers[0].maps, features)
+
+
 @pytest.mark.parametrize("explainer", [e2kd.HiResCAM(), e2kd.LayerCAM()])
 def test_a_pooling_that_leaves_cells_out_is_no_closed_form(explainer: e2kd.Explainer) -> None:
     """At one size it pools all cells; the plan that was found there serves other sizes too."""

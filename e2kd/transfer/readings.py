@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from e2kd.distance import distance_matrix
 from e2kd.errors import check_names
 from e2kd.explainers import GradCAM
-from e2kd.listening import Place, hearing
+from e2kd.listening import Place, convolving, hearing
 from e2kd.modes import as_computed, as_written, dtype_of, evaluating, kept_buffers, unwrap
 from e2kd.outputs import logits_of
 from e2kd.plans import plan_for
@@ -146,10 +146,11 @@ def _forward(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Te
         evaluating(model),
         as_written(model),
         kept_buffers(model.modules()),
+        convolving(model) as convolved,
         hearing(model, set(places.values())) as heard,
     ):
         logits = logits_of(model(images))
-    found = Trace(images, logits)
+    found = Trace(images, logits, convolved=convolved)
     return at_least_float32(logits), {
         name: _maps(model, name, heard.get(place.key), found) for name, place in places.items()
     }

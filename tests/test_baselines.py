@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import e2kd
 from e2kd.baselines import METHODS, Baseline, Indexed, IndexedDataset, dkd_loss
-from e2kd.baselines.stages import Layers
+from e2kd.stages import Layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WITH_PARTS = {"FitNets", "ReviewKD", "CRD", "Overhaul", "AFD"}

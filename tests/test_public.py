@@ -40,6 +40,7 @@ LAYERS = [
     ["choosing", "lessons", "listening"],
     ["guards"],
     ["sites"],
+    ["stages"],
     ["tracing"],
     ["heads"],
     ["narrow"],

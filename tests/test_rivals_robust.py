@@ -16,11 +16,11 @@ from torch.utils.data import TensorDataset
 import e2kd
 from e2kd import bcos
 from e2kd.baselines import AFD, AT, CATKD, CRD, DKD, FitNets, Indexed, IndexedDataset, Overhaul, ReviewKD, dkd_loss
-from e2kd.baselines.stages import Layers
 from e2kd.baselines.untrained import STEPS, Watch
 from e2kd.guidance import GuidanceLoss
 from e2kd.localization import energy_on_mask
 from e2kd.metrics import Agreement, EnergyPointingGame, FeatureSimilarityScore
+from e2kd.stages import Layers
 from e2kd.tasks import default_task
 
 Y = torch.tensor([0, 3, 1, 2])

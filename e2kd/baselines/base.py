@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from e2kd.baselines.stages import Layers, Stage
 from e2kd.baselines.untrained import Watch
 from e2kd.bcos.images import as_encoded
 from e2kd.capture import Tap
@@ -24,6 +23,7 @@ from e2kd.modes import device_of, dtype_of, unwrap
 from e2kd.probing import example_images
 from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
+from e2kd.stages import Layers, Stage
 from e2kd.tasks import reported
 from e2kd.teacher import Normalization, Teacher
 from e2kd.wrapping import Wrapping

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.baselines.base import Baseline, Batch, Pair
-from e2kd.baselines.stages import Layers, Stage
 from e2kd.errors import UnsupportedModel
 from e2kd.explainers import GradCAM
 from e2kd.heads import is_plain_linear
 from e2kd.plans import Plan, plan_for
+from e2kd.stages import Layers, Stage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

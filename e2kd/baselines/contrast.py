@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from e2kd.baselines.base import Baseline, Batch, Pair
 from e2kd.baselines.memory import ContrastMemory
-from e2kd.baselines.stages import Stage
 from e2kd.errors import check_temperature
+from e2kd.stages import Stage
 from e2kd.taught import Indexed
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from e2kd.baselines.attention import on_one_grid
 from e2kd.baselines.base import Baseline, Batch, Pair
-from e2kd.baselines.stages import Stage
 from e2kd.errors import shape
+from e2kd.stages import Stage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

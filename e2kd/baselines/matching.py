@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.baselines.base import Baseline, Batch, Names, Pair
-from e2kd.baselines.stages import Stage
 from e2kd.errors import check_names
+from e2kd.stages import Stage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from e2kd.baselines.stages import Layers
 from e2kd.errors import UnsupportedModel
 from e2kd.modes import unwrap
 from e2kd.probe import trace
 from e2kd.sites import layout_in
+from e2kd.stages import Layers
 
 
 def stages(model: nn.Module, images: Tensor, count: int = 4) -> list[str]:

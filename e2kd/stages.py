@@ -1,4 +1,4 @@
-"""Which layers of a network methods compare: its stages, its blocks, or those that were named."""
+"""Which layers of a network are compared or shown: its stages, its blocks, or those that were named."""
 
 from __future__ import annotations
 

@@ -87,6 +87,11 @@ def _same_aspect(height: int, width: int, image_size: tuple[int, int]) -> bool:
     return abs(height * image_size[1] - width * image_size[0]) <= max(image_size) * 1.01
 
 
+def _is_like(height: int, width: int, image_size: tuple[int, int]) -> bool:
+    """Whether a grid may be what convolutions without padding left of the image: not [tokens, pixels of each]."""
+    return min(height, width) > 1 and 0.5 < height * image_size[1] / (width * image_size[0]) < 2
+
+
 def layout_of(
     shape: tuple[int, ...],
     image_size: tuple[int, int],
@@ -102,8 +107,8 @@ def layout_of(
         image_size: (H, W) of the images the features come from.
         prefer: which order to take for a 4-D shape that could be both.
         prefix: tokens before the patch tokens, as the network says; taken where the others form a grid.
-        convolved: whether convolutions made such a tensor, [B, C, h, w]: then (h, w) may have another aspect ratio than
-            the images, as without padding.
+        convolved: whether convolutions made such a tensor, [B, C, h, w]: then (h, w) may have somewhat another aspect
+            ratio than the images, as without padding.
 
     >>> layout_of((2, 7, 7, 768), (224, 224)).order, layout_of((2, 198, 192), (224, 224))
     ('NHWC', Layout(order='NLC', prefix=2))
@@ -121,7 +126,7 @@ def _layout_of_image(
     sides = {"NCHW": (shape[2], shape[3]), "NHWC": (shape[1], shape[2])}
     inside = {o: (h, w) for o, (h, w) in sides.items() if h * w > 1 and h <= image_size[0] and w <= image_size[1]}
     fitting = [order for order, (h, w) in inside.items() if _same_aspect(h, w, image_size)]
-    if convolved and "NCHW" not in fitting and min(inside.get("NCHW", (0,))) > 1:
+    if convolved and "NCHW" not in fitting and "NCHW" in inside and _is_like(*inside["NCHW"], image_size):
         return Layout("NCHW")
     if not fitting:
         return None

@@ -151,6 +151,17 @@ class TestNumbers:
         assert "3 classes apart and the base 5" in found.notes[0]
         assert math.isfinite(found.pairs[0].layers[0].scores["fss"].value)
 
+    def test_a_network_that_is_nan_has_no_accuracy_and_no_agreement(self) -> None:
+        """Its argmax is class 0, which is right for a third of the images."""
+        broken = subject("student", 0)
+        next(broken.model.parameters()).data.fill_(torch.nan)
+        found = measure([broken, subject("base", 3)], Pictures(images(), LABELS, ("a", "b", "c")))
+        assert math.isnan(found.answers["student"].accuracy)
+        assert math.isnan(found.answers["student"].zero_maps)
+        assert math.isnan(found.pairs[0].agreement)
+        assert "The student's logits are NaN for 24 of 24 images" in found.notes[0]
+        assert math.isfinite(found.answers["base"].accuracy)
+
 
 @pytest.mark.parametrize(
     ("n", "labels", "reason"),

@@ -177,6 +177,9 @@ def test_degenerate_images_give_a_page_of_reasons(n: int, labels: Tensor, reason
     found = measure(subjects, Pictures(images()[:n], labels, ("a", "b", "c")), regions=GradCAMRegions())
     texts = Page(page.write(found, tmp_path).read_text(encoding="utf-8")).texts
     assert any(f"There is no rs_student: {reason}" in text for text in texts)
+    assert not any("stands out from chance" in text for text in texts)
+    assert any("by chance; the ± is" in text for text in texts) == (n > 3)
+    assert not any("nan" in text for text in texts)
     json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
 
 

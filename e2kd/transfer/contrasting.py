@@ -13,7 +13,16 @@ from e2kd.distance.centring import FEWEST, NONE
 from e2kd.errors import check_names, shape, taking_images, warn_user
 from e2kd.transfer.readings import LayerReading, Reading, read
 from e2kd.transfer.targets import label_features
-from e2kd.transfer.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
+from e2kd.transfer.unique import (
+    LABEL_FREE,
+    Objective,
+    channel_weights,
+    papers_scaled,
+    relevance,
+    scaled,
+    unlikeness,
+    weighted,
+)
 
 FEW = 16  # images below which a map says more about its companions than about its image
 
@@ -190,7 +199,7 @@ def _transfer(
     sums = DistanceSums.of_distances(student=mine.distances, base=other.distances, **known)
 
     def direction(x: LayerReading, given: LayerReading, names: tuple[str, str], size: tuple[int, int] | None) -> UniCAM:
-        score = sums.score(names[0], "labels" if known else names[0], names[1])
+        score = sums.score(names[0], "labels" if known and objective not in LABEL_FREE else names[0], names[1])
         if score.reason and (size is None or len(x.maps) < FEWEST):
             return _blank(x, score.reason, size)
         return _unicam(x, given, labels, objective, size)

@@ -395,6 +395,61 @@ class TestCommand:
         assert found["networks"][0]["accuracy"] == known["networks"][0]["accuracy"]
         assert found["pairs"] == known["pairs"]
 
+    @pytest.mark.parametrize(
+        ("name", "more", "message"),
+        [
+            ("grey", [], "The base Sequential can't take images [8, 3, 64, 64]: "),
+            ("grey", ["--student-layers", "layer1", "--base-layers", "0"], "The base Sequential can't take images"),
+            (
+                "still",
+                [],
+                "No stages were found in Still that end in a module of their own. Name layers through --base-layers",
+            ),
+        ],
+    )
+    def test_networks_that_cannot_be_reported_on(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        name: str,
+        more: list[str],
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """One for grey images, and one without parameters."""
+        from e2kd.cli import main
+
+        (tmp_path / "odd_networks.py").write_text(
+            "from torch import nn\n"
+            "class Still(nn.Module):\n"
+            "    def forward(self, x): return x.mean((2, 3))[:, :2]\n"
+            "def still(num_classes=2): return Still()\n"
+            "def grey(num_classes=2):\n"
+            "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.path", list(sys.path))
+        arguments = self.arguments(folder, tmp_path / "out", "--count", "8", "--mean", "0", "--std", "1")
+        at = arguments.index("--base")
+        arguments[at : at + 4] = ["--base", f"odd_networks:{name}"]
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_photo_of_16_bits_is_named(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        import numpy as np
+        from PIL import Image
+
+        from e2kd.cli import main
+
+        Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(tmp_path / "deep.png")
+        arguments = self.arguments(folder, tmp_path / "out", "--num-classes", "2")
+        arguments[arguments.index(str(folder / "images"))] = str(tmp_path)
+        assert main(arguments) == 2
+        assert f"{tmp_path / 'deep.png'} could not be read: Expected PIL images of 8 bits" in capsys.readouterr().err
+
     def test_bcos_networks_by_name(self, folder: Path, tmp_path: Path) -> None:
         from e2kd.cli import main
 

@@ -13,6 +13,7 @@ from e2kd.answers import answers_of, places_of
 from e2kd.choosing import default_explainer, explainers_of
 from e2kd.comparing import compare as compare_maps
 from e2kd.distance import DistanceSums, Score
+from e2kd.errors import taking_images
 from e2kd.inspection import Explanation
 from e2kd.localization import energy_on_mask, intersection_over_union
 from e2kd.outputs import equal, top_classes
@@ -145,7 +146,8 @@ def measure(
     explained, answers, notes = {}, {}, list[str]()
     for subject in subjects:
         say(f"{subject.role}: answers and explanations")
-        explained[subject.role] = answers_of(subject.model, subject.images, batch_size=batch_size)
+        with taking_images(subject.role, subject.model, subject.images.shape, "Pass the pictures as it expects them."):
+            explained[subject.role] = answers_of(subject.model, subject.images, batch_size=batch_size)
         answers[subject.role] = _answer(subject, explained[subject.role], pictures, batch_size)
         notes += _broken(subject.role, explained[subject.role].logits)
     pairs: list[Pair] = []

@@ -471,6 +471,14 @@ class TestDegenerateBatches:
         with pytest.warns(UserWarning, match="UniCAM of 12 images"):
             unicam(small(0), small(1), batch(), LABELS, ["3"])
 
+    @pytest.mark.parametrize("size", [-1, 0, 2.5])
+    def test_a_batch_size_that_is_no_count(self, size: Any) -> None:
+        said = f"^Expected batch_size to be a whole number from 1, or None for all images, but got {size}."
+        with pytest.raises(ValueError, match=said):
+            read(small(0), batch(), ["3"], batch_size=size)
+        with pytest.raises(ValueError, match=said):
+            unicam(small(0), small(1), batch(), LABELS, ["3"], batch_size=size)
+
     def test_layers_without_a_map_raise(self) -> None:
         with pytest.raises(UnsupportedModel, match="holds no map"):
             unicam(small(0), small(1), batch(), LABELS, ["6"])

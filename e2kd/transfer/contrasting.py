@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
-from e2kd.errors import check_names, shape, taking_images, warn_user
+from e2kd.errors import check_batch_size, check_names, shape, taking_images, warn_user
 from e2kd.transfer.readings import LayerReading, Reading, read
 from e2kd.transfer.targets import label_features
 from e2kd.transfer.unique import (
@@ -288,6 +288,7 @@ def read_one(
     eps: float = 0.0,
 ) -> Reading:
     """The reading of one of two models, and an error that says which of them can't take the images."""
+    check_batch_size(batch_size)  # here, too: no error of the images
     with taking_images(who, model, images.shape, OTHER_IMAGES):
         return read(model, images, names, pooled=pooled, batch_size=batch_size, eps=eps)
 

@@ -90,6 +90,12 @@ def check_names(**options: object) -> None:
             raise TypeError(f"Expected {option} to be a list of names, but got {names!r}. Pass {option}=[{names!r}].")
 
 
+def check_batch_size(value: int | None) -> None:
+    """Raise a ValueError for a number of images that no forward can be of."""
+    if value is not None and not (value >= 1 and value % 1 == 0):
+        raise ValueError(f"Expected batch_size to be a whole number from 1, or None for all images, but got {value}.")
+
+
 @contextmanager
 def taking_images(who: str, model: object, images: Iterable[int], advice: str) -> Iterator[None]:
     """Says which model it was that could not take images of a shape.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from e2kd.errors import shape
@@ -29,6 +30,23 @@ def logits_of(outputs: Any) -> Tensor:
             "Pass the classifier's output as it came from the model."
         )
     return found
+
+
+def top_classes(logits: Tensor) -> Tensor:
+    """The top classes [B] of logits [B, K], float64; NaN where some are NaN, of which argmax would say that they come
+    first.
+
+    >>> import torch
+    >>> top_classes(torch.tensor([[0., 1.], [torch.nan, 0.]]))
+    tensor([1., nan], dtype=torch.float64)
+    """
+    return torch.where(logits.isnan().any(1), torch.nan, logits.argmax(1).double())
+
+
+def equal(first: Tensor, second: Tensor) -> Tensor:
+    """1 where classes [B] are the same, else 0, float64; NaN where either is."""
+    second = second.to(first.device)
+    return torch.where((first + second).isnan(), torch.nan, (first == second).double())
 
 
 def _find(outputs: Any) -> Tensor | None:

@@ -106,6 +106,15 @@ def test_regions_are_any_function() -> None:
     assert len(found.student) == 12
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_images_whose_maps_are_not_finite_do_not_count(broken: float) -> None:
+    mine, others = torch.rand(16, 1, 4, 4), torch.rand(16, 1, 4, 4)
+    mine[:2], others[4, 0, 0, 0] = broken, broken
+    found = layer_features(net(0), net(1), images(), LABELS, ["3"], regions=lambda _: [(mine, others)])["3"]
+    assert (~found.rows).nonzero().flatten().tolist() == [0, 1, 4]
+    assert scores_of(found.sums)["fss"].n == 13
+
+
 def test_base_sees_its_own_images_and_labels_are_rows_of_embeddings() -> None:
     larger, table = nn.functional.interpolate(images(), (32, 32)), torch.rand(3, 5)
     found = layer_features(net(0), net(1), images(), LABELS, ["3"], embeddings=table, base_images=larger)["3"]

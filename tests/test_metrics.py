@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torchmetrics import MetricCollection
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from e2kd.distance import DistanceSums, dcor_unbiased, semi_partial_dcor
-from e2kd.metrics import FeatureSimilarityScore, RelevanceScore
+from e2kd.metrics import Agreement, FeatureSimilarityScore, RelevanceScore
 
 COUNTS = {"small": 4, "n5_batches": 6}
 
@@ -146,6 +146,21 @@ class TestBatches:
         fss.reset()
         fss.update(*features(8)[:2])
         assert fss.score().n == 8
+
+    @pytest.mark.parametrize("nested", [False, True])
+    @pytest.mark.parametrize("make", [FeatureSimilarityScore, Agreement])
+    def test_what_was_loaded_is_what_is_computed(self, make: Callable[[], Metric], nested: bool) -> None:
+        """Also where another score was computed before."""
+        saved, loaded = make(), make()
+        first, second = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
+        saved.update(first, first)
+        loaded.update(first, second)
+        assert loaded.compute() < saved.compute()
+        outer = [nn.ModuleDict({"metric": metric}) if nested else metric for metric in (saved, loaded)]
+        for metric in (saved, loaded):
+            metric.persistent(True)
+        outer[1].load_state_dict(copy.deepcopy(outer[0].state_dict()))
+        assert loaded.compute() == saved.compute()
 
     def test_copies_travel_with_their_batches(self) -> None:
         fss = FeatureSimilarityScore()

@@ -279,13 +279,17 @@ class TestWhatIsLeftAlone:
         assert tracker.scalars[0][1]["e2kd/agreement"] >= 0
         assert torch.equal(found.maps, e2kd.explain(net(0), images(), LABELS).maps)
 
-    def test_says_why_a_student_that_is_nan_has_no_cosine(self) -> None:
-        student = net(0)
+    def test_says_why_a_student_that_is_nan_has_no_cosine_and_no_agreement(self) -> None:
+        """Its argmax is class 0, which the base may say, too."""
+        tracker, student = Tracker(), net(0)
         student[0].weight.data.fill_(torch.nan)
-        monitor = watch(Tracker(), student)
-        with pytest.warns(match="NaN or infinite"):
+        monitor = watch(tracker, student)
+        with pytest.warns(match="no value for"):
             monitor.measure(0)
-        assert monitor.reasons["explanation_cosine"] == "one of the two has maps that are NaN or infinite"
+        for name in ("explanation_cosine", "zero_maps"):
+            assert monitor.reasons[name] == "one of the two has maps that are NaN or infinite"
+        assert monitor.reasons["agreement"] == "one of the two has logits that are NaN"
+        assert "e2kd/agreement" not in tracker.scalars[0][1]
 
     def test_works_around_a_compiled_student(self) -> None:
         student = torch.compile(net(0), backend="eager")

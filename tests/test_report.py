@@ -151,6 +151,17 @@ class TestNumbers:
         assert "3 classes apart and the base 5" in found.notes[0]
         assert math.isfinite(found.pairs[0].layers[0].scores["fss"].value)
 
+    def test_a_network_that_is_nan_has_no_accuracy_and_no_agreement(self) -> None:
+        """Its argmax is class 0, which is right for a third of the images."""
+        broken = subject("student", 0)
+        next(broken.model.parameters()).data.fill_(torch.nan)
+        found = measure([broken, subject("base", 3)], Pictures(images(), LABELS, ("a", "b", "c")))
+        assert math.isnan(found.answers["student"].accuracy)
+        assert math.isnan(found.answers["student"].zero_maps)
+        assert math.isnan(found.pairs[0].agreement)
+        assert "The student's logits are NaN for 24 of 24 images" in found.notes[0]
+        assert math.isfinite(found.answers["base"].accuracy)
+
 
 @pytest.mark.parametrize(
     ("n", "labels", "reason"),
@@ -166,6 +177,9 @@ def test_degenerate_images_give_a_page_of_reasons(n: int, labels: Tensor, reason
     found = measure(subjects, Pictures(images()[:n], labels, ("a", "b", "c")), regions=GradCAMRegions())
     texts = Page(page.write(found, tmp_path).read_text(encoding="utf-8")).texts
     assert any(f"There is no rs_student: {reason}" in text for text in texts)
+    assert not any("stands out from chance" in text for text in texts)
+    assert any("by chance; the ± is" in text for text in texts) == (n > 3)
+    assert not any("nan" in text for text in texts)
     json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
 
 
@@ -380,6 +394,61 @@ class TestCommand:
         known, found = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("known", "said"))
         assert found["networks"][0]["accuracy"] == known["networks"][0]["accuracy"]
         assert found["pairs"] == known["pairs"]
+
+    @pytest.mark.parametrize(
+        ("name", "more", "message"),
+        [
+            ("grey", [], "The base Sequential can't take images [8, 3, 64, 64]: "),
+            ("grey", ["--student-layers", "layer1", "--base-layers", "0"], "The base Sequential can't take images"),
+            (
+                "still",
+                [],
+                "No stages were found in Still that end in a module of their own. Name layers through --base-layers",
+            ),
+        ],
+    )
+    def test_networks_that_cannot_be_reported_on(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        name: str,
+        more: list[str],
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """One for grey images, and one without parameters."""
+        from e2kd.cli import main
+
+        (tmp_path / "odd_networks.py").write_text(
+            "from torch import nn\n"
+            "class Still(nn.Module):\n"
+            "    def forward(self, x): return x.mean((2, 3))[:, :2]\n"
+            "def still(num_classes=2): return Still()\n"
+            "def grey(num_classes=2):\n"
+            "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.path", list(sys.path))
+        arguments = self.arguments(folder, tmp_path / "out", "--count", "8", "--mean", "0", "--std", "1")
+        at = arguments.index("--base")
+        arguments[at : at + 4] = ["--base", f"odd_networks:{name}"]
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_photo_of_16_bits_is_named(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        import numpy as np
+        from PIL import Image
+
+        from e2kd.cli import main
+
+        Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(tmp_path / "deep.png")
+        arguments = self.arguments(folder, tmp_path / "out", "--num-classes", "2")
+        arguments[arguments.index(str(folder / "images"))] = str(tmp_path)
+        assert main(arguments) == 2
+        assert f"{tmp_path / 'deep.png'} could not be read: Expected PIL images of 8 bits" in capsys.readouterr().err
 
     def test_bcos_networks_by_name(self, folder: Path, tmp_path: Path) -> None:
         from e2kd.cli import main

@@ -422,6 +422,25 @@ class TestDegenerateBatches:
         assert is_blank(found)
         assert "labels is the same for every image" in found.reason
 
+    @pytest.mark.parametrize("objective", [energy, unlikeness])
+    def test_labels_that_the_objective_ignores(self, objective: Objective) -> None:
+        one_class = torch.zeros(12, dtype=torch.long)
+        found, without = (
+            unicam(small(0), small(1), batch(), labels, ["3"], objective=objective).distilled["3"]
+            for labels in (one_class, None)
+        )
+        assert not found.reason
+        assert torch.equal(found.maps, without.maps)
+        assert found.score == without.score
+
+    def test_labels_that_an_objective_of_ones_own_may_read(self) -> None:
+        def own(unique: Tensor, labels: Tensor | None, guards: distance.Guards) -> Tensor:
+            return 2 * relevance(unique, labels, guards)
+
+        found = unicam(small(0), small(1), batch(), torch.arange(12), ["3"], objective=own).distilled["3"]
+        assert is_blank(found)
+        assert "no two images are of one class" in found.reason
+
     def test_every_image_its_own_class(self) -> None:
         found = unicam(small(0), small(1), batch(), torch.arange(12), ["3"]).distilled["3"]
         assert is_blank(found)
@@ -451,6 +470,14 @@ class TestDegenerateBatches:
     def test_few_images_warn(self) -> None:
         with pytest.warns(UserWarning, match="UniCAM of 12 images"):
             unicam(small(0), small(1), batch(), LABELS, ["3"])
+
+    @pytest.mark.parametrize("size", [-1, 0, 2.5])
+    def test_a_batch_size_that_is_no_count(self, size: Any) -> None:
+        said = f"^Expected batch_size to be a whole number from 1, or None for all images, but got {size}."
+        with pytest.raises(ValueError, match=said):
+            read(small(0), batch(), ["3"], batch_size=size)
+        with pytest.raises(ValueError, match=said):
+            unicam(small(0), small(1), batch(), LABELS, ["3"], batch_size=size)
 
     def test_layers_without_a_map_raise(self) -> None:
         with pytest.raises(UnsupportedModel, match="holds no map"):

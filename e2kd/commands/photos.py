@@ -66,7 +66,7 @@ def _read(path: Path, view: Callable[[Any], Tensor]) -> Tensor:
     try:
         with Image.open(path) as image:
             return view(image)
-    except OSError as error:  # PIL names no file where one is cut short
+    except (OSError, TypeError) as error:  # PIL names no file where one is cut short, the view none of 16 bits
         raise OSError(f"{path} could not be read: {error}") from error
 
 

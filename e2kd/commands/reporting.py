@@ -27,7 +27,7 @@ from e2kd.commands.photos import (
     read_masks,
     read_photos,
 )
-from e2kd.errors import UnsupportedModel
+from e2kd.errors import UnsupportedModel, taking_images
 from e2kd.folders import make_folder
 from e2kd.modes import timm_configuration
 
@@ -121,7 +121,10 @@ def _subject(args: argparse.Namespace, role: str, paths: list[Path], classes: li
     if len(set(layers)) < len(layers):
         raise ValueError(f"Expected --{role}-layers to name every layer once, but got {' '.join(layers)}.")
     try:
-        layers = layers or stages(model, images)
+        with taking_images(
+            role, model, images.shape, f"Pass a network for images in colour, or another --{role}-size."
+        ):
+            layers = layers or stages(model, images)
     except UnsupportedModel as error:
         raise UnsupportedModel(str(error).replace("--layers", f"--{role}-layers")) from error
     short = name.rpartition(":")[2]  # of a function its own name
@@ -133,7 +136,7 @@ def _as_expected(args: argparse.Namespace, model: nn.Module, paths: list[Path], 
     own = timm_configuration(model).get("input_size", (3, SIDE, SIDE))
     size = side if isinstance(side, int) else int(own[-1])
     images = normalized(read_photos(paths, size), normalization_of(model, args))
-    return images.to(next(model.parameters()).device)
+    return images.to(device_for(args.device))
 
 
 def _regions(name: str) -> Regions | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor
 
 from e2kd.errors import shape
-from e2kd.metrics.means import NAN, NOTHING, Mean, MeanMetric
-from e2kd.outputs import logits_of
+from e2kd.metrics.means import NOTHING, Mean, MeanMetric
+from e2kd.outputs import equal, logits_of, top_classes
 
 
 class Agreement(MeanMetric):
@@ -20,6 +19,7 @@ class Agreement(MeanMetric):
         ValueError: when the two are of other images or other classes.
         TypeError: when there are no logits in what came.
 
+    >>> import torch
     >>> agreement = Agreement()
     >>> agreement.update(torch.tensor([[2., 1.], [0., 1.]]), torch.tensor([[3., 0.], [1., 0.]]))
     >>> agreement.compute()
@@ -52,6 +52,7 @@ class WorstGroupAccuracy(MeanMetric):
     Raises:
         ValueError: when the shapes don't fit or groups are not in 0..count - 1.
 
+    >>> import torch
     >>> worst = WorstGroupAccuracy(4)
     >>> labels, places = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
     >>> worst.update(torch.tensor([0, 0, 1, 0]), labels, groups=2 * labels + places)
@@ -92,6 +93,7 @@ class WorstGroupAccuracy(MeanMetric):
 def decided(outputs: Any) -> Tensor:
     """The top classes [B] in outputs with logits [B, K], or classes [B] as they are; float64, NaN for logits with NaN.
 
+    >>> import torch
     >>> decided(torch.tensor([[0., 1.], [torch.nan, 0.]])), decided(torch.tensor([1, 0]))
     (tensor([1., nan], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
@@ -103,13 +105,7 @@ def decided(outputs: Any) -> Tensor:
             f"Expected logits of at least 2 classes, but got {shape(logits.shape)}, of which the first is always the "
             "top class. Pass classes: (logits[:, 0] > 0).long()."
         )
-    return torch.where(logits.isnan().any(1), NAN, logits.argmax(1).double())
-
-
-def equal(first: Tensor, second: Tensor) -> Tensor:
-    """1 where classes [B] are the same, else 0; NaN where either is."""
-    second = second.to(first.device)
-    return torch.where((first + second).isnan(), NAN, (first == second).double())
+    return top_classes(logits)
 
 
 def _is_classes(outputs: Any) -> TypeGuard[Tensor]:

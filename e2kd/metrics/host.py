@@ -39,3 +39,8 @@ class Apart(Metric):
             incoming_state = {**incoming_state, self.own: getattr(self, self.own)}
         super().merge_state(incoming_state)
         self._computed = None  # what was computed before is of the samples that were there then
+
+    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
+        """What `load_state_dict` calls, that of a module around the metric, too."""
+        super()._load_from_state_dict(*args, **settings)
+        self._computed = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from e2kd.answers import answers_of, places_of
@@ -11,10 +12,12 @@ from e2kd.comparing import compare
 from e2kd.explainers import Explainer
 from e2kd.inspection import Explanation
 from e2kd.localization import energy_on_mask
+from e2kd.outputs import equal, top_classes
 from e2kd.similarity import cosine
 
 ALL_ZERO = "all maps are zero in one of the two"
 NOT_FINITE = "one of the two has maps that are NaN or infinite"
+NAN_LOGITS = "one of the two has logits that are NaN"
 NO_ENERGY = "every map is zero or its mask is empty"
 
 
@@ -67,13 +70,16 @@ def compared(student: Answers, reference: Answers) -> tuple[dict[str, float], di
     """Agreement on the top class, mean cosine of the maps that are not all zero, and the energy of both on the objects;
     and why some of these are NaN."""
     values, dead = compare(cosine, student.maps, reference.maps.to(student.maps.device))
+    broken = values.isnan() & ~dead
+    same = equal(top_classes(student.logits), top_classes(reference.logits))
     found = {
-        "agreement": _mean((student.classes == reference.classes.to(student.classes.device)).double()),
+        "agreement": _mean(same),
         "explanation_cosine": _mean(values[~dead]),
-        "zero_maps": _mean(dead.double()),
+        "zero_maps": _mean(torch.where(broken, torch.nan, dead.double())),
     }
     reasons = {"explanation_cosine": ALL_ZERO} if bool(dead.all()) else {}
-    reasons |= {"explanation_cosine": NOT_FINITE} if bool(values[~dead].isnan().any()) else {}
+    reasons |= dict.fromkeys(("explanation_cosine", "zero_maps"), NOT_FINITE) if bool(broken.any()) else {}
+    reasons |= {"agreement": NAN_LOGITS} if bool(same.isnan().any()) else {}
     for name, energy in {"epg_student": student.energy, "epg_reference": reference.energy}.items():
         if energy is not None:
             found[name] = energy.nanmean().item()

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
+import torch
 from torch import Tensor, nn
 
 from e2kd.answers import answers_of, places_of
 from e2kd.choosing import default_explainer, explainers_of
 from e2kd.comparing import compare as compare_maps
 from e2kd.distance import DistanceSums, Score
+from e2kd.errors import taking_images
 from e2kd.inspection import Explanation
 from e2kd.localization import energy_on_mask, intersection_over_union
+from e2kd.outputs import equal, top_classes
 from e2kd.report.stages import paired
 from e2kd.similarity import cosine
 from e2kd.transfer import Models, Reading, Regions, UniCAMResult, read, scores_of, stability, untrained
@@ -143,8 +146,10 @@ def measure(
     explained, answers, notes = {}, {}, list[str]()
     for subject in subjects:
         say(f"{subject.role}: answers and explanations")
-        explained[subject.role] = answers_of(subject.model, subject.images, batch_size=batch_size)
+        with taking_images(subject.role, subject.model, subject.images.shape, "Pass the pictures as it expects them."):
+            explained[subject.role] = answers_of(subject.model, subject.images, batch_size=batch_size)
         answers[subject.role] = _answer(subject, explained[subject.role], pictures, batch_size)
+        notes += _broken(subject.role, explained[subject.role].logits)
     pairs: list[Pair] = []
     for first, second in combinations(subjects, 2):
         say(f"{first.role} and {second.role}: layers")
@@ -159,13 +164,25 @@ def _answer(subject: Subject, found: Explanation, pictures: Pictures, batch_size
     nan = float("nan")
     labels, count = pictures.labels, found.logits.shape[1]
     known = labels is not None and count == len(pictures.classes)
-    accuracy = _share(found.logits.argmax(1).cpu().eq(labels)) if known and labels is not None else nan
+    accuracy = _share(equal(top_classes(found.logits).cpu(), labels)) if known and labels is not None else nan
     maps = places_of(subject.model, subject.images, found, None, batch_size).cpu()
-    zero = _share(maps.flatten(1).amax(1) <= 0)
+    zero = _share(_without_evidence(maps.flatten(1)))
     if pictures.masks is None:
         return Answer(accuracy, nan, nan, zero)
     epg, iou = (f(maps, pictures.masks).double().nanmean().item() for f in (energy_on_mask, intersection_over_union))
     return Answer(accuracy, epg, iou, zero)
+
+
+def _broken(role: str, logits: Tensor) -> list[str]:
+    """What to say of logits that are NaN."""
+    count = int(logits.isnan().any(1).sum())
+    said = f"The {role}'s logits are NaN for {count} of {len(logits)} images: it has no accuracy and no agreement."
+    return [said] if count else []
+
+
+def _without_evidence(maps: Tensor) -> Tensor:
+    """1 for maps [n, hw] with nothing above 0, else 0; NaN for those that are not finite."""
+    return torch.where(maps.isfinite().all(1), (maps.amax(1) <= 0).double(), torch.nan)
 
 
 def _share(which: Tensor) -> float:
@@ -188,7 +205,8 @@ def _alike(
     if others != default_explainer(second.model):  # beside a network of the other kind
         theirs = answers_of(second.model, second.images, theirs.classes, others, batch_size)
     values, dead = compare_maps(cosine, again.maps, theirs.maps.to(again.maps.device))
-    return _share(mine.classes == theirs.classes.to(mine.classes.device)), values[~dead].double().mean().item()
+    same = equal(top_classes(mine.logits), top_classes(theirs.logits))
+    return _share(same), values[~dead].double().mean().item()
 
 
 def _layers(

@@ -27,10 +27,8 @@ def findings(measured: Measured) -> list[str]:
 def limits(measured: Measured) -> list[str]:
     """What a reader should not conclude."""
     pair = measured.pairs[0]
-    chance = pair.layers[0].scores["fss"].chance
     said = [
-        f"All numbers are of the same {measured.n} images. Two independent networks would differ from 0 by about "
-        f"{chance:.3f} by chance; the ± is the standard error over the images. One pair of trained networks can't tell "
+        f"All numbers are of the same {measured.n} images.{_by_chance(pair)} One pair of trained networks can't tell "
         "what another seed would give: compare several before calling a difference an effect of the training.",
         "FSS of early layers mostly shows the geometry of the images themselves. Only what lies above the curve of the "
         "untrained network was learned.",
@@ -95,11 +93,22 @@ def _relevant(pair: Pair) -> list[str]:
                 f"The {who} has features relevant to the labels that the {other} lacks at "
                 f"{_listed([name for name, _ in clear])}, most at {layer} (RS {_value(best)})."
             )
-        elif scores:
+        elif any(not score.reason for _, score in scores):
             said.append(f"Nothing relevant to the labels that the {who} has beyond the {other} stands out from chance.")
     if any("has features" in sentence for sentence in said):
         said.append(SEEDS)
     return said
+
+
+def _by_chance(pair: Pair) -> str:
+    """How far from 0 chance alone leads, where any layer could be measured."""
+    known = [chance for layer in pair.layers if not math.isnan(chance := layer.scores["fss"].chance)]
+    if not known:
+        return ""
+    return (
+        f" Two independent networks would differ from 0 by about {known[0]:.3f} by chance; the ± is the standard error "
+        "over the images."
+    )
 
 
 def _is_clear(score: Score) -> bool:

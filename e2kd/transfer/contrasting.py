@@ -10,10 +10,19 @@ from torch import Tensor, nn
 
 from e2kd.distance import PAPERS, DistanceSums, distance_matrix
 from e2kd.distance.centring import FEWEST, NONE
-from e2kd.errors import check_names, shape, taking_images, warn_user
+from e2kd.errors import check_batch_size, check_names, shape, taking_images, warn_user
 from e2kd.transfer.readings import LayerReading, Reading, read
 from e2kd.transfer.targets import label_features
-from e2kd.transfer.unique import Objective, channel_weights, papers_scaled, relevance, scaled, unlikeness, weighted
+from e2kd.transfer.unique import (
+    LABEL_FREE,
+    Objective,
+    channel_weights,
+    papers_scaled,
+    relevance,
+    scaled,
+    unlikeness,
+    weighted,
+)
 
 FEW = 16  # images below which a map says more about its companions than about its image
 
@@ -190,7 +199,7 @@ def _transfer(
     sums = DistanceSums.of_distances(student=mine.distances, base=other.distances, **known)
 
     def direction(x: LayerReading, given: LayerReading, names: tuple[str, str], size: tuple[int, int] | None) -> UniCAM:
-        score = sums.score(names[0], "labels" if known else names[0], names[1])
+        score = sums.score(names[0], "labels" if known and objective not in LABEL_FREE else names[0], names[1])
         if score.reason and (size is None or len(x.maps) < FEWEST):
             return _blank(x, score.reason, size)
         return _unicam(x, given, labels, objective, size)
@@ -279,6 +288,7 @@ def read_one(
     eps: float = 0.0,
 ) -> Reading:
     """The reading of one of two models, and an error that says which of them can't take the images."""
+    check_batch_size(batch_size)  # here, too: no error of the images
     with taking_images(who, model, images.shape, OTHER_IMAGES):
         return read(model, images, names, pooled=pooled, batch_size=batch_size, eps=eps)
 

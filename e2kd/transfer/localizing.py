@@ -47,7 +47,7 @@ class Regions(Protocol):
     """
 
     def __call__(self, models: Models) -> Maps:
-        """Maps of every layer; a constant one marks an image that is to be left out."""
+        """Maps of every layer; a constant one, or one that is not finite, marks an image that is to be left out."""
 
 
 @dataclass(frozen=True)

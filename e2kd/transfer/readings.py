@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.distance import distance_matrix
-from e2kd.errors import check_names
+from e2kd.errors import check_batch_size, check_names
 from e2kd.explainers import GradCAM
 from e2kd.listening import Place, convolving, hearing
 from e2kd.modes import as_computed, as_written, dtype_of, evaluating, kept_buffers, unwrap
@@ -103,8 +103,10 @@ def read(
     Raises:
         UnsupportedModel: when a layer does not exist, did not run or holds no map.
         TypeError: for the name of one layer in the place of a list.
+        ValueError: for a batch size that is no count.
     """
     check_names(layers=layers)
+    check_batch_size(batch_size)
     model = unwrap(model)
     images = as_computed(model, images.detach())
     with torch.inference_mode(False):

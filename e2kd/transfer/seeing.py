@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from e2kd.distance import DistanceSums, distance_matrix
 from e2kd.perturb import Perturbed, road
+from e2kd.perturb.imputation import ranks_nothing
 from e2kd.transfer.contrasting import label_rows, read_both
 from e2kd.transfer.localizing import Models, Regions
 from e2kd.transfer.readings import LayerReading, read
@@ -23,7 +24,8 @@ class LayerFeatures:
         layer, base_layer: the names of the student's and the base's layer.
         student, base: [m, d] and [m, e]. Flattened maps, or their means over space if `pooled` was asked for.
         targets: what stands for the labels of these images, [m, d], if there were any.
-        rows: which of the n images they are of, bool [n]. Those whose map is constant in either model are left out.
+        rows: which of the n images they are of, bool [n]. Those whose map is constant or not finite in either
+            model are left out.
         sums: of "student", "base" and, if there were any, "labels", for `scores_of`.
     """
 
@@ -97,7 +99,7 @@ def features_of(
         return {x.layer: _features((x, y), models.targets, whole) for x, y in _pairs(models)}
     found = {}
     for pair, maps in zip(_pairs(models), regions(models), strict=True):
-        blank = _constant(maps[0]) | _constant(maps[1]).to(maps[0].device)
+        blank = ranks_nothing(maps[0]) | ranks_nothing(maps[1]).to(maps[0].device)
         rows = ~blank.cpu()
         shown = [_shown(side, m, rows, keep, noise, seed) for side, m in zip(models.images, maps, strict=True)]
         again = [
@@ -112,18 +114,13 @@ def _pairs(models: Models) -> list[tuple[LayerReading, LayerReading]]:
     return list(zip(models.readings[0].layers, models.readings[1].layers, strict=True))
 
 
-def _constant(maps: Tensor) -> Tensor:
-    flat = maps.flatten(1)
-    return flat.amax(1) == flat.amin(1)
-
-
 def _shown(images: Tensor, maps: Tensor, rows: Tensor, keep: float, noise: float, seed: int) -> Perturbed:
     """The images in question with the pixels that their maps keep."""
     return road(images[rows.to(images.device)], maps[rows.to(maps.device)], keep, noise=noise, seed=seed)
 
 
 def _again(model: nn.Module, images: Tensor, before: LayerReading, batch_size: int | None) -> LayerReading:
-    """The layer's reading of other images; of none at all where every map was constant."""
+    """The layer's reading of other images; of none at all where no map ranks any pixel."""
     if not len(images):
         return before.of(torch.zeros(0, dtype=torch.long))
     return read(model, images, [before.layer], pooled=before.pooled, batch_size=batch_size).layers[0]

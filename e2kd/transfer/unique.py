@@ -52,6 +52,9 @@ def energy(unique: Tensor, labels: Tensor | None = None, guards: Guards = NONE) 
     return inner(unique, unique)
 
 
+LABEL_FREE: tuple[Objective, ...] = (unlikeness, energy)  # their maps are the same whatever the labels
+
+
 def channel_weights(
     reading: LayerReading, given: Tensor, labels: Tensor | None, objective: Objective, guards: Guards = NONE
 ) -> tuple[Tensor, Tensor]:

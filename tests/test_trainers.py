@@ -173,7 +173,7 @@ def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_happened(tmp_p
     worker = str(Path(__file__).with_name("killed_worker.py"))
     codes = start_two([worker, "train", str(tmp_path)])
     assert codes[1] == -signal.SIGKILL
-    assert codes[0] > 0, "the other process notices"
+    assert codes[0] not in (0, -signal.SIGKILL), "the other process notices; gloo's threads may abort as it ends"
     assert not (tmp_path / "killed" / "done").exists()
     assert start_two([worker, "resume", str(tmp_path)]) == [0, 0]
     assert (tmp_path / "equal").exists()

@@ -248,6 +248,17 @@ def test_the_overhaul_of_features_teaches_more_than_anything_else_and_maps_add_n
     assert max(tried) > 25 in {row["weight"] for row in rows if row["arm"] == "overhaul" and row["split"] == "test"}
 
 
+@pytest.mark.parametrize("arm", ["overhaul", "fitnets"])
+def test_rivals_that_see_kds_augmentations_are_as_good_as_with_their_own(arm: str) -> None:
+    """Rows of both kinds are published; those of the other rivals are of the second."""
+    now, before = (
+        values(tables.results(f"limited_{name}")["rows"], arm, "accuracy") for name in ("standard_50_again", "loose")
+    )
+    assert now.keys() == before.keys() == set(limited.SEEDS)
+    assert all(now[seed] != before[seed] for seed in now)
+    assert abs(statistics.mean(now.values()) - statistics.mean(before.values())) < 0.01
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

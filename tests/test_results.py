@@ -248,7 +248,7 @@ def test_the_overhaul_of_features_teaches_more_than_anything_else_and_maps_add_n
     assert max(tried) > 25 in {row["weight"] for row in rows if row["arm"] == "overhaul" and row["split"] == "test"}
 
 
-@pytest.mark.parametrize("arm", ["overhaul", "fitnets"])
+@pytest.mark.parametrize("arm", ["overhaul", "fitnets", "afd"])
 def test_rivals_that_see_kds_augmentations_are_as_good_as_with_their_own(arm: str) -> None:
     """Rows of both kinds are published; those of the other rivals are of the second."""
     now, before = (

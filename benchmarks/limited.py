@@ -12,8 +12,8 @@ A run that was stopped goes on where it was; `--fresh` begins anew. Teachers are
 files, students from scratch with no label loss but in the arm `cross_entropy`. A seed decides the images, the first
 weights, the batches and every augmentation, so arms of one seed differ in their criterion alone: a frozen teacher has
 seen the images as they are, a live one sees each as it is augmented. In the published rows of methods with layers of
-their own (CRD and ReviewKD, and all such under e²KD) the images, first weights and batches are
-KD's, but the augmentations were drawn separately, after those layers: their pairs are looser. Every arm's τ and λ are
+their own (CRD and ReviewKD, and all such under e²KD) the images, first weights and batches are KD's, but the
+augmentations were drawn separately, after those layers: their pairs are looser. Every arm's τ and λ are
 those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. The
 ResNet-32 teachers of the families standard, turned and vit begin with weights of the whole train part, these images
 included: there τ and λ are chosen where the teacher is right more often than on test images. Seeds 0 to 2 are left

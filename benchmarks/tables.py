@@ -29,9 +29,9 @@ from benchmarks import (
     transfer_studies,
 )
 from benchmarks.common import RESULTS, ROOT, markdown_table
-from benchmarks.limited_training import RIVALS
+from benchmarks.limited_training import ON_TOP, RIVALS
 from benchmarks.paired import Row, tested, values
-from benchmarks.paired_tables import BETWEEN, chosen, gains
+from benchmarks.paired_tables import BETWEEN, chosen, gains, seeds
 from e2kd.demo import report
 
 README = ROOT / "README.md"
@@ -145,20 +145,22 @@ def few_images() -> str:
             *paired_tables.means(rows, arm, ["accuracy"]),
             *gains(rows, arm, "kd", ["accuracy"]),
             _weight(rows, arm),
-            "live or frozen" if arm in FROM_A_CACHE else "live",
+            "live or frozen" if _learns_from_a_cache(arm) else "live",
         ]
         for arm in sorted(means, key=means.__getitem__)
     ]
     header = ["CIFAR-10, 50 images per class", "accuracy", "over KD", "weight", "teacher"]
     note = (
         f"ResNet-20 students without label loss, of a ResNet-32 that has {100 * found['teacher']['test']:.1f} %: "
-        f"percent of 5,000 test images, mean ± sd of {len(values(rows, 'kd', 'accuracy'))} paired seeds, differences "
-        f"{BETWEEN}. All at τ = 4, weights chosen on validation images."
+        f"percent of {10 * found['settings']['test_per_class']:,} test images, mean ± sd of {seeds(rows)}, differences "
+        f"{BETWEEN}. All at τ = {chosen(rows, 'kd')[0]}, weights chosen on validation images."
     )
     return f"{markdown_table(header, body)}\n\n{note}"
 
 
-FROM_A_CACHE = ("kd", "e2kd", "e2kd_all", "dkd")
+def _learns_from_a_cache(arm: str) -> bool:
+    """Whether a frozen teacher can teach it, which keeps no features."""
+    return arm not in ON_TOP and not (arm in RIVALS and RIVALS[arm].takes_features)
 
 
 def _weight(rows: list[Row], arm: str) -> str | None:

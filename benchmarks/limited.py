@@ -9,17 +9,16 @@
     python -m benchmarks.limited --quick                       # a minute, to see that it runs; writes nothing
 
 A run that was stopped goes on where it was; `--fresh` begins anew. Teachers are trained on the train part's JPEG
-files, students from scratch with no label loss but in the arm `cross_entropy`. A seed decides the images, the first
-weights, the batches and every augmentation, so arms of one seed differ in their criterion alone: a frozen teacher has
-seen the images as they are, a live one sees each as it is augmented. In the published rows of methods with layers of
-their own (CRD and ReviewKD, and all such under e²KD) the images, first weights and batches are KD's, but the
-augmentations were drawn separately, after those layers: their pairs are looser. Every arm's τ and λ are
-those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. The
+files, students from scratch with no label loss but in the arm `cross_entropy` and those that end in `_labels`. A seed
+decides the images, the first weights, the batches and every augmentation, so arms of one seed differ in their criterion
+alone: a frozen teacher has seen the images as they are, a live one sees each as it is augmented. Every arm's τ and λ
+are those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. The
 ResNet-32 teachers of the families standard, turned and vit begin with weights of the whole train part, these images
 included: there τ and λ are chosen where the teacher is right more often than on test images. Seeds 0 to 2 are left
 out: an early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
 `--study again` changes the file alone: a teacher comes out the same on one machine, but differently on another, as that
-of the published rows did, and students beside that one need rows of their own.
+of the published rows did, and students beside that one need rows of their own. CRD's rows beside the first teacher are
+of students that saw other augmentations than KD's (limited_loose.json has more of that kind).
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
 
@@ -43,6 +42,7 @@ from benchmarks.limited_training import (
     ARMS,
     EXPLAINED,
     FROZEN,
+    LABELLED,
     ON_TOP,
     RIVALS,
     SIGNED_ARMS,
@@ -152,14 +152,15 @@ def rivals_table(rows: list[Row]) -> str:
 
 
 def on_top_table(rows: list[Row]) -> str:
-    """What explanations and a rival together are ahead of each alone, as Markdown; empty without such arms."""
+    """What explanations are ahead together with a rival or with labels, as Markdown; empty without such arms."""
     arms = tested(rows)
-    pairs = [
+    parts = [
         (arm, part)
         for arm, (rival, _) in ON_TOP.items()
         for part in (rival, "e2kd_all" if arm in SIGNED_ARMS else "e2kd")
-        if {arm, part} <= arms
     ]
+    parts += [(arm, part) for arm, without in LABELLED.items() for part in ("kd_labels", without) if arm != part]
+    pairs = [pair for pair in parts if set(pair) <= arms]
     body = [[f"{ARMS[arm]} less {ARMS[part]}", *gains(rows, arm, part, MEASURES)] for arm, part in pairs]
     return markdown_table(["", *MEASURES], body) if body else ""
 

@@ -33,7 +33,8 @@ SPARING = {
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
 UNDER_ALL = {"at": 1.0, "fitnets": 1.0, "afd": 5.0, "reviewkd": 25.0, "overhaul": 25.0}  # times a rival's own weight
 TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
-SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER)
+LABELLED = {f"{arm}_labels": arm for arm in ("kd", "e2kd", "e2kd_all")}  # with a label loss too, as in most trainers
+SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER, "e2kd_all_labels")
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
@@ -42,6 +43,7 @@ ARMS = (
     | {"crd_e2kd": "CRD + e²KD"}
     | EVERY_CLASS
     | TOGETHER
+    | {arm: f"{(BASIC | EVERY_CLASS)[without]} + labels" for arm, without in LABELLED.items()}
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
@@ -52,7 +54,9 @@ ON_TOP = {  # the rival under e²KD, and how many times its own weight
 UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")
-EXPLAINED = ("e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES)
+EXPLAINED = (
+    "e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES, "e2kd_labels", "e2kd_all_labels",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,10 @@ def criterion_of(
     case: Case, family: Family, student: nn.Module, teacher: nn.Module | e2kd.FrozenTeacher, steps: int
 ) -> nn.Module:
     """The one line in which the arms differ. A rival's weight is a multiple of its own; steps are the training's."""
+    labels = e2kd.bcos.BcosLoss() if family.kind is BCOS else nn.CrossEntropyLoss()
     if case.arm == "cross_entropy":
-        return e2kd.bcos.BcosLoss() if family.kind is BCOS else nn.CrossEntropyLoss()
-    rival, weight = None, case.weight or 0.0
+        return labels
+    rival, weight = labels if case.arm in LABELLED else None, case.weight or 0.0
     if case.arm in RIVALS:
         rival = RIVALS[case.arm](student, teacher)
         rival.weight, weight = rival.weight * weight, 0.0

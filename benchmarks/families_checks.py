@@ -119,14 +119,14 @@ def _first_step(subject: Subject, student: nn.Module, teacher: nn.Module) -> dic
         if rates[-1] < 1:
             break
     finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in student.parameters())
-    plan = criterion.student._plan()
+    plan = criterion.explained._plan()
     assert plan.site is not None
     site = {
         "site": plan.site.layer,
         "is_cut": plan.site.is_cut,
         "layout": plan.site.layout.order + (f"+{plan.site.layout.prefix}" if plan.site.layout.prefix else ""),
         "head": type(plan.head).__name__ if plan.head else None,
-        "way": criterion.student.way,
+        "way": criterion.explained.way,
         "zero_maps": rates[-1],
         "draws": len(rates),
         "head_begins_as_zeros": len(rates) == TRIES,
@@ -144,7 +144,7 @@ def _gradients(subject: Subject, student: nn.Module, teacher: nn.Module) -> dict
     )
     parameters = [p for p in student.parameters() if p.requires_grad]
     mine = _gradient_of(criterion, student, images, parameters)
-    plan = criterion.student._plan()
+    plan = criterion.explained._plan()
     target = e2kd.explain(teacher, images, explainer=SignedCAM())
     expected, trunk, grid = _reference_gradient(student, plan, images, target, parameters)
     alive = [bool(g.isfinite().all() and g.any()) for g, t in zip(mine, trunk, strict=True) if t]

@@ -146,12 +146,12 @@ def check(
         except REFUSALS as error:
             report.problems.append(str(error))
             return report
-        noise = criterion.student.plan
+        noise = criterion.explained.plan
         try:
             _look(report, criterion, images)
             _compare_statistics(report, criterion)
             _step(report, criterion, images)
-            _compare(report, noise, criterion.student.plan)
+            _compare(report, noise, criterion.explained.plan)
         except REFUSALS as error:
             report.problems.append(str(error))
         finally:
@@ -168,7 +168,7 @@ def _look(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
         criterion.teacher.model, prepared, lambda z: choose(criterion.classes, z, None)[0], criterion.teacher.explainer
     )
     weights = choose(criterion.classes, theirs.logits, None)[1]
-    model = criterion.student.student
+    model = criterion.student
     report.teacher.classes = theirs.logits.shape[1]
     _describe(report.teacher, criterion.teacher.model, criterion.teacher.explainer, prepared, theirs.maps, weights)
     own = explain(model, images, explainer=criterion.explainer)
@@ -232,19 +232,19 @@ def _step(report: Report, criterion: E2KDLoss, images: Tensor) -> None:
     """One training step with and without explanations: does the double backward run, and what does it cost?"""
     if report.problems:
         return
-    with _borrowed(criterion.student.student, images.device):
+    with _borrowed(criterion.student, images.device):
         _take(criterion, images, weight=1.0)  # counting is not part of what has to work
         with suppress(*REFUSALS):  # by the counter, whose hooks sit on every module
             plain, full = (_flops(criterion, images, weight) for weight in (0.0, 1.0))
             report.cost = full / plain if plain else float("nan")
     report.explanation = float(criterion.parts["explanation"])
-    report.way = criterion.student.way
+    report.way = criterion.explained.way
 
 
 def _compare_statistics(report: Report, criterion: E2KDLoss) -> None:
     """A note where the models are known to expect images that are not normalised alike, and nobody said so."""
     assert isinstance(criterion.teacher, Teacher)
-    theirs, own = criterion.teacher.wanted, expected_normalization(criterion.student.student, None)
+    theirs, own = criterion.teacher.wanted, expected_normalization(criterion.student, None)
     if theirs is None or own is None or criterion.teacher.given is not None:
         return
     if tuple(map(tuple, theirs)) != tuple(map(tuple, own)):
@@ -274,9 +274,9 @@ def _flops(criterion: E2KDLoss, images: Tensor, weight: float) -> int:
 def _take(criterion: E2KDLoss, images: Tensor, weight: float) -> None:
     """A training step without its update."""
     criterion.weight = weight
-    criterion.student.expect(weight != 0)
-    parameters = [p for p in criterion.student.student.parameters() if p.requires_grad]
-    loss = criterion(criterion.student.student(images))
+    criterion.explained.expect(weight != 0)
+    parameters = [p for p in criterion.student.parameters() if p.requires_grad]
+    loss = criterion(criterion.student(images))
     torch.autograd.grad(loss, parameters, allow_unused=True)
 
 

@@ -208,8 +208,8 @@ class E2KDLoss(Wrapping):
                 check_module(teacher, "teacher")
             self.explainer, theirs = explainers_of(student, teacher, explainer, teacher_explainer)
             self.teacher = Teacher(teacher, theirs, *settings).beside(unwrap(student))
-        self.student = StudentExplainer(unwrap(student), self.explainer, example, fraction)
-        self.tap = self.student.tap
+        self.explained = StudentExplainer(unwrap(student), self.explainer, example, fraction)
+        self.tap = self.explained.tap
         self.seed, self.step = torch.initial_seed(), 0
         self._share_teacher()
 
@@ -231,6 +231,11 @@ class E2KDLoss(Wrapping):
         return told if shown(it=theirs) == shown(it=self.explainer) else {"teacher_explainer": theirs} | told
 
     @property
+    def student(self) -> nn.Module:
+        """The network that is trained, without wrappers."""
+        return self.explained.student
+
+    @property
     def step(self) -> int:
         """Training calls so far. Set it where a training is resumed; e2kd's trainers do."""
         return self._step
@@ -238,11 +243,11 @@ class E2KDLoss(Wrapping):
     @step.setter
     def step(self, step: int) -> None:
         self._step = step
-        self.student.expect(self._explains())
+        self.explained.expect(self._explains())
 
     def _teach(self, outputs: Any, logits: Tensor, targets: Any, options: dict[str, Any]) -> Tensor:
         check_not_empty(logits)
-        forward = self.student.forward_of(logits)
+        forward = self.explained.forward_of(logits)
         taught = self._taught(targets, forward.images)
         labels = labels_of(targets) if taught is None else taught.labels
         explaining = self._explains()
@@ -305,8 +310,8 @@ class E2KDLoss(Wrapping):
         size = (images.shape[-2], images.shape[-1]) if self.resize == "image" else None
         with torch.autocast(images.device.type, enabled=False):
             theirs = lesson.explain(classes, rows)  # first: the teacher's graph is gone when the student's is made
-            mine = self.student.view(forward, logits, rows).explain_each(self.explainer, classes, rows)
-            check_grid(mine, f"student's (at {self.student.place})")
+            mine = self.explained.view(forward, logits, rows).explain_each(self.explainer, classes, rows)
+            check_grid(mine, f"student's (at {self.explained.place})")
             check_grid(theirs, "teacher's", "teacher_explainer")
             if lesson.classes is not None and reads_images(self.explainer):  # cached maps were averaged
                 mine = pooled(mine.flatten(1, 2), (theirs.shape[-2], theirs.shape[-1])).unflatten(1, mine.shape[1:3])
@@ -315,7 +320,7 @@ class E2KDLoss(Wrapping):
             alike, zero = compare_each(self.similarity, mine, theirs, size, valid)
             warn_graph(alike)
         similarity, dead, total = (weights * alike).sum(1), (weights * zero).sum(1), weights.sum(1)
-        warn_dead(dead, total, self.student.place)
+        warn_dead(dead, total, self.explained.place)
         return {
             "explanation": (total - similarity).mean() * self.every,
             "cosine": similarity.sum() / total.sum(),

@@ -134,7 +134,7 @@ def test_maps_through_the_trainers_own_graph_are_those_of_each_sample_alone(clas
     student, teacher, plain = NormedBranching(seed=2), Branching(seed=1), NormedBranching(seed=2)
     criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, classes=classes, explainer=e2kd.CAM(), example=x)
     assert_matches_finite_difference(lambda: criterion(student(x)), student)
-    assert criterion.student.way == "graph"
+    assert criterion.explained.way == "graph"
     student.load_state_dict(plain.state_dict())
     loss = criterion(student(x))
     plain(x)

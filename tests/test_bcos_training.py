@@ -102,7 +102,7 @@ def test_equal_a_whole_training_step_of_the_paper(shared: Shared, explainer: Any
     teacher.load_state_dict(part(golden, "teacher."))
     x = golden["x"]
     _, _, criterion = step(student, teacher, x, explainer=explainer, temperature=2, weight=5)
-    assert criterion.student.way == ("separate" if explainer is SEPARATE else "shared")
+    assert criterion.explained.way == ("separate" if explainer is SEPARATE else "shared")
     assert not x.requires_grad
     for value, key in {"kd": "kd_loss", "explanation": "exp_loss", "loss": "loss"}.items():
         assert_equal(criterion.parts[value], golden[key])
@@ -203,7 +203,7 @@ def test_two_criteria_of_one_student_share_its_pass(
     assert current_mode() is None
     total = sum(criterion(outputs) for criterion in criteria)
     total.backward()
-    assert all(criterion.student.way != "separate" for criterion in criteria), "nobody pays for a pass of its own"
+    assert all(criterion.explained.way != "separate" for criterion in criteria), "nobody pays for a pass of its own"
     assert_equal(total.detach(), sum(losses))
     assert_equal(gradient(student), sum(wanted))
 
@@ -235,7 +235,7 @@ def test_a_fraction_is_unbiased_in_value_and_gradient(kind: str, passes: str | N
         criterion._rows = lambda *_, draw=draw: torch.tensor(draw)  # type: ignore[method-assign]
         value = criterion(student(encoded()))
         value.backward()
-        assert criterion.student.way == ("shared" if passes == "shared" else "drawn")
+        assert criterion.explained.way == ("shared" if passes == "shared" else "drawn")
         losses.append(value.detach())
         gradients.append(gradient(student))
     assert_equal(torch.stack(losses).mean(0), loss)
@@ -274,7 +274,7 @@ def test_samples_that_need_their_batch_are_run_with_it() -> None:
         torch.manual_seed(3)
         loss, mine, criterion = step(student, teacher, encoded(8), explainer=SEPARATE, fraction=0.25)
         assert runs[-2:] == [8, 8]
-        assert criterion.student.way == "separate"
+        assert criterion.explained.way == "separate"
         other = net()
         other.pool = copy.deepcopy(layer)
         torch.manual_seed(3)
@@ -295,7 +295,7 @@ def test_steps_without_an_explanation_cost_nothing(settings: dict[str, Any], exp
     student.conv1.register_forward_pre_hook(lambda module, args: entering.append(args[0].requires_grad))
     for step in range(4):
         criterion(student(encoded())).backward()
-        assert criterion.student.way == "shared"
+        assert criterion.explained.way == "shared"
         assert bool(criterion.parts["explanation"]) == (step in explained)
     assert entering == [step in explained for step in range(4)]
 
@@ -310,7 +310,7 @@ def test_the_weight_may_change_between_steps() -> None:
         student.zero_grad()
         loss = criterion(student(encoded()))
         loss.backward()
-        ways.append(criterion.student.way)
+        ways.append(criterion.explained.way)
         wanted, slopes, _ = step(net(), teacher, encoded(), weight=weight)
         assert_equal(loss.detach(), wanted)
         assert_equal(gradient(student), slopes)
@@ -350,7 +350,7 @@ def test_a_checkpointed_student_is_explained_by_a_second_pass(inside: bool) -> N
     criterion = e2kd.E2KDLoss(student, teacher, example=x)
     found = criterion(checkpoint(student, x, use_reentrant=False))
     found.backward()
-    assert criterion.student.way == "separate"
+    assert criterion.explained.way == "separate"
     assert_equal(found.detach(), loss)
     assert_equal(gradient(student), wanted)
 
@@ -388,7 +388,7 @@ def test_under_autocast_the_explanation_is_computed_in_float32(where: str, fract
     loss.backward()
     assert outputs.dtype == (torch.float32 if where == "inside, float32 out" else torch.bfloat16)
     assert types == {torch.float32}
-    assert criterion.student.way == ("separate" if fraction == 1 else "drawn")
+    assert criterion.explained.way == ("separate" if fraction == 1 else "drawn")
     assert direction(gradient(student), wanted) > 0.98
 
 
@@ -403,7 +403,7 @@ def test_a_compiled_student_is_explained_by_a_second_pass(fraction: float) -> No
     found = criterion(compiled(encoded()))
     found.backward()
     torch._dynamo.reset()
-    assert criterion.student.way == ("separate" if fraction == 1 else "drawn")
+    assert criterion.explained.way == ("separate" if fraction == 1 else "drawn")
     assert_equal(found.detach(), loss)
     assert_equal(gradient(student), wanted)
 
@@ -414,7 +414,7 @@ def test_a_student_of_which_a_part_is_compiled_is_explained_by_a_second_pass() -
     student.layer1.compile(backend="aot_eager")
     found, mine, criterion = step(student, teacher, encoded())
     torch._dynamo.reset()
-    assert criterion.student.way == "separate"
+    assert criterion.explained.way == "separate"
     assert_equal(found, loss)
     assert_equal(mine, wanted)
 

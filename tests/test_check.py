@@ -75,7 +75,7 @@ def test_layer_is_the_one_of_small_images_in_a_training_without_example() -> Non
     assert "example=images" in note
     criterion = e2kd.E2KDLoss(student, teacher)
     criterion(student(images)).backward()
-    assert criterion.student.place == "layer 'layer3'"
+    assert criterion.explained.place == "layer 'layer3'"
 
 
 class Narrow(nn.Module):

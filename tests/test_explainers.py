@@ -60,7 +60,7 @@ def test_each_net_takes_the_way_it_is_named_for(net: str) -> None:
     (student, teacher), x = pair(net), images()
     criterion = e2kd.E2KDLoss(student, teacher, example=x)
     criterion(student(x))
-    plan = criterion.student.plan
+    plan = criterion.explained.plan
     assert plan is not None
     assert (plan.linear is not None) == (net == "closed")
     assert (plan.head is None) == (net == "graph")

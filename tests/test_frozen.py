@@ -249,8 +249,8 @@ def test_fine_maps_are_averaged_and_compared_on_their_grid(tmp_path: Path) -> No
     criterion(student(images / 255), taught).backward()
     assert seen == [((16, 3, 6, 6), (16, 3, 6, 6))]
     alike = e2kd.E2KDLoss(net().train(), cache, kd_weight=0)
-    alike.student.student.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else None)
-    assert alike(alike.student.student(images / 255), taught) < 1e-3
+    alike.student.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else None)
+    assert alike(alike.student(images / 255), taught) < 1e-3
 
 
 # Data sets

@@ -83,7 +83,7 @@ def test_step_is_exact(name: str) -> None:
         torch.testing.assert_close(loss.detach(), wanted_loss, rtol=1e-10, atol=0)
         assert error(gradient(student), wanted) < 1e-10
     assert error(plain, wanted) > 1e-3
-    assert criterion.student.way == "graph"
+    assert criterion.explained.way == "graph"
     assert kernels() == before
 
 

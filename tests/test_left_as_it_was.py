@@ -54,7 +54,7 @@ def test_a_network_that_counts_in_its_forward_is_taught() -> None:
     student = Counting()
     criterion = e2kd.E2KDLoss(student, Counting(), kd_weight=0)
     criterion(student(FLOATS)).backward()
-    assert criterion.student.way != "graph"
+    assert criterion.explained.way != "graph"
     assert int(student.seen) == 8
 
 

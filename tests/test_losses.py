@@ -438,9 +438,9 @@ def test_a_model_of_unusual_input_is_planned_on_the_first_batch() -> None:
 
     student, teacher = Odd(0), Odd(1)
     criterion = e2kd.E2KDLoss(student, teacher, explainer=e2kd.LayerCAM())
-    assert criterion.student.plan is None
+    assert criterion.explained.plan is None
     criterion(student(torch.rand(2, 3, 17, 17))).backward()
-    assert criterion.student.plan is not None
+    assert criterion.explained.plan is not None
     assert criterion.parts["cosine"] > 0
 
 
@@ -484,7 +484,7 @@ def test_a_functional_relu_is_explained_after_it_whatever_mode_the_criterion_was
     student, teacher, images = FunctionalTail(0), FunctionalTail(3), torch.rand(3, 3, 16, 16)
     criterion = e2kd.E2KDLoss(student.train(built_in_train_mode), teacher, kd_weight=0, example=images)
     loss = criterion(student.train()(images))
-    assert criterion.student.way == "closed"
+    assert criterion.explained.way == "closed"
     theirs = e2kd.explain(teacher, images)
     rows = student.head.weight[theirs.classes] / 49
     maps = F.relu((F.relu(student.features(images)) * rows[:, :, None, None]).sum(1, keepdim=True))

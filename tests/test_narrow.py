@@ -109,7 +109,7 @@ def assert_step_is_exact(
         loss.backward()
         torch.testing.assert_close(loss.detach(), wanted_loss, rtol=tolerance, atol=0)
         assert error(gradient(student), wanted) < tolerance
-    assert criterion.student.way == way
+    assert criterion.explained.way == way
     assert criterion.parts["zero_maps"] < 4
 
 
@@ -164,7 +164,7 @@ def test_gradient_equals_finite_differences() -> None:
     images = torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0.0, example=images)
     assert_matches_finite_difference(lambda: criterion(student(images)), student)
-    assert criterion.student.way == "narrow"
+    assert criterion.explained.way == "narrow"
 
 
 def test_step_costs_few_operations_more_than_plain_distillation() -> None:
@@ -242,7 +242,7 @@ def test_earlier_layer_before_two_attentions_is_run_whole() -> None:
     student = on.copy()
     criterion = teach(student, on, explainer=e2kd.GradCAM("blocks.0"), teacher_explainer=e2kd.GradCAM())
     criterion(student(on.images), on.targets).backward()
-    assert criterion.student.way == "replay"
+    assert criterion.explained.way == "replay"
 
 
 def test_attention_whose_positions_are_counted_is_run_whole() -> None:
@@ -303,7 +303,7 @@ def test_step_in_host_is_exact(host: str) -> None:
 
 def test_step_under_bfloat16_autocast_has_the_float32_direction() -> None:
     criterion = assert_bfloat16_has_the_float32_direction(made("vit").to(torch.float32), teach)
-    assert criterion.student.way == "narrow"
+    assert criterion.explained.way == "narrow"
 
 
 def test_nothing_listens_to_torch_functions_afterwards() -> None:

@@ -239,7 +239,7 @@ def test_activation_that_layers_share_is_captured_at_its_own_call(host: str, inp
         assert_exact(student, loss, wanted, tolerance=1e-6)
         with torch.no_grad():
             model(made.images)
-    assert criterion.student.way == "replay"
+    assert criterion.explained.way == "replay"
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -342,8 +342,8 @@ def test_head_that_cannot_be_followed_is_exact_by_the_trainers_own_graph() -> No
     loss = criterion(student(made.images), made.targets)
     loss.backward()
     assert_exact(student, loss, wanted)
-    assert criterion.student.plan is not None
-    assert criterion.student.plan.head is None
+    assert criterion.explained.plan is not None
+    assert criterion.explained.plan.head is None
 
 
 def test_head_that_cannot_be_followed_is_refused_inside_a_compiled_student() -> None:
@@ -649,7 +649,7 @@ def test_batchnorm_statistics_of_a_replayed_head_are_updated_once_per_step() -> 
     assert identical(list(student.buffers()), list(plain.buffers()))
     assert student.norm.num_batches_tracked == 3
     assert student.norm.track_running_stats
-    assert criterion.student.way == "replay"
+    assert criterion.explained.way == "replay"
 
 
 def test_replayed_head_with_batchnorm_is_exact() -> None:

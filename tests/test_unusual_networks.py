@@ -202,7 +202,7 @@ def test_a_part_replaced_during_the_training_is_explained(part: str, monkeypatch
     criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0)
     for _ in range(5):
         criterion(student(x))
-    assert criterion.student.way == "closed"
+    assert criterion.explained.way == "closed"
     deeper = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, CLASSES))
     setattr(student, part, GeM() if part == "pool" else deeper)
     torch.testing.assert_close(criterion(student(x)), expected(student, teacher, x))
@@ -230,7 +230,7 @@ def test_criteria_of_one_student_do_not_disturb_one_another(beside: str) -> None
     student, teacher, x = Normed(), net(16), images()
     alone = e2kd.E2KDLoss(student, teacher, kd_weight=0)
     wanted = alone(student(x))
-    assert alone.student.way == "graph"
+    assert alone.explained.way == "graph"
     gradients = torch.autograd.grad(wanted, list(student.parameters()), allow_unused=True)
     if beside == "around":
         found = e2kd.E2KDLoss(student, net(12), alone, kd_weight=0, weight=0)(student(x))

@@ -117,3 +117,8 @@ def pair(net: str) -> tuple[nn.Module, nn.Module]:
     """A student and a teacher of one kind."""
     student, teacher = SEEDS[net]
     return BUILD[net](seed=student), BUILD[net](seed=teacher)
+
+
+def spoil(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    """A forward hook after which the first image of a batch is NaN."""
+    return torch.cat([torch.full_like(output[:1], torch.nan), output[1:]])

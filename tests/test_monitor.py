@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import TinyViT, cnn
+from nets import TinyViT, cnn, spoil
 from torch import Tensor, nn
 
 import e2kd
@@ -290,6 +290,16 @@ class TestWhatIsLeftAlone:
             assert monitor.reasons[name] == "one of the two has maps that are NaN or infinite"
         assert monitor.reasons["agreement"] == "one of the two has logits that are NaN"
         assert "e2kd/agreement" not in tracker.scalars[0][1]
+
+    def test_a_student_that_is_nan_for_one_image_has_no_energy_on_the_objects(self) -> None:
+        student = net(0)
+        student[0].register_forward_hook(spoil)
+        monitor = watch(Tracker(), student, masks=torch.ones(16, 16, 16, dtype=torch.bool))
+        with pytest.warns(match="no value for"):
+            monitor.measure(0)
+        assert math.isnan(monitor.latest["e2kd/epg_student"])
+        assert monitor.reasons["epg_student"] == "its maps are NaN or infinite"
+        assert monitor.latest["e2kd/epg_reference"] == pytest.approx(1)
 
     def test_works_around_a_compiled_student(self) -> None:
         student = torch.compile(net(0), backend="eager")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import SharedActivation, cnn
+from nets import SharedActivation, cnn, spoil
 from torch import Tensor, nn
 
 import e2kd
@@ -150,6 +150,14 @@ class TestNumbers:
         assert math.isnan(found.answers["base"].accuracy)
         assert "3 classes apart and the base 5" in found.notes[0]
         assert math.isfinite(found.pairs[0].layers[0].scores["fss"].value)
+
+    def test_a_network_that_is_nan_for_one_image_has_no_energy_on_the_objects(self) -> None:
+        broken = subject("student", 0)
+        next(iter(broken.model.children())).register_forward_hook(spoil)
+        found = measure([broken, subject("base", 3)], Pictures(images(), LABELS, ("a", "b", "c"), masks=masks()))
+        assert math.isnan(found.answers["student"].epg)
+        assert math.isnan(found.answers["student"].iou)
+        assert math.isfinite(found.answers["base"].epg)
 
     def test_a_network_that_is_nan_has_no_accuracy_and_no_agreement(self) -> None:
         """Its argmax is class 0, which is right for a third of the images."""

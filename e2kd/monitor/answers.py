@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from e2kd.similarity import cosine
 
 ALL_ZERO = "all maps are zero in one of the two"
 NOT_FINITE = "one of the two has maps that are NaN or infinite"
+ITS_MAPS = "its maps are NaN or infinite"
 NAN_LOGITS = "one of the two has logits that are NaN"
 NO_ENERGY = "every map is zero or its mask is empty"
 
@@ -80,10 +82,12 @@ def compared(student: Answers, reference: Answers) -> tuple[dict[str, float], di
     reasons = {"explanation_cosine": ALL_ZERO} if bool(dead.all()) else {}
     reasons |= dict.fromkeys(("explanation_cosine", "zero_maps"), NOT_FINITE) if bool(broken.any()) else {}
     reasons |= {"agreement": NAN_LOGITS} if bool(same.isnan().any()) else {}
-    for name, energy in {"epg_student": student.energy, "epg_reference": reference.energy}.items():
-        if energy is not None:
-            found[name] = energy.nanmean().item()
-            reasons |= {name: NO_ENERGY} if bool(energy.isnan().all()) else {}
+    for name, answers in {"epg_student": student, "epg_reference": reference}.items():
+        if answers.energy is not None:
+            finite = bool(answers.maps.isfinite().all())
+            found[name] = answers.energy.nanmean().item() if finite else math.nan
+            if math.isnan(found[name]):
+                reasons[name] = NO_ENERGY if finite else ITS_MAPS
     return found, reasons
 
 

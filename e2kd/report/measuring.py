@@ -167,7 +167,7 @@ def _answer(subject: Subject, found: Explanation, pictures: Pictures, batch_size
     accuracy = _share(equal(top_classes(found.logits).cpu(), labels)) if known and labels is not None else nan
     maps = places_of(subject.model, subject.images, found, None, batch_size).cpu()
     zero = _share(_without_evidence(maps.flatten(1)))
-    if pictures.masks is None:
+    if pictures.masks is None or not maps.isfinite().all():
         return Answer(accuracy, nan, nan, zero)
     epg, iou = (f(maps, pictures.masks).double().nanmean().item() for f in (energy_on_mask, intersection_over_union))
     return Answer(accuracy, epg, iou, zero)

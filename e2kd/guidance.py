@@ -131,12 +131,17 @@ class GuidanceLoss(nn.Module):
         check_explainers(explainer=explainer)
         self.criterion, self.loss, self.weight = criterion, loss, weight
         self.explainer = explainer or (BcosContributions() if is_bcos(unwrap(model)) else GradCAM())
-        self.model = StudentExplainer(unwrap(model), self.explainer, example)  # no submodule
+        self.explained = StudentExplainer(unwrap(model), self.explainer, example)  # no submodule
         self._parts: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
         """The settings."""
         return shown(weight=self.weight, loss=self.loss, explainer=self.explainer)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is trained, without wrappers."""
+        return self.explained.student
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -145,7 +150,7 @@ class GuidanceLoss(nn.Module):
 
     def remove(self) -> None:
         """Take every hook off the model, those of an e2kd criterion inside too. It can't guide afterwards."""
-        self.model.tap.remove()
+        self.explained.tap.remove()
         remove_hooks(self.criterion)
 
     def forward(self, outputs: Any, targets: Any, masks: Tensor | Boxes | None = None) -> Tensor:
@@ -161,12 +166,12 @@ class GuidanceLoss(nn.Module):
         """
         logits = logits_of(outputs)
         task = task_loss(self.criterion, outputs, targets, labels_of(targets))
-        if masks is None and torch.is_grad_enabled() and self.training and self.model.student.training:
+        if masks is None and torch.is_grad_enabled() and self.training and self.model.training:
             self._parts = {}  # those of an earlier batch would be told again by a criterion around this one
-        if masks is None or not is_teaching(self, self.model.student, logits, "model"):
+        if masks is None or not is_teaching(self, self.model, logits, "model"):
             return task
         check_not_empty(logits)
-        forward = self.model.forward_of(logits)
+        forward = self.explained.forward_of(logits)
         if not isinstance(masks, Tensor):
             masks = box_masks(masks, forward.size)
         masks = masks.to(logits.device)
@@ -182,10 +187,10 @@ class GuidanceLoss(nn.Module):
         classes, weights = _guided(logits.detach(), labels)
         total = dead = torch.zeros((), device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
-            view = self.model.view(forward, logits)
+            view = self.explained.view(forward, logits)
             for chosen, weight in zip(classes.T, weights.T, strict=True):
                 maps = view.explain(self.explainer, chosen)
-                check_grid(maps, f"model's (at {self.model.place})")
+                check_grid(maps, f"model's (at {self.explained.place})")
                 mine = masks if masks.ndim == 3 else masks[torch.arange(len(masks), device=masks.device), chosen]
                 annotated = mine.flatten(1).any(1)
                 counted, mine = weight * annotated, mine.where(annotated[:, None, None], torch.ones_like(mine))

@@ -130,7 +130,7 @@ def test_every_positive_class_is_guided_alike() -> None:
 def test_images_without_a_mask_are_not_guided() -> None:
     images, labels, masks = draw()
     alone = GuidanceLoss(cnn(), F.cross_entropy, example=images)
-    model = alone.model.student
+    model = alone.model
     alone(model(images), labels, masks * torch.tensor([1, 0, 0])[:, None, None])
     one = alone.parts["guidance"]
     alone(model(images[:1]), labels[:1], masks[:1])

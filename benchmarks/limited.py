@@ -9,7 +9,7 @@
     python -m benchmarks.limited --quick                       # a minute, to see that it runs; writes nothing
 
 A run that was stopped goes on where it was; `--fresh` begins anew. Teachers are trained on the train part's JPEG
-files, students from scratch with no label loss but in the arm `cross_entropy` and those that end in `_labels`. A seed
+files, students from scratch with no label loss but in the arms `cross_entropy`, `one_line` and `*_labels`. A seed
 decides the images, the first weights, the batches and every augmentation, so arms of one seed differ in their criterion
 alone: a frozen teacher has seen the images as they are, a live one sees each as it is augmented. Every arm's τ and λ
 are those of the highest mean accuracy on held-out images of the train part over two seeds that are not reported. The
@@ -159,7 +159,12 @@ def on_top_table(rows: list[Row]) -> str:
         for arm, (rival, _) in ON_TOP.items()
         for part in (rival, "e2kd_all" if arm in SIGNED_ARMS else "e2kd")
     ]
-    parts += [(arm, part) for arm, without in LABELLED.items() for part in ("kd_labels", without) if arm != part]
+    parts += [
+        (arm, part)
+        for arm, without in LABELLED.items()
+        for part in ("cross_entropy", "kd_labels", without)
+        if arm != part
+    ]
     pairs = [pair for pair in parts if set(pair) <= arms]
     body = [[f"{ARMS[arm]} less {ARMS[part]}", *gains(rows, arm, part, MEASURES)] for arm, part in pairs]
     return markdown_table(["", *MEASURES], body) if body else ""

@@ -33,7 +33,10 @@ SPARING = {
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
 UNDER_ALL = {"at": 1.0, "fitnets": 1.0, "afd": 5.0, "reviewkd": 25.0, "overhaul": 25.0}  # times a rival's own weight
 TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
-LABELLED = {f"{arm}_labels": arm for arm in ("kd", "e2kd", "e2kd_all")}  # with a label loss too, as in most trainers
+LABELLED = {  # with a label loss too, as in most trainers; what they are without
+    **{f"{arm}_labels": arm for arm in ("kd", "e2kd", "e2kd_all")},
+    "one_line": "e2kd",  # the README's first line, for λ = τ = 1
+}
 SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER, "e2kd_all_labels")
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
@@ -44,6 +47,7 @@ ARMS = (
     | EVERY_CLASS
     | TOGETHER
     | {arm: f"{(BASIC | EVERY_CLASS)[without]} + labels" for arm, without in LABELLED.items()}
+    | {"one_line": "e²KD + labels, defaults"}
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
     | {arm: f"e²KD from {start:.0%} to {stop:.0%}" for arm, (start, stop) in STRETCHES.items()}
 )
@@ -55,7 +59,7 @@ UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")
 EXPLAINED = (
-    "e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES, "e2kd_labels", "e2kd_all_labels",
+    "e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES, "e2kd_labels", "e2kd_all_labels", "one_line",
 )  # fmt: skip
 
 

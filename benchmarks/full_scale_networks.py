@@ -14,7 +14,7 @@ from e2kd.commands.models import BCOS, make_model, read_state
 from e2kd.explainers import CAM, BcosContributions, Explainer, GradCAM
 from e2kd.inspection import explain
 from e2kd.modes import timm_configuration
-from e2kd.teacher import Normalization, Teacher
+from e2kd.teacher import Asking, Normalization, Teacher
 
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNCHANGED: Normalization = ((0.0,) * 3, (1.0,) * 3)  # images in [0, 1], as B-cos networks take them
@@ -82,7 +82,7 @@ def asked(teacher: nn.Module, student: nn.Module, *, signed: bool = False) -> Te
     """The teacher, ready for the student's images; `signed` ones explain by `CAM`, unless a network is a B-cos one."""
     plain = signed and not is_bcos(teacher) and not is_bcos(student)
     theirs = CAM() if plain else explainers_of(student, teacher, None, None)[1]
-    return Teacher(teacher, theirs, normalization_of(teacher), normalization_of(student))
+    return Teacher(teacher, theirs, Asking(normalization_of(teacher), normalization_of(student)))
 
 
 def evidence(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

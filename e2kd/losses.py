@@ -35,7 +35,7 @@ from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
 from e2kd.tasks import nested, reported, task_loss
 from e2kd.taught import Taught, labels_of
-from e2kd.teacher import Normalization, Teacher
+from e2kd.teacher import Asking, Normalization, Teacher
 from e2kd.wrapping import Wrapping
 
 Distillation = Callable[[Tensor, Tensor], Tensor]
@@ -197,9 +197,9 @@ class E2KDLoss(Wrapping):
         self.task_weight = task_weight if task_weight is not None else float(criterion is not None)
         self.fraction, self.every, self.during, self.distillation = fraction, every, during, distillation
         # Not registered as submodules: neither belongs to the criterion's parameters, state or device.
-        settings = (teacher_normalization, input_normalization, teacher_size)
+        asking = Asking(teacher_normalization, input_normalization, teacher_size)
         if isinstance(teacher, Prepared):
-            check_prepared(teacher, explainer, classes, weight, (teacher_explainer, *settings))
+            check_prepared(teacher, explainer, classes, weight, (teacher_explainer, *asking))
             beside = teacher.explainer and explainer_beside(unwrap(student), teacher.explainer)
             self.explainer = explainer or beside or default_explainer(unwrap(student))
             self.teacher = teacher
@@ -207,7 +207,7 @@ class E2KDLoss(Wrapping):
             if not isinstance(teacher, str):
                 check_module(teacher, "teacher")
             self.explainer, theirs = explainers_of(student, teacher, explainer, teacher_explainer)
-            self.teacher = Teacher(teacher, theirs, *settings).beside(unwrap(student))
+            self.teacher = Teacher(teacher, theirs, asking).beside(unwrap(student))
         self.explained = StudentExplainer(unwrap(student), self.explainer, example, fraction)
         self.tap = self.explained.tap
         self.seed, self.step = torch.initial_seed(), 0
@@ -223,10 +223,7 @@ class E2KDLoss(Wrapping):
         """How a live teacher is asked and explained, as far as that was given."""
         if not isinstance(self.teacher, Teacher):
             return {}
-        asked = zip(
-            ("teacher_normalization", "input_normalization", "teacher_size"), self.teacher.settings, strict=True
-        )
-        told: dict[str, object] = {name: setting for name, setting in asked if setting is not None}
+        told = self.teacher.asking.said()
         theirs = self.teacher.explainer
         return told if shown(it=theirs) == shown(it=self.explainer) else {"teacher_explainer": theirs} | told
 

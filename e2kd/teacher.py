@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,34 +33,49 @@ INTEGERS = (
 )
 
 
+class Asking(NamedTuple):
+    """How a teacher is to be asked, in the words of the criteria's arguments; None where nothing was said.
+
+    Attributes:
+        teacher_normalization: (mean, std) the teacher expects; a timm model's own by default.
+        input_normalization: (mean, std) the images come in; None leaves the images as they are.
+        teacher_size: (H, W) or side the teacher expects; a timm model of fixed size tells it itself.
+    """
+
+    teacher_normalization: Normalization | None = None
+    input_normalization: Normalization | None = None
+    teacher_size: int | tuple[int, int] | None = None
+
+    def said(self) -> dict[str, object]:
+        """What was said.
+
+        >>> Asking(teacher_size=224).said()
+        {'teacher_size': 224}
+        """
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
 class Teacher:
     """A model that is asked for logits and explanations and never trained.
 
     Args:
         model: the teacher, or a timm name (created with its pretrained weights).
         explainer: how to explain it; None for a teacher that is never asked to.
-        normalization: (mean, std) the teacher expects; a timm model's own by default.
-        input_normalization: (mean, std) the images come in; None leaves the images as they are.
-        size: (H, W) or side the teacher expects; a timm model of fixed size tells it itself.
+        asking: how to ask it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module | str,
-        explainer: Explainer | None,
-        normalization: Normalization | None = None,
-        input_normalization: Normalization | None = None,
-        size: int | tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module | str, explainer: Explainer | None, asking: Asking | None = None) -> None:
         self.owned = isinstance(model, str)
         self.model = unwrap(_from_timm(model) if isinstance(model, str) else model)
         self.explainer = explainer
         self.ears: list[Ear] = []
-        self.settings = (normalization, input_normalization, size)
+        self.asking = asking = asking or Asking()
+        size = asking.teacher_size
         self.size = (size, size) if isinstance(size, int) else size or _fixed_size(self.model)
         self.channels, self.bcos = channels_of(self.model), is_bcos(self.model)
-        check_pairs(teacher_normalization=normalization, input_normalization=input_normalization)
-        self.given, self.wanted = input_normalization, expected_normalization(self.model, normalization)
+        wanted, self.given = asking.teacher_normalization, asking.input_normalization
+        check_pairs(teacher_normalization=wanted, input_normalization=self.given)
+        self.wanted = expected_normalization(self.model, wanted)
         self.checks, self.encoding = 0, False
 
     def beside(self, student: nn.Module) -> Teacher:
@@ -91,16 +107,16 @@ class Teacher:
     @property
     def unset(self) -> bool:
         """Whether nothing was said of how the model is to be asked."""
-        return all(setting is None for setting in self.settings)
+        return not self.asking.said()
 
     def follow(self, other: Teacher) -> None:
         """Ask the model as another teacher of it was told to."""
-        self.settings, self.size, self.given, self.wanted = other.settings, other.size, other.given, other.wanted
+        self.asking, self.size, self.given, self.wanted = other.asking, other.size, other.given, other.wanted
         self.encoding = other.encoding
 
     def serves(self, other: Teacher) -> bool:
         """Whether this one may answer in another's place: for the same model, asked in the same way."""
-        same = other.model is self.model and (other.unset or other.settings == self.settings)
+        same = other.model is self.model and (other.unset or other.asking == self.asking)
         return same and (other.explainer is None or other.explainer == self.explainer)
 
     def answer_for(self, other: Teacher) -> None:
@@ -185,8 +201,7 @@ class Teacher:
 
     def _integers(self, images: Tensor) -> Tensor:
         """Images that the networks themselves make floats of: nothing else can be done with them before."""
-        normalization, input_normalization, _ = self.settings
-        told = normalization is not None or input_normalization is not None
+        told = self.asking._replace(teacher_size=None).said()
         other_size = self.size is not None and tuple(images.shape[-2:]) != self.size
         if told or other_size or self.bcos:
             raise ValueError(INTEGERS.format(dtype=images.dtype))
@@ -194,14 +209,13 @@ class Teacher:
 
     def _check_normalization(self, given: Normalization | None) -> None:
         """Raise a ValueError where one normalisation was said and the other is not known: nothing would be done."""
-        wanted, said, _ = self.settings
-        if said is not None and self.wanted is None:
+        if self.asking.input_normalization is not None and self.wanted is None:
             raise ValueError(
                 "Expected to know what normalisation the teacher expects, since input_normalization= was given, but it "
                 "has no timm configuration. Pass teacher_normalization=(mean, std) too, or leave both out if the "
                 "teacher expects the images as they are."
             )
-        if wanted is not None and given is None:
+        if self.asking.teacher_normalization is not None and given is None:
             raise ValueError(
                 "Expected input_normalization=(mean, std) of your images beside teacher_normalization=, but got none. "
                 "Pass ((0.0,), (1.0,)) for images in [0, 1], or leave both out if the teacher expects the images as "

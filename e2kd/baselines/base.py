@@ -25,7 +25,7 @@ from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
 from e2kd.stages import Layers, Stage
 from e2kd.tasks import reported
-from e2kd.teacher import Normalization, Teacher
+from e2kd.teacher import Asking, Normalization, Teacher
 from e2kd.wrapping import Wrapping
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Baseline(Wrapping, ABC):
         self.weight, self.warmup, self.watch = weight, warmup, Watch()
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=_device(student)), warmup > 0)
         self._model = [unwrap(student)]  # in a list: neither network is a submodule
-        self.teacher = self._asked(teacher, (teacher_normalization, input_normalization, teacher_size))
+        self.teacher = self._asked(teacher, Asking(teacher_normalization, input_normalization, teacher_size))
         self.student_stages: list[Stage] = []
         self.teacher_stages: list[Stage] = []
         if choose is not None:
@@ -297,15 +297,15 @@ class Baseline(Wrapping, ABC):
         self.step += 1
         return self.weight * (self.step / self.warmup).clamp(max=1)
 
-    def _asked(self, teacher: nn.Module | str | Prepared, settings: tuple[Any, ...]) -> Teacher | Prepared:
+    def _asked(self, teacher: nn.Module | str | Prepared, asking: Asking) -> Teacher | Prepared:
         if isinstance(teacher, Prepared):
             if self.takes_features:
                 raise UnsupportedModel(FROZEN.format(name=type(self).__name__))
-            check_settled(settings)
+            check_settled(asking)
             return teacher
         if not isinstance(teacher, str):
             check_module(teacher, "teacher")
-        return Teacher(teacher, None, *settings).beside(self.student)
+        return Teacher(teacher, None, asking).beside(self.student)
 
     def _layers(self, example: Tensor | None) -> Pair:
         assert isinstance(self.teacher, Teacher)

@@ -14,7 +14,7 @@ from e2kd.explainers import Explainer, GradCAM
 from e2kd.lessons import Lesson
 from e2kd.modes import device_of, dtype_of, timm_configuration
 from e2kd.similarity import pooled
-from e2kd.teacher import Normalization, Teacher, expected_normalization
+from e2kd.teacher import Asking, Normalization, Teacher, expected_normalization
 
 LARGEST_MAP = 56  # side of stored maps: finer ones agree less with an augmented image's own map, at more bytes
 CHOICES = ("teacher", "labels", "all")
@@ -68,7 +68,7 @@ class Asked:
         self.explainer, self.classes, self.map_size = explainer, classes, map_size
         self.pixels = example.dtype == torch.uint8
         given = ((0.0,) * len(example), (1.0,) * len(example)) if self.pixels else None
-        self.teacher = Teacher(model, explainer or GradCAM(), normalization, given, size)
+        self.teacher = Teacher(model, explainer or GradCAM(), Asking(normalization, given, size))
         self.normalization = _expected(self.teacher.model, normalization, self.pixels)
         if size is None and self.teacher.size is None:
             self.teacher.size = _smaller(self.teacher.model, example)

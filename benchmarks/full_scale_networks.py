@@ -14,7 +14,8 @@ from e2kd.commands.models import BCOS, make_model, read_state
 from e2kd.explainers import CAM, BcosContributions, Explainer, GradCAM
 from e2kd.inspection import explain
 from e2kd.modes import timm_configuration
-from e2kd.teacher import Asking, Normalization, Teacher
+from e2kd.normalization import Normalization
+from e2kd.teacher import Asking, Teacher
 
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNCHANGED: Normalization = ((0.0,) * 3, (1.0,) * 3)  # images in [0, 1], as B-cos networks take them

@@ -15,7 +15,7 @@ from benchmarks.full_scale_layouts import unrelated
 from benchmarks.full_scale_presets import Recipe
 from benchmarks.limited_training import EXPLAINED, RIVALS
 from benchmarks.paired import Row
-from e2kd.teacher import Normalization
+from e2kd.normalization import Normalization
 
 WARMUP_FROM = 0.01  # of the learning rate
 READING_LABELS = ("cross_entropy", "dkd")

@@ -18,9 +18,10 @@ from e2kd.inspection import explain, explain_each
 from e2kd.logits import ONE_LOGIT
 from e2kd.losses import E2KDLoss
 from e2kd.modes import kept_buffers, kept_statistics, undrawn, unwrap
+from e2kd.normalization import Normalization, expected_normalization
 from e2kd.plans import Plan, plan_for
 from e2kd.similarity import is_zero
-from e2kd.teacher import Normalization, Teacher, expected_normalization
+from e2kd.teacher import Teacher
 
 WAYS = {
     "closed": "closed form (pooling and one linear layer)",

@@ -30,12 +30,13 @@ from e2kd.guards import (
 from e2kd.lessons import Lesson, Prepared, lesson_of
 from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
 from e2kd.modes import unwrap
+from e2kd.normalization import Normalization
 from e2kd.showing import shown
 from e2kd.similarity import at_least_float32, cosine, pooled
 from e2kd.student import StudentExplainer
 from e2kd.tasks import nested, reported, task_loss
 from e2kd.taught import Taught, labels_of
-from e2kd.teacher import Asking, Normalization, Teacher
+from e2kd.teacher import Asking, Teacher
 from e2kd.wrapping import Wrapping
 
 Distillation = Callable[[Tensor, Tensor], Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.bcos.images import channels_of, check_range, colours_of, decoded, encoded, encoder_of, is_bcos
+from e2kd.bcos.images import channels_of, check_range, decoded, encoded, encoder_of, is_bcos
 from e2kd.errors import taking_images
 from e2kd.explainers import Explainer, reads_images
 from e2kd.inspection import inspect
 from e2kd.lessons import Lesson
 from e2kd.listening import Ear, Heard, Place, hearing
-from e2kd.modes import as_computed, as_written, device_of, evaluating, timm_configuration, unwrap
+from e2kd.modes import as_computed, as_written, device_of, evaluating, unwrap
+from e2kd.normalization import Normalization, check_pairs, expected_normalization, rescaled
 from e2kd.outputs import logits_of
 from e2kd.similarity import at_least_float32
-
-Normalization = tuple[Sequence[float], Sequence[float]]
 
 FIRST_CHECKS = 3  # on an accelerator, batches that are looked at although that waits for the device
 OTHER_IMAGES = "Give its input size through teacher_size=, or use a teacher for images of this kind."
@@ -189,7 +188,7 @@ class Teacher:
         self._check_normalization(given)
         if self.encoding and self.wanted is not None:
             self._check(images, "student")
-        images = _rescaled(images, given, self.wanted)
+        images = rescaled(images, given, self.wanted)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             wide = at_least_float32(images)
             resized = F.interpolate(wide, self.size, mode="bilinear", align_corners=False, antialias=True)
@@ -263,51 +262,3 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     if not (isinstance(size, (tuple, list)) and getattr(patches, "strict_img_size", False)):
         return None
     return (int(size[0]), int(size[1]))
-
-
-def check_pairs(**normalizations: Normalization | None) -> None:
-    """Raise a ValueError for normalisations that are no pair of means and standard deviations."""
-    for name, pair in normalizations.items():
-        if pair is not None and (len(pair) != 2 or any(isinstance(v, (int, float, str)) for v in pair)):
-            raise ValueError(
-                f"Expected {name} to be (mean, std), a sequence of numbers each, such as ((0.5,) * 3, (0.5,) * 3), but "
-                f"got {pair!r}."
-            )
-
-
-def expected_normalization(model: nn.Module, given: Normalization | None) -> Normalization | None:
-    """(mean, std) that a model expects: what was said, else [0, 1] of B-cos networks and what timm's models know."""
-    if given is not None:
-        return given
-    if is_bcos(model):
-        return (0.0,) * colours_of(model), (1.0,) * colours_of(model)
-    configuration = timm_configuration(model)
-    mean, std = configuration.get("mean"), configuration.get("std")
-    if mean is None or std is None or len(mean) != channels_of(model):  # timm changes in_chans, not the configuration
-        return None
-    return mean, std
-
-
-def told_to(
-    teacher: nn.Module, given: Normalization | None, wanted: Normalization | None = None
-) -> Normalization | None:
-    """(mean, std) that images come in, where it is known what the teacher expects; else it gets them as they are."""
-    return None if expected_normalization(teacher, wanted) is None else given
-
-
-def _rescaled(images: Tensor, given: Normalization | None, wanted: Normalization | None) -> Tensor:
-    """Images from one normalisation to another; as they are where one is not known."""
-    if given is None or wanted is None:
-        return images
-    for name, values in {"input": given[0], "teacher": wanted[0]}.items():
-        if len(values) not in (1, images.shape[1]):
-            raise ValueError(
-                f"Expected {name}_normalization of one channel or of the images' {images.shape[1]}, but got "
-                f"{len(values)} means."
-            )
-    (mean_in, std_in), (mean, std) = (tuple(torch.tensor(v, dtype=torch.float64) for v in n) for n in (given, wanted))
-    scale, shift = std_in / std, (mean_in - mean) / std
-    if torch.allclose(scale, torch.ones_like(scale)) and torch.allclose(shift, torch.zeros_like(shift)):
-        return images
-    scale, shift = (v[:, None, None].to(images, non_blocking=True) for v in (scale, shift))  # one is for all channels
-    return images * scale + shift

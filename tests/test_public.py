@@ -34,7 +34,7 @@ LAYERS = [
     ["kernels", "showing"],
     ["embeddings", "modes"],
     ["similarity", "layout", "outputs", "regions", "bcos", "distance"],
-    ["objects", "warping", "kornia_stages"],
+    ["objects", "warping", "kornia_stages", "normalization"],
     ["logits", "comparing", "augment", "perturb", "localization"],
     ["probe", "probing", "explainers", "classes", "tasks"],
     ["choosing", "lessons", "listening"],

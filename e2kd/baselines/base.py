@@ -20,12 +20,13 @@ from e2kd.guards import check_batch, check_module, check_not_empty, check_settle
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
 from e2kd.modes import device_of, dtype_of, unwrap
+from e2kd.normalization import Normalization
 from e2kd.probing import example_images
 from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
 from e2kd.stages import Layers, Stage
 from e2kd.tasks import reported
-from e2kd.teacher import Asking, Normalization, Teacher
+from e2kd.teacher import Asking, Teacher
 from e2kd.wrapping import Wrapping
 
 if TYPE_CHECKING:

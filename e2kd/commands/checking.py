@@ -14,7 +14,7 @@ from e2kd.classes import choice_said
 from e2kd.commands.models import NAMES, make_model, taking_colours
 from e2kd.commands.numbers import count_said
 from e2kd.commands.photos import add_normalization, find_photos, normalization_of, normalized, read_photos
-from e2kd.teacher import Normalization, expected_normalization, told_to
+from e2kd.normalization import Normalization, expected_normalization, told_to
 
 CLASSES = 1000
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from e2kd.teacher import Normalization, expected_normalization
+from e2kd.normalization import Normalization, expected_normalization
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 

@@ -13,8 +13,9 @@ from e2kd.classes import choose, every_class
 from e2kd.explainers import Explainer, GradCAM
 from e2kd.lessons import Lesson
 from e2kd.modes import device_of, dtype_of, timm_configuration
+from e2kd.normalization import Normalization, expected_normalization
 from e2kd.similarity import pooled
-from e2kd.teacher import Asking, Normalization, Teacher, expected_normalization
+from e2kd.teacher import Asking, Teacher
 
 LARGEST_MAP = 56  # side of stored maps: finer ones agree less with an augmented image's own map, at more bytes
 CHOICES = ("teacher", "labels", "all")

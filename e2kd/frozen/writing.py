@@ -29,7 +29,7 @@ from e2kd.frozen.teacher import FrozenTeacher
 from e2kd.frozen.views import CanonicalView, view_of
 from e2kd.frozen.writer import Writer
 from e2kd.guards import check_explainers
-from e2kd.teacher import Normalization
+from e2kd.normalization import Normalization
 
 SMALL = 4096  # values of a map up to which 16 bits are not worth saving
 LARGEST_SHARD = 64_000_000  # bytes; freezing takes some six times as much memory

@@ -27,7 +27,7 @@ from torch import nn
 from e2kd.choosing import NAMED, explainers_asked
 from e2kd.classes import choice_said
 from e2kd.modes import unwrap
-from e2kd.teacher import expected_normalization
+from e2kd.normalization import expected_normalization
 from e2kd.trainers.timm.logs import Logs
 from e2kd.trainers.timm.replacing import replaced
 from e2kd.trainers.timm.task import E2KDTask

@@ -14,7 +14,7 @@ from e2kd.commands.models import make_model
 from e2kd.lessons import Prepared
 from e2kd.losses import E2KDLoss
 from e2kd.modes import unwrap
-from e2kd.teacher import expected_normalization, told_to
+from e2kd.normalization import expected_normalization, told_to
 from e2kd.trainers.averages import Averages
 
 RETURNED = ("task", "kd", "explanation")

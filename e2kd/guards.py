@@ -9,7 +9,7 @@ from torch.nn.modules.loss import _Loss
 from e2kd.errors import UnsupportedModel, check_temperature, check_weight, shape, warn_user
 from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
-from e2kd.logits import KDLoss, MultiLabelKDLoss
+from e2kd.logits import KDLoss, MultiLabelKDLoss, multilabel_kd_loss
 
 PROBABILITIES = (
     "look like probabilities: none is below 0, and each sample's sum to 1. Expected what comes before the softmax; "
@@ -42,10 +42,20 @@ def check_settings(
 
 
 def check_prepared(
-    teacher: Prepared, explainer: Explainer | None, classes: object, weight: float, settings: tuple[object, ...]
+    teacher: Prepared,
+    explainer: Explainer | None,
+    classes: object,
+    weight: float,
+    distillation: object,
+    settings: tuple[object, ...],
 ) -> None:
     """Raise a ValueError for settings that a frozen teacher decided when it was frozen."""
     check_settled(settings)
+    if is_multilabel(distillation) and not teacher.complete:
+        raise ValueError(
+            "Expected all logits of a multi-label teacher, but the cache holds the largest alone (top=): of the others "
+            "the sum of their softmax is known, which says nothing of their sigmoids. Freeze again without top=."
+        )
     if weight != 0 and not teacher.explains:
         raise ValueError(
             f"Expected explanations for weight={weight}, but the cache holds logits alone. Pass weight=0 for plain KD, "
@@ -61,6 +71,15 @@ def check_prepared(
             f"The cached maps explain classes={teacher.choice!r}, but the criterion was asked for {classes!r}. Pass "
             f"classes={teacher.choice!r}, or freeze again with the other choice."
         )
+
+
+def is_multilabel(distillation: object) -> bool:
+    """Whether logits are distilled as those of classes that don't exclude one another.
+
+    >>> is_multilabel(MultiLabelKDLoss()), is_multilabel(KDLoss())
+    (True, False)
+    """
+    return isinstance(distillation, MultiLabelKDLoss) or distillation is multilabel_kd_loss
 
 
 def check_settled(settings: tuple[object, ...]) -> None:

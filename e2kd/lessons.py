@@ -55,6 +55,10 @@ class Prepared(Protocol):
         """What a student is explained with to be compared with its maps; None where the user has to say."""
 
     @property
+    def complete(self) -> bool:
+        """Whether every logit is the teacher's own, and none the others' probability shared out evenly."""
+
+    @property
     def choice(self) -> Name:
         """Which class its maps explain, in the words of `E2KDLoss`: "teacher", "labels" or "all"."""
 

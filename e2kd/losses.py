@@ -24,11 +24,12 @@ from e2kd.guards import (
     check_not_empty,
     check_prepared,
     check_settings,
+    is_multilabel,
     warn_dead,
     warn_graph,
 )
 from e2kd.lessons import Lesson, Prepared, lesson_of
-from e2kd.logits import MultiLabelKDLoss, kd_loss, multilabel_kd_loss
+from e2kd.logits import kd_loss
 from e2kd.modes import unwrap
 from e2kd.normalization import Normalization
 from e2kd.showing import shown
@@ -200,7 +201,7 @@ class E2KDLoss(Wrapping):
         # Not registered as submodules: neither belongs to the criterion's parameters, state or device.
         asking = Asking(teacher_normalization, input_normalization, teacher_size)
         if isinstance(teacher, Prepared):
-            check_prepared(teacher, explainer, classes, weight, (teacher_explainer, *asking))
+            check_prepared(teacher, explainer, classes, weight, distillation, (teacher_explainer, *asking))
             beside = teacher.explainer and explainer_beside(unwrap(student), teacher.explainer)
             self.explainer = explainer or beside or default_explainer(unwrap(student))
             self.teacher = teacher
@@ -272,7 +273,7 @@ class E2KDLoss(Wrapping):
         return loss
 
     def _task(self, outputs: Any, targets: Any, options: dict[str, Any]) -> Tensor:
-        multilabel = isinstance(self.distillation, MultiLabelKDLoss) or self.distillation is multilabel_kd_loss
+        multilabel = is_multilabel(self.distillation)
         criterion = None if multilabel and nested(self.criterion)[-1] is None else self.criterion
         return task_loss(criterion, outputs, targets, self._labels(targets), multilabel=multilabel, **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from e2kd.errors import shape
 from e2kd.similarity import at_least_float32
 
+FORMS = ("XYXY", "XYWH", "CXCYWH")  # of torchvision's boxes
 SMALL = 8  # pixels: boxes of images no larger may well lie in the first one
 RELATIVE = (
     "Expected boxes in pixels of images {size}, but every coordinate is at most 1, as of boxes in shares of the image "
@@ -40,15 +41,15 @@ def box_masks(boxes: Boxes, size: tuple[int, int]) -> Tensor:
 
     Args:
         boxes: of every image, [n, 4] as left, top, right, bottom in pixels, right and bottom excluded
-            (torchvision's xyxy). Parts outside of the image are left out.
+            (torchvision's xyxy; its `BoundingBoxes` in any upright format). Parts outside of the image are left out.
         size: (H, W) of the images.
 
     Returns:
         [B, H, W] in [0, 1], float32 at least. Of several boxes on a pixel the one that covers most of it counts.
 
     Raises:
-        ValueError: for boxes of another form; for shares of the image in the place of pixels, which all lie in the
-            first one.
+        ValueError: for boxes of another form, or that say they are of images of another size; for shares of the image
+            in the place of pixels, which all lie in the first one.
 
     >>> box_masks([[[0, 0, 1.5, 1]], []], (2, 2))
     tensor([[[1.0000, 0.5000],
@@ -59,6 +60,7 @@ def box_masks(boxes: Boxes, size: tuple[int, int]) -> Tensor:
     """
     if isinstance(boxes, Tensor):
         raise ValueError(f"Expected a list with the boxes [n, 4] of every image, but got {shape(boxes.shape)}.")
+    _check_canvas(boxes, size)
     found = [_checked(some) for some in boxes]
     if min(size) > SMALL and any(map(len, found)) and all(bool((some <= 1).all()) for some in found):
         raise ValueError(RELATIVE.format(size=shape(size)))
@@ -73,7 +75,7 @@ def _checked(boxes: Tensor | Sequence[Sequence[float]]) -> Tensor:
     Traceback (most recent call last):
     ValueError: Expected boxes as left, ... NaN: [5.0, 5.0, 2.0, 2.0] is the first of them. ...
     """
-    found = torch.as_tensor(boxes)
+    found = torch.as_tensor(_as_corners(boxes))
     found = at_least_float32(found if found.is_floating_point() else found.float())
     if not found.numel():
         return found.view(0, 4)
@@ -86,6 +88,29 @@ def _checked(boxes: Tensor | Sequence[Sequence[float]]) -> Tensor:
             f"{found[bad][0].tolist()} is the first of them. Convert others with torchvision.ops.box_convert."
         )
     return found
+
+
+def _as_corners(boxes: Any) -> Any:
+    """torchvision's boxes, which say what their numbers mean, as left, top, right, bottom; others as they are."""
+    form = getattr(boxes, "format", None)
+    if form is None or not isinstance(boxes, Tensor):
+        return boxes
+    if form.value not in FORMS:
+        raise ValueError(f"Expected upright boxes, {', '.join(FORMS)}, but got {form.value}.")
+    from torchvision.ops import box_convert  # who has such boxes has torchvision
+
+    return box_convert(boxes.as_subclass(Tensor), form.value.lower(), "xyxy")
+
+
+def _check_canvas(boxes: Boxes, size: tuple[int, int]) -> None:
+    """Raise a ValueError for torchvision's boxes in pixels of images of another size."""
+    for some in boxes:
+        canvas = getattr(some, "canvas_size", size)
+        if tuple(canvas) != tuple(size):
+            raise ValueError(
+                f"Expected boxes in pixels of images {shape(size)}, but they say they are of images {shape(canvas)}. "
+                "Move them with their images: torchvision.transforms.v2.functional.resize."
+            )
 
 
 def _mask(boxes: Tensor, size: tuple[int, int]) -> Tensor:

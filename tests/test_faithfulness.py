@@ -20,6 +20,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import pairwise_cosine_similarity
 from torchvision.ops import box_area, box_convert, box_iou, masks_to_boxes
+from torchvision.tv_tensors import BoundingBoxes
 
 import e2kd
 from e2kd.bcos import AddInverse, explanation_mode
@@ -238,6 +239,17 @@ class TestBoxes:
             box_masks(boxes, (8, 8))
         with pytest.raises(ValueError, match="a label for every box"):
             by_class([torch.zeros(2, 4)], [torch.zeros(1)])
+
+    @pytest.mark.parametrize("form", ["XYXY", "XYWH", "CXCYWH"])
+    def test_of_torchvision_are_what_they_say(self, form: str) -> None:
+        corners = torch.tensor([[4.0, 6.0, 14.0, 10.0], [1.0, 1.0, 3.0, 4.0]])
+        numbers = box_convert(corners, "xyxy", form.lower())
+        boxes = BoundingBoxes(numbers, format=form, canvas_size=(20, 20))  # type: ignore[call-overload]
+        assert torch.equal(box_masks([boxes], (20, 20)), box_masks([corners], (20, 20)))
+        present = by_class([boxes], [torch.tensor([3, 5])])
+        assert torch.equal(torch.cat(present.boxes), corners)
+        with pytest.raises(ValueError, match=r"images \[40, 40\], but they say they are of images \[20, 20\]"):
+            box_masks([boxes], (40, 40))
 
     def test_by_class_takes_lists_as_box_masks_does(self) -> None:
         present = by_class([[[0, 0, 2, 2], [1, 1, 3, 3]], []], [[7, 2], []])

@@ -24,6 +24,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 import e2kd
 from e2kd.cli import main
 from e2kd.frozen.errors import CacheError
+from e2kd.frozen.planning import settings_of
 from e2kd.frozen.samples import names_of, transformed
 from e2kd.probing import example_images
 from e2kd.taught import labels_of
@@ -222,6 +223,47 @@ def test_top_logits_keep_the_probabilities(tmp_path: Path) -> None:
     stored = cache.rows(torch.arange(40)).logits.softmax(1)
     top = live.topk(2).indices
     torch.testing.assert_close(stored.gather(1, top), live.gather(1, top), rtol=1e-2, atol=1e-3)
+
+
+def test_the_largest_logits_alone_are_refused_where_classes_dont_exclude_one_another(tmp_path: Path) -> None:
+    cache = frozen(tmp_path / "top", top=2)
+    for distillation in (e2kd.MultiLabelKDLoss(), e2kd.multilabel_kd_loss):
+        with pytest.raises(ValueError, match="the cache holds the largest alone"):
+            e2kd.E2KDLoss(net(), cache, distillation=distillation)
+    e2kd.E2KDLoss(net(), frozen(tmp_path / "all"), distillation=e2kd.MultiLabelKDLoss())
+
+
+class Power:
+    """An explainer as the protocol allows it, no dataclass."""
+
+    layer = None
+
+    def __init__(self, exponent: int, formula: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        self.exponent, self.formula = exponent, formula
+
+    def __call__(self, features: Tensor, gradient: Tensor) -> Tensor:
+        return self.formula((features * gradient).sum(1, keepdim=True)) ** self.exponent
+
+
+def test_a_cache_knows_the_settings_of_ones_own_explainer(tmp_path: Path) -> None:
+    frozen(tmp_path, explainer=Power(1))
+    frozen(tmp_path, explainer=Power(1))
+    with pytest.raises(ValueError, match=r"other settings .*exponent=1.*exponent=3"):
+        frozen(tmp_path, explainer=Power(3))
+
+
+def test_settings_of_ones_own_explainer_are_the_same_in_every_process() -> None:
+    formula = lambda maps: maps.abs()  # noqa: E731
+    assert settings_of(Power(1, formula)).count("0x") == 0
+
+
+def test_ones_own_explainer_of_a_known_name_is_not_taken_for_that(tmp_path: Path) -> None:
+    own = type("GradCAM", (Power,), {})(2)
+    cache = frozen(tmp_path, explainer=own)
+    assert cache.explainer is None
+    with pytest.raises(ValueError, match="explainer of your own"):
+        e2kd.E2KDLoss(net(), cache)
+    e2kd.E2KDLoss(net(), cache, explainer=own)
 
 
 @pytest.mark.parametrize("map_type", ["float16", "int8", "uint8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from e2kd.choosing import KNOWN, explainer_named
-from e2kd.explainers import BcosContributions, BcosWeights, Explainer
+from e2kd.explainers import KINDS, BcosContributions, BcosWeights, Explainer
 from e2kd.frozen.asking import Asked
 from e2kd.frozen.fingerprints import hash_ids, hash_weights
 from e2kd.frozen.looks import thumbnail
@@ -18,6 +19,8 @@ from e2kd.frozen.samples import class_names_of, transformed
 from e2kd.frozen.sources import Source
 from e2kd.modes import dtype_of, timm_configuration
 from e2kd.plans import plan_for
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object in this process
 
 
 def plan_of(
@@ -71,11 +74,35 @@ def explainer_of(asked: Asked, example: Tensor) -> dict[str, Any] | None:
     if isinstance(explainer, (BcosWeights, BcosContributions)):
         resolution["resolution"] = explainer.resolution
     return resolution | {
-        "name": type(explainer).__name__,
-        "settings": repr(explainer) if is_dataclass(explainer) else type(explainer).__qualname__,
+        "name": _kind_of(explainer),
+        "settings": settings_of(explainer),
         "layer": None if site is None else site.layer,
         "map_size": list(asked.map_size),
     }
+
+
+def _kind_of(explainer: Explainer) -> str:
+    """What a cache calls an explainer: one of the user's own does not get the name of one of e2kd's."""
+    kind = type(explainer)
+    return f"own {kind.__qualname__}" if kind.__name__ in KNOWN and kind not in KINDS else kind.__name__
+
+
+def settings_of(explainer: Explainer) -> str:
+    """What tells an explainer from others of its class, whichever process says it.
+
+    >>> class Power:
+    ...     layer = None
+    ...     def __init__(self, exponent): self.exponent = exponent
+    ...     def __call__(self, features, gradient): return (features * gradient).sum(1, keepdim=True) ** self.exponent
+    >>> settings_of(Power(2))
+    'Power(exponent=2)'
+    """
+    if is_dataclass(explainer):
+        said = repr(explainer)
+    else:
+        settings = ", ".join(f"{name}={value!r}" for name, value in getattr(explainer, "__dict__", {}).items())
+        said = f"{type(explainer).__qualname__}({settings})"
+    return ADDRESS.sub("", said)
 
 
 def explainer_said(said: Mapping[str, Any]) -> Explainer:

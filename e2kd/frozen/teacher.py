@@ -94,6 +94,11 @@ class FrozenTeacher:
         return explainer_said({**explainer, "layer": None})
 
     @property
+    def complete(self) -> bool:
+        """Whether every logit is stored, and not the `top` largest alone."""
+        return self.store.record.top is None
+
+    @property
     def choice(self) -> Name:
         """Which class the maps explain: "teacher" (its top class), "labels" or "all"."""
         return cast(Name, self.plan["classes"])

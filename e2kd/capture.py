@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from e2kd.errors import shape
+from e2kd.errors import Misplaced, shape
 from e2kd.forward import Forward
 from e2kd.hooks import Hooks
 from e2kd.kernels import Within
@@ -35,8 +35,10 @@ NO_RECORD = (
     "output, as for mixed labels, call it once with soft labels. If the trainer runs a copy or another wrapper of the "
     "model, build the criterion with the module it trains. " + COMPILED
 )
-
-
+IN_BACKWARD = (
+    "The criterion was called inside of backward, as when a checkpoint around student and criterion runs both again. "
+    "Call it outside: loss = criterion(checkpoint(student, images, use_reentrant=False), targets)."
+)
 OVERWRITTEN = (
     "The images were changed in place after the student saw them and before the criterion was called, so the teacher "
     "would see different ones. Call the criterion before the next batch is written there, or give the student a copy."
@@ -140,6 +142,8 @@ class Tap:
         Raises:
             RuntimeError: when there was none.
         """
+        if _in_backward():
+            raise Misplaced(IN_BACKWARD)
         forward = self.take(logits)
         if forward is None:
             raise RuntimeError(NO_RECORD)
@@ -205,7 +209,7 @@ class Tap:
         if torch.compiler.is_compiling():
             self._begin(images_in(args, kwargs), compiled=True)
             return None
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes the forward inside backward
+        if _in_backward():  # a checkpoint recomputes the forward
             return None
         self.forwards = [forward for forward in self.forwards if forward.alive]
         images = images_in(args, kwargs)
@@ -275,6 +279,10 @@ def _forget_compiled() -> None:
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _differ(before: list[Tensor], after: list[Tensor]) -> bool:

@@ -23,6 +23,10 @@ class UnsupportedModel(ValueError):
     """A model that e2kd can't explain as asked; the message says what to do."""
 
 
+class Misplaced(RuntimeError):
+    """A criterion called where it can't work; never the fault of the network that runs at the time."""
+
+
 def warn_user(message: str, category: type[Warning] = NoEffectWarning) -> None:
     """Warn at the nearest line that is neither e2kd's nor torch's: the user's own, or that of their trainer.
 
@@ -113,7 +117,7 @@ def taking_images(who: str, model: object, images: Iterable[int], advice: str) -
     """
     try:
         yield
-    except (UnsupportedModel, torch.OutOfMemoryError):  # trainers look for the latter to make batches smaller
+    except (UnsupportedModel, Misplaced, torch.OutOfMemoryError):  # trainers make batches smaller after the last
         raise
     except REFUSALS as error:
         raise ValueError(

@@ -29,6 +29,7 @@ from frozen_worker import (
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import e2kd
 from e2kd.frozen import forecast
@@ -450,6 +451,24 @@ def test_file_systems_without_hard_links_will_do(cache: Path, tmp_path: Path, mo
         Writer(tmp_path / "a", settings(classes="labels"), RECORD)
     merge([tmp_path / "a"], tmp_path / "b")
     assert contents(tmp_path / "b") == contents(cache)
+
+
+def test_another_working_directory_changes_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(cache.parent)
+    store = Store(cache.name)
+    monkeypatch.chdir(tmp_path)
+    assert len(store.rows([0, 1]).classes) == 2
+
+
+def test_a_file_is_no_cache_and_no_place_for_one(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(CacheError, match="Expected a cache in"):
+        Store(file)
+    with pytest.raises(CacheError, match="Expected a folder to write the cache into"):
+        e2kd.freeze(nn.Linear(1, 1), TensorDataset(torch.zeros(1, 3, 8, 8)), file)
 
 
 # Merging

@@ -64,6 +64,11 @@ def watch(tracker: Tracker, student: nn.Module | None = None, **settings: Any) -
 
 
 class TestWhatIsLogged:
+    def test_no_name_is_that_of_a_criterions_part(self) -> None:
+        tracker, masks = Tracker(), torch.ones(16, 16, 16, dtype=torch.bool)
+        watch(tracker, masks=masks)(0)
+        assert not tracker.scalars[0][1].keys() & {f"e2kd/{name}" for name in e2kd.E2KDLoss.part_names}
+
     def test_scores_are_those_of_unicam(self) -> None:
         tracker = Tracker()
         watch(tracker)(0)
@@ -72,11 +77,11 @@ class TestWhatIsLogged:
         found = unicam(net(0), net(3), images(), LABELS, ["1", "3"])
         for name, layer in found.layers.items():
             for key, score in scores_of(layer.sums).items():
-                assert scalars[f"e2kd/{key}/{name}"] == pytest.approx(score.value, abs=1e-12)
-            assert scalars[f"e2kd/blank_distilled/{name}"] == layer.distilled.blank.double().mean().item()
-        assert scalars["e2kd/n"] == 16
-        assert scalars["e2kd/chance"] == e2kd.distance.null_spread(16)
-        assert scalars["e2kd/seconds"] > 0
+                assert scalars[f"e2kd/probe/{key}/{name}"] == pytest.approx(score.value, abs=1e-12)
+            assert scalars[f"e2kd/probe/blank_distilled/{name}"] == layer.distilled.blank.double().mean().item()
+        assert scalars["e2kd/probe/n"] == 16
+        assert scalars["e2kd/probe/chance"] == e2kd.distance.null_spread(16)
+        assert scalars["e2kd/probe/seconds"] > 0
 
     def test_answers_are_compared_with_the_teachers_else_the_bases(self) -> None:
         masks = torch.zeros(16, 16, 16, dtype=torch.bool)
@@ -88,12 +93,14 @@ class TestWhatIsLogged:
             theirs = e2kd.explain(teacher or net(3), images())
             mine = e2kd.explain(net(0), images(), theirs.classes)
             agreement = (mine.logits.argmax(1) == theirs.classes).double().mean().item()
-            assert scalars["e2kd/agreement"] == agreement
+            assert scalars["e2kd/probe/agreement"] == agreement
             cosines = e2kd.cosine(mine.maps, theirs.maps)
             alive = mine.maps.flatten(1).any(1) & theirs.maps.flatten(1).any(1)
-            assert scalars["e2kd/explanation_cosine"] == pytest.approx(cosines[alive].mean().item(), abs=1e-6)
-            assert scalars["e2kd/epg_student"] == pytest.approx(energy_on_mask(mine.maps, masks).nanmean().item())
-            assert scalars["e2kd/epg_reference"] == pytest.approx(energy_on_mask(theirs.maps, masks).nanmean().item())
+            assert scalars["e2kd/probe/explanation_cosine"] == pytest.approx(cosines[alive].mean().item(), abs=1e-6)
+            assert scalars["e2kd/probe/epg_student"] == pytest.approx(energy_on_mask(mine.maps, masks).nanmean().item())
+            assert scalars["e2kd/probe/epg_reference"] == pytest.approx(
+                energy_on_mask(theirs.maps, masks).nanmean().item()
+            )
 
     @pytest.mark.parametrize("kinds", [("bcos", "bcos"), ("bcos", "standard"), ("standard", "bcos")])
     def test_bcos_networks_beside_their_kind_and_beside_others(self, kinds: tuple[str, str]) -> None:
@@ -114,13 +121,15 @@ class TestWhatIsLogged:
         own = e2kd.explain(student, mine, other.classes, explainers[0])
         assert own.maps.shape[1] == other.maps.shape[1] == channels
         alike = e2kd.ExplanationLoss(reduction="none")(own.maps, other.maps)
-        assert scalars["e2kd/explanation_cosine"] == pytest.approx(1 - alike.mean().item(), abs=1e-5)
+        assert scalars["e2kd/probe/explanation_cosine"] == pytest.approx(1 - alike.mean().item(), abs=1e-5)
         whole = e2kd.BcosContributions(resolution=None)
         for name, kind, model, x in (("student", kinds[0], student, mine), ("reference", kinds[1], base, theirs)):
             explainer = explainers[0 if name == "student" else 1]
             places = whole if kind == "bcos" and channels == 6 else explainer
             maps = e2kd.explain(model, x, other.classes, places).maps
-            assert scalars[f"e2kd/epg_{name}"] == pytest.approx(energy_on_mask(maps, masks).nanmean().item(), abs=1e-5)
+            assert scalars[f"e2kd/probe/epg_{name}"] == pytest.approx(
+                energy_on_mask(maps, masks).nanmean().item(), abs=1e-5
+            )
 
     def test_regions_and_a_control_on_request(self) -> None:
         tracker = Tracker()
@@ -129,25 +138,27 @@ class TestWhatIsLogged:
         found = layer_features(net(0), net(3), images(), LABELS, ["1", "3"], regions=GradCAMRegions())
         control = layer_features(net(0), untrained(net(0)), images(), LABELS, ["1", "3"])
         for name in ("1", "3"):
-            assert scalars[f"e2kd/regions/fss/{name}"] == pytest.approx(scores_of(found[name].sums)["fss"].value)
-            assert scalars[f"e2kd/regions/n/{name}"] == found[name].rows.sum()
-            assert scalars[f"e2kd/fss_control/{name}"] == pytest.approx(scores_of(control[name].sums)["fss"].value)
+            assert scalars[f"e2kd/probe/regions/fss/{name}"] == pytest.approx(scores_of(found[name].sums)["fss"].value)
+            assert scalars[f"e2kd/probe/regions/n/{name}"] == found[name].rows.sum()
+            assert scalars[f"e2kd/probe/fss_control/{name}"] == pytest.approx(
+                scores_of(control[name].sums)["fss"].value
+            )
 
     def test_without_labels_there_is_no_relevance(self) -> None:
         tracker = Tracker()
         TransferMonitor(net(0), net(3), images(), tracker.log, layers=["3"])(0)
-        assert "e2kd/fss/3" in tracker.scalars[0][1]
+        assert "e2kd/probe/fss/3" in tracker.scalars[0][1]
         assert not any("rs_" in name for name in tracker.scalars[0][1])
 
     def test_pictures_show_images_and_maps(self) -> None:
         tracker = Tracker()
         watch(tracker, log_images=tracker.log_images, pictures=5)(0)
         ((_, pictures),) = tracker.pictures
-        assert set(pictures) == {"e2kd/explanations", "e2kd/unicam/1", "e2kd/unicam/3"}
+        assert set(pictures) == {"e2kd/probe/explanations", "e2kd/probe/unicam/1", "e2kd/probe/unicam/3"}
         for picture in pictures.values():
             assert picture.dtype == torch.uint8
             assert picture.shape == (3, 3 * 128 + 2 * 2, 5 * 128 + 4 * 2)
-        first = pictures["e2kd/unicam/3"][:, :128, :128].float() / 255
+        first = pictures["e2kd/probe/unicam/3"][:, :128, :128].float() / 255
         low, high = images()[:5].min(), images()[:5].max()
         shown = nn.functional.interpolate((images()[:1] - low) / (high - low), (128, 128), mode="bilinear")
         torch.testing.assert_close(first, shown[0], rtol=0, atol=1 / 255)
@@ -157,10 +168,10 @@ class TestWhatIsLogged:
         monitor = watch(tracker, same, every=1)
         with pytest.warns(UserWarning, match="no value for rs_distilled/1, .*differs from base by nothing but scale"):
             monitor(0)
-        assert "e2kd/rs_distilled/3" not in tracker.scalars[0][1]
-        assert math.isnan(monitor.latest["e2kd/rs_distilled/3"])
+        assert "e2kd/probe/rs_distilled/3" not in tracker.scalars[0][1]
+        assert math.isnan(monitor.latest["e2kd/probe/rs_distilled/3"])
         assert "nothing but scale" in monitor.reasons["rs_distilled/3"]
-        assert tracker.scalars[0][1]["e2kd/fss/3"] == pytest.approx(1, abs=1e-6)
+        assert tracker.scalars[0][1]["e2kd/probe/fss/3"] == pytest.approx(1, abs=1e-6)
         import warnings
 
         with warnings.catch_warnings():
@@ -249,8 +260,12 @@ class TestWhatIsLeftAlone:
         assert calls == ([] if change is None else ["base"])
         fresh = Tracker()
         TransferMonitor(net(0), base, (images(), LABELS), fresh.log, **watched)(0)
-        assert tracker.scalars[1][1]["e2kd/fss/3"] == pytest.approx(fresh.scalars[0][1]["e2kd/fss/3"], abs=1e-12)
-        assert (tracker.scalars[1][1]["e2kd/fss/3"] == tracker.scalars[0][1]["e2kd/fss/3"]) == (change is None)
+        assert tracker.scalars[1][1]["e2kd/probe/fss/3"] == pytest.approx(
+            fresh.scalars[0][1]["e2kd/probe/fss/3"], abs=1e-12
+        )
+        assert (tracker.scalars[1][1]["e2kd/probe/fss/3"] == tracker.scalars[0][1]["e2kd/probe/fss/3"]) == (
+            change is None
+        )
 
     def test_a_base_whose_maps_are_large_is_read_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("e2kd.monitor.probed.ROOM", 100)
@@ -276,7 +291,7 @@ class TestWhatIsLeftAlone:
         with torch.inference_mode():
             monitor.measure(0)
             found = e2kd.explain(model, images(), LABELS.clone())
-        assert tracker.scalars[0][1]["e2kd/agreement"] >= 0
+        assert tracker.scalars[0][1]["e2kd/probe/agreement"] >= 0
         assert torch.equal(found.maps, e2kd.explain(net(0), images(), LABELS).maps)
 
     def test_says_why_a_student_that_is_nan_has_no_cosine_and_no_agreement(self) -> None:
@@ -289,7 +304,7 @@ class TestWhatIsLeftAlone:
         for name in ("explanation_cosine", "zero_maps"):
             assert monitor.reasons[name] == "one of the two has maps that are NaN or infinite"
         assert monitor.reasons["agreement"] == "one of the two has logits that are NaN"
-        assert "e2kd/agreement" not in tracker.scalars[0][1]
+        assert "e2kd/probe/agreement" not in tracker.scalars[0][1]
 
     def test_a_student_that_is_nan_for_one_image_has_no_energy_on_the_objects(self) -> None:
         student = net(0)
@@ -297,9 +312,9 @@ class TestWhatIsLeftAlone:
         monitor = watch(Tracker(), student, masks=torch.ones(16, 16, 16, dtype=torch.bool))
         with pytest.warns(match="no value for"):
             monitor.measure(0)
-        assert math.isnan(monitor.latest["e2kd/epg_student"])
+        assert math.isnan(monitor.latest["e2kd/probe/epg_student"])
         assert monitor.reasons["epg_student"] == "its maps are NaN or infinite"
-        assert monitor.latest["e2kd/epg_reference"] == pytest.approx(1)
+        assert monitor.latest["e2kd/probe/epg_reference"] == pytest.approx(1)
 
     def test_works_around_a_compiled_student(self) -> None:
         student = torch.compile(net(0), backend="eager")
@@ -307,7 +322,7 @@ class TestWhatIsLeftAlone:
         watch(tracker, student)(0)
         plain = Tracker()
         watch(plain, net(0))(0)
-        assert tracker.scalars[0][1]["e2kd/fss/3"] == plain.scalars[0][1]["e2kd/fss/3"]
+        assert tracker.scalars[0][1]["e2kd/probe/fss/3"] == plain.scalars[0][1]["e2kd/probe/fss/3"]
 
 
 class TestBudget:
@@ -338,8 +353,8 @@ class TestBudget:
         with pytest.warns(UserWarning, match="no value for UniCAM, regions: skipped after max_seconds=1e-09"):
             monitor(0)
         scalars = tracker.scalars[0][1]
-        assert "e2kd/agreement" in scalars
-        assert "e2kd/fss/3" not in scalars
+        assert "e2kd/probe/agreement" in scalars
+        assert "e2kd/probe/fss/3" not in scalars
 
     def test_probes_come_later_where_they_would_cost_more_than_their_share(self) -> None:
         now = [0.0]
@@ -406,7 +421,7 @@ class TestBadInput:
         TransferMonitor(
             net(0), TinyViT().float(), (large, LABELS), tracker.log, base_images=images(), layers=[("3", "blocks.0")]
         )(0)
-        assert "e2kd/fss/3" in tracker.scalars[0][1]
+        assert "e2kd/probe/fss/3" in tracker.scalars[0][1]
 
 
 class TestTrackers:
@@ -419,9 +434,9 @@ class TestTrackers:
         TransferMonitor(net(0), net(3), (images(), LABELS), *to_tensorboard(writer), layers=["3"])(7)
         writer.close()
         events = EventAccumulator(str(tmp_path)).Reload()
-        (event,) = events.Scalars("e2kd/fss/3")
+        (event,) = events.Scalars("e2kd/probe/fss/3")
         assert event.step == 7
-        assert "e2kd/unicam/3" in events.Tags()["images"]
+        assert "e2kd/probe/unicam/3" in events.Tags()["images"]
 
     def test_accelerate_trackers_with_and_without_images(self) -> None:
         from accelerate.tracking import GeneralTracker
@@ -462,7 +477,7 @@ class TestTrackers:
         plain, pictures, board, aim = (tracker.seen for tracker in accelerator.trackers)
         assert len(plain) == 1
         assert plain[0][0] == 5
-        ((image,), batch, alone) = (seen[1][1]["e2kd/unicam/3"] for seen in (pictures, board, aim))
+        ((image,), batch, alone) = (seen[1][1]["e2kd/probe/unicam/3"] for seen in (pictures, board, aim))
         assert image.shape == (388, 1038, 3)
         assert batch.shape == (1, 3, 388, 1038)
         assert alone.shape == (388, 1038, 3)
@@ -474,9 +489,9 @@ class TestTrackers:
         monitor(0)
         monitor(1)
         rows = list(csv.DictReader((tmp_path / "scalars.csv").open()))
-        assert [row["step"] for row in rows if row["name"] == "e2kd/n"] == ["0", "1"]
+        assert [row["step"] for row in rows if row["name"] == "e2kd/probe/n"] == ["0", "1"]
         assert {path.name for path in tmp_path.glob("*.png")} == {
-            f"e2kd-{name}-0000000{step}.png" for name in ("explanations", "unicam-3") for step in (0, 1)
+            f"e2kd-probe-{name}-0000000{step}.png" for name in ("explanations", "unicam-3") for step in (0, 1)
         }
 
     def test_hugging_face_trainer(self, tmp_path: Path) -> None:
@@ -506,7 +521,9 @@ class TestTrackers:
         )
         trainer.add_callback(trainer_callback(monitor))
         trainer.train()
-        logged = [(row["step"], row["e2kd/fss/3"]) for row in trainer.state.log_history if "e2kd/fss/3" in row]
+        logged = [
+            (row["step"], row["e2kd/probe/fss/3"]) for row in trainer.state.log_history if "e2kd/probe/fss/3" in row
+        ]
         assert [step for step, _ in logged] == [1, 3]
         assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3]
         assert logged[0] != logged[1]
@@ -523,8 +540,8 @@ class TestTrackers:
                 monitor(epoch)
             utils.update_summary(epoch, {"loss": 1.0} | monitor.latest, None, file, write_header=epoch == 0)
         same, changed, cut = csv.DictReader(file.open())
-        assert float(same["train_e2kd/fss/3"]) == pytest.approx(1)
-        assert same["train_e2kd/rs_distilled/3"] == "nan" != changed["train_e2kd/rs_distilled/3"]
-        assert cut["train_e2kd/fss/3"] == "nan"
-        assert float(same["train_e2kd/agreement"]) == 1
-        assert float(cut["train_e2kd/seconds"]) > 0
+        assert float(same["train_e2kd/probe/fss/3"]) == pytest.approx(1)
+        assert same["train_e2kd/probe/rs_distilled/3"] == "nan" != changed["train_e2kd/probe/rs_distilled/3"]
+        assert cut["train_e2kd/probe/fss/3"] == "nan"
+        assert float(same["train_e2kd/probe/agreement"]) == 1
+        assert float(cut["train_e2kd/probe/seconds"]) > 0

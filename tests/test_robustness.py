@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from nets import cnn
 from reference import (
     CLASSES,
     Branching,
@@ -190,6 +191,15 @@ class HeadCheckpointed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(checkpoint(self.top, self.stem(images), use_reentrant=self.training))
+
+
+def test_a_checkpoint_around_student_and_criterion_is_refused() -> None:
+    for reentrant in (False, True):
+        student, x = cnn(), torch.rand(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+        criterion = e2kd.E2KDLoss(student, cnn(seed=1), nn.CrossEntropyLoss())
+        step = lambda images: criterion(student(images), torch.tensor([0, 1]))  # noqa: B023, E731
+        with pytest.raises(RuntimeError, match="a checkpoint around student and criterion"):
+            checkpoint(step, x, use_reentrant=reentrant).backward()
 
 
 def test_reentrant_checkpoint_around_target_and_pooling_is_refused() -> None:

@@ -491,11 +491,10 @@ def hf_trainer(made: Case, folder: Path, loss: Any, data: Any = None, **settings
     data = TensorDataset(made.images, made.targets) if data is None else data
     settings = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 0.1, "optim": "sgd"} | settings
     arguments = hf.TrainingArguments(
-        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, remove_unused_columns=False,
-        max_grad_norm=0.0, **{"save_strategy": "no"} | settings,
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, remove_unused_columns=False, max_grad_norm=0.0,
+        **{"save_strategy": "no", "logging_steps": 1} | settings,
     )  # fmt: skip
     student = getattr(loss, "student", None) or hf_student()
-    student = getattr(student, "student", student)  # an E2KDLoss holds it in another
     return hf.Trainer(
         student, arguments, train_dataset=data, eval_dataset=TensorDataset(made.images, made.targets),
         compute_loss_func=loss, data_collator=FrozenCollator(),
@@ -637,6 +636,19 @@ def test_a_criterion_may_be_the_next_trainers(tmp_path: Path) -> None:
     gc.collect()
     assert trainers[0]() is None
     assert error(gradients[1], gradients[0]) < 1e-4
+
+
+def test_the_first_log_of_a_training_has_nothing_of_the_training_before(tmp_path: Path) -> None:
+    made = case("cnn", batch=8)
+    criterion = e2kd.E2KDLoss(hf_convnext(), made.teacher)
+    trainer = hf_trainer(made, tmp_path, criterion, max_steps=3, logging_steps=2, learning_rate=0.0)
+    trainer.add_callback(callback := E2KDCallback(trainer))
+    trainer.train()
+    assert callback.averages.sums is not None, "of the third step, which was not logged"
+    callback.averages.sums += 1000
+    trainer.train()
+    logged = [entry["e2kd/kd"] for entry in trainer.state.log_history if "e2kd/kd" in entry]
+    assert logged[-1] == pytest.approx(logged[0], rel=1e-4)
 
 
 def test_a_method_alone_is_logged(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def monitored(*, sharded: bool) -> Result:
     watched, alone = train(True)
     pairs = zip(plain.parameters(), watched.parameters(), strict=True)
     apart = max((_local(a) - _local(b)).abs().max().item() for a, b in pairs)
-    last = logged[-1][1]["e2kd/fss/3"] if logged else 0.0
+    last = logged[-1][1]["e2kd/probe/fss/3"] if logged else 0.0
     return {
         "apart": apart,
         "steps": [step for step, _ in logged],

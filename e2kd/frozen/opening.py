@@ -11,6 +11,7 @@ from e2kd.frozen.manifest import MANIFEST, PLAN, missing_shards, read_manifest, 
 from e2kd.frozen.settings import Plan, differences
 
 REPAIR = "Run freeze again with the same arguments: it computes what is damaged or missing and keeps the rest."
+MISSING = (FileNotFoundError, NotADirectoryError)
 UNFINISHED = (
     "{folder} holds no complete cache: {what}. Either freeze has not finished: run it again with the same arguments, "
     "and it goes on where it stopped. Or processes wrote into folders of their own: bring these together with "
@@ -27,7 +28,7 @@ def complete_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = read_manifest(folder)
-    except FileNotFoundError as error:
+    except MISSING as error:
         raise _unfinished(folder) from error
     _check_plan_file(folder, manifest["plan"])
     missing = missing_shards(folder, manifest["plan"])
@@ -40,7 +41,7 @@ def stamp(folder: Path) -> tuple[int, ...] | None:
     """What changes when the manifest is written again; None without a manifest."""
     try:
         found = os.stat(folder / MANIFEST)
-    except FileNotFoundError:
+    except MISSING:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
@@ -49,7 +50,7 @@ def _unfinished(folder: Path) -> CacheError:
     """The error for a folder without a manifest."""
     try:
         plan = read_plan(folder)
-    except FileNotFoundError:
+    except MISSING:
         return CacheError(f"Expected a cache in {folder}, but it has neither {MANIFEST} nor {PLAN}. Was freeze run?")
     missing, count = missing_shards(folder, plan), shard_count(plan)
     what = f"{listed(missing)} ({len(missing)} of {count} shards) are missing" if missing else f"{MANIFEST} is missing"

@@ -48,7 +48,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path)
+        self.folder = Path(path).absolute()  # or it would be elsewhere after os.chdir
         self._stamp = stamp(self.folder)
         self.manifest: dict[str, Any] = complete_manifest(self.folder)
         self.plan: Plan = self.manifest["plan"]

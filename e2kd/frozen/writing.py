@@ -17,6 +17,7 @@ from e2kd.errors import warn_user
 from e2kd.explainers import Explainer
 from e2kd.frozen.asking import LARGEST_MAP, Answers, Asked
 from e2kd.frozen.encoding import Array
+from e2kd.frozen.errors import CacheError
 from e2kd.frozen.forecast import check_space
 from e2kd.frozen.looks import looks_of
 from e2kd.frozen.planning import plan_of
@@ -100,6 +101,7 @@ def freeze(
     FrozenTeacher(Sequential, 8 images, 5 classes, maps [1, 14, 14] float16)
     """
     check_explainers(explainer=explainer)
+    path = _folder(path)
     rank, world = _place(rank, world)
     names = list(ids) if ids is not None else names_of(dataset)
     if names is not None and len(names) != len(dataset):
@@ -111,7 +113,7 @@ def freeze(
     asked = Asked(teacher, first.image, how, classes, normalization, teacher_size, size)
     record = _record(asked, first, top, map_type, named=names is not None)
     rows = shard_rows or _shard_rows(len(dataset), record)
-    forecast = check_space(record, len(dataset), Path(path), world)
+    forecast = check_space(record, len(dataset), path, world)
     plan = plan_of(asked, source, first.image, record, rows, batch_size, given=ids is not None)
     writer = Writer(path, plan, record, rank=rank, world=world)
     todo = {shard: writer.rows(shard) for shard in writer.todo()}
@@ -123,6 +125,14 @@ def freeze(
     frozen = FrozenTeacher.open(path)
     _warn_dead(frozen)
     return frozen
+
+
+def _folder(path: str | Path) -> Path:
+    """Where the cache will be, whatever becomes of the working directory."""
+    folder = Path(path).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"Expected a folder to write the cache into, but {folder} is a file. Name another one.")
+    return folder
 
 
 def _place(rank: int | None, world: int | None) -> tuple[int, int]:

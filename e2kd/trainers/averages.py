@@ -60,8 +60,9 @@ class Averages:
         self.listen()
 
     def listen(self) -> None:
-        """Add up from now on; from the beginning an `Averages` does."""
+        """Add up from now on, with nothing of before; from the beginning an `Averages` does."""
         self.remove()
+        self.sums = None
         self.hook = self.criterion.register_forward_hook(self._add)
 
     def remove(self) -> None:

@@ -137,13 +137,27 @@ def test_cat_of_one_cell_is_refused() -> None:
         criterion(student(torch.rand(4, 3, 32, 32)), Y)
 
 
-def test_fitnets_says_when_its_regressor_does_not_fit(x: Tensor) -> None:
-    student = net(4, (1, 2, 2, 2))
-    criterion = FitNets(student, net(6, (2, 2, 2, 2)), CE)
-    with pytest.raises(ValueError, match=r"features of these images are \[16, 16\]\. Pass example=images"):
+@pytest.mark.parametrize("side", [32, 160])
+def test_fitnets_says_when_its_regressor_does_not_fit(side: int) -> None:
+    """Also where the kernel is not too large, but makes another grid than the teacher's."""
+    student, teacher, x = net(4, (1, 2, 2, 2)), net(6, (2, 2, 2, 2)), torch.rand(4, 3, side, side)
+    criterion = FitNets(student, teacher, CE)
+    found = rf"kernel \[57, 57\] was made from \[112, 112\] and \[56, 56\], but got \[{side // 2}, {side // 2}\] and"
+    with pytest.raises(ValueError, match=found + rf" \[{side // 4}, {side // 4}\]\. Pass example=images"):
         criterion(student(x), Y)
     criterion.remove()
-    FitNets(student, net(6, (2, 2, 2, 2)), CE, example=x)(student(x), Y).backward()
+    criterion = FitNets(student, teacher, CE, example=x)
+    criterion(student(x), Y).backward()
+    with pytest.raises(ValueError, match="Expected the regressor to bring the student's grid to the teacher's"):
+        criterion(student(torch.rand(4, 3, side + 16, side)), Y)
+
+
+@pytest.mark.parametrize("strides", [(1, 2, 2, 2), (2, 2, 2, 2), (1, 1, 2, 2)])
+def test_fitnets_of_one_cell_takes_images_of_any_size(strides: tuple[int, ...]) -> None:
+    student = net(4, strides)
+    criterion = FitNets(student, net(6, (1, 1, 2, 2)), CE)
+    for side in (32, 48):
+        criterion(student(torch.rand(4, 3, side, side)), Y).backward()
 
 
 def test_overhaul_takes_a_last_batch_of_one_image_with_one_cell() -> None:

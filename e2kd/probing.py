@@ -27,15 +27,30 @@ def example_images(model: nn.Module) -> Tensor | None:
     >>> example_images(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))).shape
     torch.Size([2, 3, 32, 32])
     """
+    return next(accepted_images(model), None)
+
+
+def accepted_images(model: nn.Module, *others: nn.Module) -> Iterator[Tensor]:
+    """Such images of each size that the model accepts; sizes in the configurations of others come after its own."""
     where = next(model.parameters(), None)
     if where is None or where.is_meta or any(map(is_lazy, chain(model.parameters(), model.buffers()))):
-        return None
+        return
     channels = channels_of(model)
     generator = torch.Generator().manual_seed(0)
-    for height, width in _sizes(model):
+    known = chain.from_iterable(map(_configured, (model, *others)))
+    for height, width in dict.fromkeys(chain(known, zip(SIZES, SIZES, strict=True))):
         images = torch.randn(2, channels, height, width, generator=generator).to(where.device, where.dtype)
-        if _runs(model, images):
-            return images
+        if refusal(model, images) is None:
+            yield images
+
+
+def refusal(model: nn.Module, images: Tensor) -> Exception | None:
+    """The error by which a model refuses images; None if it runs."""
+    try:
+        with _trying(model, images.device), torch.no_grad():
+            model(images)
+    except REFUSALS as error:
+        return error
     return None
 
 
@@ -46,23 +61,13 @@ def _trying(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _runs(model: nn.Module, images: Tensor) -> bool:
-    try:
-        with _trying(model, images.device), torch.no_grad():
-            model(images)
-    except REFUSALS:
-        return False
-    return True
-
-
-def _sizes(model: nn.Module) -> list[tuple[int, int]]:
+def _configured(model: nn.Module) -> list[tuple[int, int]]:
     known: list[Any] = [
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         (timm_configuration(model).get("input_size") or ())[1:],
         getattr(getattr(model, "config", None), "image_size", None),
     ]
-    sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in known if isinstance(s, int) or _is_pair(s)]
-    return list(dict.fromkeys([*sizes, *((s, s) for s in SIZES)]))
+    return [(s, s) if isinstance(s, int) else tuple(s) for s in known if isinstance(s, int) or _is_pair(s)]
 
 
 def _is_pair(value: Any) -> bool:

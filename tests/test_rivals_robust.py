@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,51 @@ def test_dropout_in_place_is_not_what_is_compared(x: Tensor) -> None:
         assert criterion(student(x)) == 0
 
 
+# Images to find layers with
+
+
+class OfOneSize(nn.Module):
+    """A ViT whose positions are those of one size of images."""
+
+    def __init__(self, side: int, told: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(side)
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.positions = nn.Parameter(torch.randn(1, (side // 8) ** 2, 16))
+        blocks = [nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(3)]
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(16, 5)
+        if told:
+            self.config = SimpleNamespace(image_size=side)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.patches(images).flatten(2).mT + self.positions).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("method", [AT, FitNets, Overhaul, AFD, ReviewKD, CATKD, CRD])
+@pytest.mark.parametrize("side", [32, 40])
+def test_layers_are_found_with_images_that_the_teacher_takes_too(method: Any, side: int) -> None:
+    student, teacher, x = net(4), OfOneSize(side, told=side == 40), torch.rand(4, 3, side, side)
+    criterion = method(student, teacher, CE)
+    assert criterion.teacher_stages[0].grid == ((1, 1) if method is CRD else (side // 8, side // 8))
+    targets = Indexed(Y, torch.arange(4), torch.full((4,), 4)) if method is CRD else Y
+    criterion(student(x), targets).backward()
+
+
+@pytest.mark.parametrize("settings", [{"example": torch.rand(2, 3, 40, 40)}, {"teacher_size": 40}])
+def test_a_teacher_that_takes_no_usual_size_is_named(settings: Any) -> None:
+    with pytest.raises(ValueError, match=r"both Sequential and its teacher OfOneSize.*size of tensor.*Pass example="):
+        AT(net(4), OfOneSize(40), CE)
+    student = net(4)
+    AT(student, OfOneSize(40), CE, **settings)(student(torch.rand(4, 3, 40, 40)), Y).backward()
+
+
+@pytest.mark.parametrize(("settings", "side"), [({"teacher_size": 32}, 224), ({}, 32)])
+def test_a_teacher_for_whom_images_are_resized_has_no_say(settings: Any, side: int) -> None:
+    criterion = AT(net(4), OfOneSize(32, told=True), CE, **settings)
+    assert criterion.student_stages[-1].grid == (side // 4, side // 4)
+
+
 # Terms
 
 
@@ -137,13 +183,27 @@ def test_cat_of_one_cell_is_refused() -> None:
         criterion(student(torch.rand(4, 3, 32, 32)), Y)
 
 
-def test_fitnets_says_when_its_regressor_does_not_fit(x: Tensor) -> None:
-    student = net(4, (1, 2, 2, 2))
-    criterion = FitNets(student, net(6, (2, 2, 2, 2)), CE)
-    with pytest.raises(ValueError, match=r"features of these images are \[16, 16\]\. Pass example=images"):
+@pytest.mark.parametrize("side", [32, 160])
+def test_fitnets_says_when_its_regressor_does_not_fit(side: int) -> None:
+    """Also where the kernel is not too large, but makes another grid than the teacher's."""
+    student, teacher, x = net(4, (1, 2, 2, 2)), net(6, (2, 2, 2, 2)), torch.rand(4, 3, side, side)
+    criterion = FitNets(student, teacher, CE)
+    found = rf"kernel \[57, 57\] was made from \[112, 112\] and \[56, 56\], but got \[{side // 2}, {side // 2}\] and"
+    with pytest.raises(ValueError, match=found + rf" \[{side // 4}, {side // 4}\]\. Pass example=images"):
         criterion(student(x), Y)
     criterion.remove()
-    FitNets(student, net(6, (2, 2, 2, 2)), CE, example=x)(student(x), Y).backward()
+    criterion = FitNets(student, teacher, CE, example=x)
+    criterion(student(x), Y).backward()
+    with pytest.raises(ValueError, match="Expected the regressor to bring the student's grid to the teacher's"):
+        criterion(student(torch.rand(4, 3, side + 16, side)), Y)
+
+
+@pytest.mark.parametrize("strides", [(1, 2, 2, 2), (2, 2, 2, 2), (1, 1, 2, 2)])
+def test_fitnets_of_one_cell_takes_images_of_any_size(strides: tuple[int, ...]) -> None:
+    student = net(4, strides)
+    criterion = FitNets(student, net(6, (1, 1, 2, 2)), CE)
+    for side in (32, 48):
+        criterion(student(torch.rand(4, 3, side, side)), Y).backward()
 
 
 def test_overhaul_takes_a_last_batch_of_one_image_with_one_cell() -> None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from e2kd.baselines.untrained import Watch
 from e2kd.bcos.images import as_encoded
 from e2kd.capture import Tap
-from e2kd.errors import UnsupportedModel, check_names, check_weight, warn_user
+from e2kd.errors import UnsupportedModel, check_names, check_weight, shape, warn_user
 from e2kd.forward import Forward
 from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
 from e2kd.modes import device_of, dtype_of, unwrap
 from e2kd.normalization import Normalization
-from e2kd.probing import example_images
+from e2kd.probing import accepted_images, refusal
 from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
 from e2kd.stages import Layers, Stage
@@ -52,6 +52,11 @@ FROZEN = (
 NO_EXAMPLE = (
     "No usual image size runs through {name}, so its layers can't be found. Pass example=images, a batch [B, C, H, W] "
     "as the student will be given."
+)
+NO_COMMON = (
+    "No usual image size runs through both {student} and its teacher {teacher}, so their layers can't be found. Of "
+    "images {images} the teacher says: {error}. Pass example=images, a batch [B, C, H, W] as the student will be "
+    "given, or the side of the teacher's as teacher_size=."
 )
 UNEQUAL = (
     "Expected as many layers of the student as of the teacher, but got {student} and {teacher}. Name those of both, "
@@ -154,13 +159,13 @@ class Baseline(Wrapping, ABC):
         warmup: steps over which the weight grows linearly from 0 to its value.
         input_normalization, teacher_normalization, teacher_size: as of `E2KDLoss`. Without any of them a criterion
             inside of another asks the teacher as the outer one does.
-        example: images [B, C, H, W] to find layers with; None makes noise of a usual size.
+        example: images [B, C, H, W] to find layers with; None makes noise of a usual size that runs through both.
 
     Raises:
         UnsupportedModel: when a layer is not there or returns no map, and for a frozen teacher, which has no features,
             unless the method takes none.
         TypeError: for networks that are no modules, and for the name of one layer in the place of a list.
-        ValueError: for settings outside their range, unequal numbers of named layers, and a student that no usual image
+        ValueError: for settings outside their range, unequal numbers of named layers, and networks that no usual image
             size runs through; its message says what to do.
 
     >>> class Means(Baseline):
@@ -311,12 +316,23 @@ class Baseline(Wrapping, ABC):
     def _layers(self, example: Tensor | None) -> Pair:
         assert isinstance(self.teacher, Teacher)
         student, model = self.student, self.teacher.model
-        if example is None and (noise := example_images(student)) is not None:
-            example = as_encoded(noise.sigmoid(), student)  # as B-cos networks take them, which others don't mind
-        if example is None:
+        refused = None
+        for images in self._examples(self.teacher) if example is None else [example]:
+            images = images[:2].to(_device(student), dtype_of(student))
+            prepared = self.teacher.prepared(images.to(_device(model)))
+            refused = refusal(model, prepared) if example is None else None
+            if refused is None:
+                return Pair(Layers(student, images), Layers(model, prepared))
+        if refused is None:
             raise ValueError(NO_EXAMPLE.format(name=type(student).__name__))
-        images = example[:2].to(_device(student), dtype_of(student))
-        return Pair(Layers(student, images), Layers(model, self.teacher.prepared(images.to(_device(model)))))
+        names = {"student": type(student).__name__, "teacher": type(model).__name__}
+        raise ValueError(NO_COMMON.format(**names, images=shape(prepared.shape), error=refused)) from refused
+
+    def _examples(self, teacher: Teacher) -> Iterator[Tensor]:
+        """Noise of every usual size that runs through the student."""
+        resized = teacher.size is not None  # whatever it is given
+        for noise in accepted_images(self.student, *([] if resized else [teacher.model])):
+            yield as_encoded(noise.sigmoid(), self.student)  # as B-cos networks take them, which others don't mind
 
     def _batch(self, forward: Forward, logits: Tensor, targets: Any) -> Batch:
         heard = self._ask(forward, targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from e2kd.baselines.base import Settings
 
 
-TOO_SMALL = (
-    "The regressor was made {kernel} for the images that the layers were found with, but the features of these images "
-    "are {grid}. Pass example=images, a batch [B, C, H, W] as the student will be given."
+OTHER_GRID = (
+    "Expected the regressor to bring the student's grid to the teacher's, for which its kernel {kernel} was made from "
+    "{made}, but got {found}. Pass example=images, a batch [B, C, H, W] of the size that the student will be given; "
+    "for images of several sizes name layers with one grid, layer= and teacher_layer=."
 )
 
 
@@ -30,9 +31,10 @@ class FitNets(Baseline):
 
     term = mean((r(student's features) - teacher's features)²), r the regressor: one convolution without padding whose
     kernel makes the student's grid the teacher's, 1x1 where the student's is no finer (the teacher's is then averaged
-    to it). The paper trains in two stages, the hint alone and then KD: `FitNets(student, teacher)` for some epochs,
-    then `E2KDLoss(student, teacher, criterion, weight=0)`. With a criterion both are learned together, as in later
-    comparisons (Tian et al. 2020), whose mean and weight these are.
+    to it). A larger kernel is for images of one size, that of `example`. The paper trains in two stages, the hint alone
+    and then KD: `FitNets(student, teacher)` for some epochs, then `E2KDLoss(student, teacher, criterion, weight=0)`.
+    With a criterion both are learned together, as in later comparisons (Tian et al. 2020), whose mean and weight these
+    are.
 
     Args:
         student, teacher, criterion: see `Baseline`.
@@ -42,7 +44,7 @@ class FitNets(Baseline):
 
     Raises:
         UnsupportedModel: when a named layer is not there or returns no map.
-        ValueError: in a step, for images on whose features the regressor does not fit; see `Baseline` for the rest.
+        ValueError: in a step, for images of a size for which the regressor was not made; see `Baseline` for the rest.
 
     >>> import torch
     >>> net = lambda width: nn.Sequential(
@@ -85,9 +87,17 @@ class FitNets(Baseline):
         """The regressor's error -> [].
 
         Raises:
-            ValueError: for images on whose features the regressor does not fit.
+            ValueError: for images of a size for which the regressor was not made.
         """
-        grid, kernel = batch.student[0].shape[2:], self.regressor.kernel_size
-        if any(side < width for side, width in zip(grid, kernel, strict=True)):
-            raise ValueError(TOO_SMALL.format(kernel=shape(kernel), grid=shape(grid)))
-        return F.mse_loss(*on_one_grid(self.regressor(batch.student[0]), batch.teacher[0]))
+        mine, theirs = batch.student[0], batch.teacher[0]
+        kernel = self.regressor.kernel_size
+        reached = tuple(1 + side - width for side, width in zip(mine.shape[2:], kernel, strict=True))
+        if kernel != (1, 1) and reached != theirs.shape[2:]:
+            made = _grids(self.student_stages[0].grid, self.teacher_stages[0].grid)
+            found = _grids(mine.shape[2:], theirs.shape[2:])
+            raise ValueError(OTHER_GRID.format(kernel=shape(kernel), made=made, found=found))
+        return F.mse_loss(*on_one_grid(self.regressor(mine), theirs))
+
+
+def _grids(mine: Iterable[int], theirs: Iterable[int]) -> str:
+    return f"{shape(mine)} and {shape(theirs)}"

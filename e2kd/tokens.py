@@ -17,7 +17,7 @@ def are_patches(layout: Layout, call: Call, found: Trace, model: nn.Module, know
     """Whether the tokens that a call returns lie on the grid of a layout.
 
     Clusters, parts, queries and the channels of a bilinear pooling may be a square number as well. Patches get fewer
-    with smaller images, so half of the images is looked at. Where a network takes no such images, the grid must be one
+    with smaller images, so the network is shown some, once. Where it takes none, or resizes them, the grid must be one
     that its convolutions have, or one to which tokens of such a grid are merged.
 
     Args:
@@ -30,9 +30,9 @@ def are_patches(layout: Layout, call: Call, found: Trace, model: nn.Module, know
     other = None if returned is None else _grid(returned, layout.prefix, smaller.image_size)
     if other is not None and other[0] * other[1] < grid[0] * grid[1]:
         return True
-    if returned is not None and (other != grid or not _resizes(found.shapes, smaller)):
-        return other == grid and _is_made_of_any(grid, found.shapes, smaller)
-    return _is_convolved(grid, found.shapes, may_be_merged=layout.prefix in (0, known))
+    if returned is None or _resizes(found.shapes, smaller):
+        return _is_convolved(grid, found.shapes, may_be_merged=layout.prefix in (0, known))
+    return other == grid and _is_made_of_any(grid, found.shapes, smaller)
 
 
 def _grid(shape: Shape, prefix: int, image_size: Grid) -> Grid | None:
@@ -41,7 +41,8 @@ def _grid(shape: Shape, prefix: int, image_size: Grid) -> Grid | None:
 
 def _resizes(shapes: Shapes, smaller: Shapes) -> bool:
     """Whether a network brings all images to one size before it looks at them, so that smaller ones tell nothing."""
-    return bool(shapes.convolved) and shapes.convolved == smaller.convolved
+    made, again = ({shape[1:] for shape in some.convolved} for some in (shapes, smaller))  # of fewer images
+    return bool(made) and made == again
 
 
 def _is_convolved(grid: Grid, shapes: Shapes, *, may_be_merged: bool) -> bool:

@@ -29,7 +29,7 @@ from benchmarks import (
     transfer_studies,
 )
 from benchmarks.common import RESULTS, ROOT, markdown_table
-from benchmarks.limited_training import ON_TOP, RIVALS
+from benchmarks.limited_training import ON_TOP, RIVALS, UNTAUGHT
 from benchmarks.paired import Row, tested, values
 from benchmarks.paired_tables import BETWEEN, chosen, gains, seeds
 from e2kd.demo import report
@@ -145,28 +145,32 @@ def few_images() -> str:
             *paired_tables.means(rows, arm, ["accuracy"]),
             *gains(rows, arm, "kd", ["accuracy"]),
             _weight(rows, arm),
-            "live or frozen" if _learns_from_a_cache(arm) else "live",
+            _teacher(arm),
         ]
         for arm in sorted(means, key=means.__getitem__)
     ]
     header = ["CIFAR-10, 50 images per class", "accuracy", "over KD", "weight", "teacher"]
     note = (
-        f"ResNet-20 students without label loss, of a ResNet-32 that has {100 * found['teacher']['test']:.1f} %: "
+        f"ResNet-20 students of a ResNet-32 that has {100 * found['teacher']['test']:.1f} %, without a label loss but "
+        "where it says labels: "
         f"percent of {10 * found['settings']['test_per_class']:,} test images, mean ± sd of {seeds(rows)}, differences "
-        f"{BETWEEN}. All at τ = {chosen(rows, 'kd')[0]}, weights chosen on validation images."
+        f"{BETWEEN}. All at τ = {chosen(rows, 'kd')[0]}, unless another is named; weights chosen without labels."
     )
     return f"{markdown_table(header, body)}\n\n{note}"
 
 
-def _learns_from_a_cache(arm: str) -> bool:
-    """Whether a frozen teacher can teach it, which keeps no features."""
-    return arm not in ON_TOP and not (arm in RIVALS and RIVALS[arm].takes_features)
+def _teacher(arm: str) -> str:
+    """Which teachers an arm can learn from: a frozen one keeps no features."""
+    if arm in UNTAUGHT:
+        return "none"
+    return "live" if arm in ON_TOP or (arm in RIVALS and RIVALS[arm].takes_features) else "live or frozen"
 
 
 def _weight(rows: list[Row], arm: str) -> str | None:
-    """The λ of an explanation term, or how many times its default weight a rival has."""
-    weight = chosen(rows, arm)[1]
-    return f"{weight} x default" if arm in RIVALS else weight and f"λ = {weight}"
+    """The λ of an explanation term, or how many times its default weight a rival has; τ where it is not KD's."""
+    temperature, weight = chosen(rows, arm)
+    other = f", τ = {temperature}" if temperature not in (None, chosen(rows, "kd")[0]) else ""
+    return f"{weight} x default" if arm in RIVALS else weight and f"λ = {weight}{other}"
 
 
 def explained_in_part() -> str:

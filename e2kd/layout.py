@@ -115,7 +115,9 @@ def layout_of(
     """
     if len(shape) == 4:
         return _layout_of_image(shape, image_size, prefer, convolved)
-    return next(iter(token_layouts(shape, image_size, prefix)), None)
+    if len(shape) == 3:
+        return _layout_of_tokens(shape[1], image_size, prefix)
+    return None
 
 
 def _layout_of_image(
@@ -131,20 +133,9 @@ def _layout_of_image(
     return Layout(prefer if prefer in fitting else fitting[0])
 
 
-def token_layouts(shape: tuple[int, ...], image_size: tuple[int, int], known: int | None = None) -> list[Layout]:
-    """The ways to read tokens [B, L, C] as a map of more than one cell, likely ones first: a number of tokens before
-    the patches that is known, one that leaves exactly the image's aspect ratio, few.
-
-    One value per token is none: that is how one-dimensional pools end, [B, C, 1].
-
-    >>> [(layout.prefix, layout.found[:2]) for layout in token_layouts((2, 65, 8), (64, 64))]
-    [(1, (8, 8)), (16, (7, 7))]
-    """
-    if len(shape) != 3 or shape[2] == 1:
-        return []
-    tokens = shape[1]
+def _layout_of_tokens(tokens: int, image_size: tuple[int, int], known: int | None) -> Layout | None:
     grids = {prefix: grid_of(tokens - prefix, image_size) for prefix in range(min(MAX_PREFIX, tokens - 2) + 1)}
     found = {prefix: grid for prefix, grid in grids.items() if grid is not None and grid[0] * grid[1] > 1}
-    inexact = {prefix: h * image_size[1] != w * image_size[0] for prefix, (h, w) in found.items()}
-    order = sorted(found, key=lambda prefix: (prefix != known, inexact[prefix], prefix))
-    return [Layout("NLC", prefix, (*found[prefix], *image_size)) for prefix in order]
+    exact = (prefix for prefix, (h, w) in found.items() if h * image_size[1] == w * image_size[0])
+    prefix = known if known in found else next(exact, next(iter(found), None))
+    return None if prefix is None else Layout("NLC", prefix, (*found[prefix], *image_size))

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from e2kd.hooks import Hooks
 from e2kd.outputs import first_tensor
-from e2kd.probe import Turn
+from e2kd.probe import CONVOLUTIONS, Turn
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,20 @@ def hearing(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[str, Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def convolving(model: nn.Module) -> Iterator[set[tuple[int, ...]]]:
+    """Inside, forwards add the shapes of what their convolutions return, [B, C, h, w]."""
+    shapes: set[tuple[int, ...]] = set()
+    hooks = Hooks()
+    try:
+        for module in model.modules():
+            if isinstance(module, CONVOLUTIONS):
+                hooks.after(module, lambda args, output: shapes.add(tuple(output.shape)))
+        yield shapes
+    finally:
+        hooks.remove()
 
 
 @dataclass(frozen=True)

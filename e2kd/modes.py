@@ -145,20 +145,6 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
             buffer.data.copy_(value)  # by data, so that a graph that holds it stays valid
 
 
-@contextmanager
-def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Attributes of all modules are afterwards what they were: some networks note the size of the images they saw last,
-    and fail or say something else for the next."""
-    kept = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for space, before in kept:
-            for name in space.keys() - before.keys():
-                del space[name]
-            space.update(before)
-
-
 def _can_change(buffer: Tensor | None) -> TypeGuard[Tensor]:
     return buffer is not None and not buffer.is_inference() and not is_sharded(buffer)
 

@@ -15,7 +15,8 @@ from e2kd.errors import UnsupportedModel, shape
 from e2kd.graph import before, between
 from e2kd.modes import evaluating, kept_buffers, undrawn
 from e2kd.outputs import first_tensor, logits_of
-from e2kd.shapes import Shapes, at_half_size, noting
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 
 CHANGES_IMAGES = (
     "{name} changes the images it is given in place, and everybody else who holds them would see others. Let its first "
@@ -80,26 +81,18 @@ class Trace:
     """The calls of one forward, in the order they ended.
 
     Attributes:
-        shapes: what all modules returned, also where the calls themselves were not kept.
-        smaller: the same for images of half the size, once somebody has asked.
+        convolved: the shapes of what convolutions and their norms returned, [B, C, h, w].
     """
 
     images: Tensor
     logits: Tensor
-    shapes: Shapes
     calls: list[Call] = field(default_factory=list)
     head_input: Tensor | None = None  # what timm's `forward_head` was given
-    smaller: Shapes | None = None
+    convolved: set[tuple[int, ...]] = field(default_factory=set)
 
     @property
     def image_size(self) -> tuple[int, int]:
         return (self.images.shape[-2], self.images.shape[-1])
-
-    def at_half_size(self, model: nn.Module) -> Shapes:
-        """What the modules of the model that was traced return for images of half the size; run once."""
-        if self.smaller is None:
-            self.smaller = at_half_size(model, self.images)
-        return self.smaller
 
     def call_at(self, turn: Turn) -> Call:
         """One of a module's calls."""
@@ -235,14 +228,14 @@ def trace(model: nn.Module, images: Tensor, *, jitter: float = 0.0) -> Trace:
     ):
         passed = images.clone()
         version = passed._version
-        size = (images.shape[-2], images.shape[-1])
-        with noting(model, size) as shapes, _recording(model, calls), _watching_head(model) as given:
+        with _recording(model, calls), _watching_head(model) as given:
             outputs = _run(model, passed, jitter)
         logits = _last(model, outputs)
         if passed._version != version:
             raise UnsupportedModel(CHANGES_IMAGES.format(name=type(model).__name__))
         head_input = first_tensor(given) if given and isinstance(given[-1], Tensor) else None
-        found = Trace(images, logits, shapes, calls, head_input)
+        made = (call.output for call in calls if isinstance(call.module, CONVOLUTIONS) and call.output is not None)
+        found = Trace(images, logits, calls, head_input, {tuple(output.shape) for output in made})
         _fill_gradients(found)  # still in eval mode: activation checkpointing runs parts of the forward again
     return found
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from e2kd.errors import UnsupportedModel, shape, unknown_layer
-from e2kd.layout import Layout, layout_of, token_layouts
+from e2kd.layout import Layout, layout_of
 from e2kd.probe import Call, Trace, Turn, trace
-from e2kd.tokens import are_patches
 
 ALIVE = 0.5  # share of a map's cells that must have a gradient
 EARLY = 0.25  # share of a network's calls that is too little for its features to explain it
@@ -88,7 +87,6 @@ def find_site(model: nn.Module, images: Tensor, layer: str | None = None) -> tup
         raise UnsupportedModel(NO_GRAPH.format(name=type(model).__name__))
     if not any(_alive(call, found, model) for call in found.calls):  # a zero-initialised head hides every gradient
         found = trace(model, images, jitter=JITTER)
-        found.smaller = plain.smaller
     call = _search(model, found) if layer is None else _named(model, found, layer)
     return _site(model, found, call), plain
 
@@ -101,10 +99,7 @@ def layout_in(call: Call, found: Trace, model: nn.Module) -> Layout | None:
     prefix = getattr(model, "num_prefix_tokens", None)
     known = prefix if isinstance(prefix, int) else None
     shape = tuple(call.output.shape)
-    if len(shape) == 3:
-        layouts = token_layouts(shape, found.image_size, known)
-        return next((layout for layout in layouts if are_patches(layout, call, found, model, known)), None)
-    return layout_of(shape, found.image_size, order, convolved=shape in found.shapes.convolved)
+    return layout_of(shape, found.image_size, order, known, convolved=shape in found.convolved)
 
 
 def _alive(call: Call, found: Trace, model: nn.Module) -> bool:

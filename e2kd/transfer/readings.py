@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from e2kd.distance import distance_matrix
 from e2kd.errors import check_batch_size, check_names
 from e2kd.explainers import GradCAM
-from e2kd.listening import Place, hearing
+from e2kd.listening import Place, convolving, hearing
 from e2kd.modes import as_computed, as_written, dtype_of, evaluating, kept_buffers, unwrap
 from e2kd.outputs import logits_of
 from e2kd.plans import plan_for
 from e2kd.probe import Call, Trace, Turn
-from e2kd.shapes import noting
 from e2kd.similarity import at_least_float32
 from e2kd.sites import first_name, layout_in, no_map
 
@@ -149,11 +148,11 @@ def _forward(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Te
         evaluating(model),
         as_written(model),
         kept_buffers(model.modules()),
-        noting(model, (images.shape[-2], images.shape[-1])) as shapes,
+        convolving(model) as convolved,
         hearing(model, set(places.values())) as heard,
     ):
         logits = logits_of(model(images))
-    found = Trace(images, logits, shapes)
+    found = Trace(images, logits, convolved=convolved)
     return at_least_float32(logits), {
         name: _maps(model, name, heard.get(place.key), found) for name, place in places.items()
     }
@@ -161,9 +160,7 @@ def _forward(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Te
 
 def _maps(model: nn.Module, name: str, output: Tensor | None, found: Trace) -> Tensor:
     """A layer's output as maps [n, C, h, w]."""
-    last = len(found.shapes.returned.get(name, ())) - 1
-    call = Call(name, model.get_submodule(name), (), output, index=last)
-    layout = None if output is None else layout_in(call, found, model)
+    layout = None if output is None else layout_in(Call(name, model.get_submodule(name), (), output), found, model)
     if output is None or layout is None:
         raise no_map(model, name, output, found, "Name one with spatial output through layers=.")
     return at_least_float32(layout.to_maps(output, found.image_size)).contiguous()

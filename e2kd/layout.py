@@ -115,7 +115,7 @@ def layout_of(
     """
     if len(shape) == 4:
         return _layout_of_image(shape, image_size, prefer, convolved)
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[2] > 1:  # one-dimensional pools end as [B, C, 1]
         return _layout_of_tokens(shape[1], image_size, prefix)
     return None
 

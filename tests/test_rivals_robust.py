@@ -374,3 +374,38 @@ def test_metrics_are_merged_and_restored(kind: str) -> None:
     restored.persistent(True)
     restored.load_state_dict(whole.state_dict())
     torch.testing.assert_close(restored.compute(), whole.compute())
+
+
+# What one-dimensional pools leave of tokens
+
+
+class Pooled(nn.Module):
+    """Tokens of a convolution, and a pool to [B, C, 1], as Hugging Face's Swin has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patches, self.last = nn.Conv2d(3, width, 16, 16), nn.LayerNorm(width)
+        self.pooler, self.fc = nn.AdaptiveAvgPool1d(1), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.last(self.patches(x).flatten(2).transpose(1, 2)).relu()
+        logits: Tensor = self.fc(self.pooler(tokens.transpose(1, 2)).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("width", [64, 96, 256, 1024])
+def test_what_a_pool_leaves_of_tokens_is_no_stage(width: int) -> None:
+    stages = AT(net(8), Pooled(width), example=torch.rand(2, 3, 128, 128)).teacher_stages
+    assert (stages[-1].grid, stages[-1].channels) == ((8, 8), width)
+
+
+@pytest.mark.parametrize("width", [24, 36, 64])
+def test_no_stage_of_hugging_faces_swin_is_its_pooler(width: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    configuration = transformers.SwinConfig(
+        image_size=64, embed_dim=width, depths=[1, 1, 1], num_heads=[1, 2, 4], window_size=4, num_labels=5
+    )
+    model = transformers.SwinForImageClassification(configuration).eval()
+    for method in (AT, FitNets):
+        stages = method(net(8), model, example=torch.rand(2, 3, 64, 64)).teacher_stages
+        assert "swin.pooler" not in [stage.place.turn.name for stage in stages]

@@ -99,7 +99,37 @@ def layout_in(call: Call, found: Trace, model: nn.Module) -> Layout | None:
     prefix = getattr(model, "num_prefix_tokens", None)
     known = prefix if isinstance(prefix, int) else None
     shape = tuple(call.output.shape)
-    return layout_of(shape, found.image_size, order, known, convolved=shape in found.convolved)
+    layout = layout_of(shape, found.image_size, order, known, convolved=shape in found.convolved)
+    return None if layout is not None and _pools(call, layout, found) else layout
+
+
+def _pools(call: Call, layout: Layout, found: Trace) -> bool:
+    """Whether a module made tokens of a map whose cells they can't be: no such number of cells fits the map's sides.
+
+    Clusters, parts or channels of a pooling may be a square number as well.
+    """
+    if layout.found is None:
+        return False
+    grid = layout.found[:2]
+    given = [_sides(x) for x in call.inputs if isinstance(x, Tensor) and x.ndim == 4 and x.shape != found.images.shape]
+    if not given or any(_fits(grid, sides) for each in given for sides in each):
+        return False
+    inside = (c.output for c in found.calls if c.name.startswith(f"{call.name}.") and c.output is not None)
+    return not any(grid in _sides(x) for x in inside if x.ndim == 4)
+
+
+def _sides(x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(h, w) of [B, C, h, w] and of [B, h, w, C]."""
+    return (x.shape[2], x.shape[3]), (x.shape[1], x.shape[2])
+
+
+def _fits(grid: tuple[int, int], sides: tuple[int, int]) -> bool:
+    """Whether as many patches, each of as many cells, cover a map, or the map's cells such a grid.
+
+    >>> _fits((7, 7), (14, 14)), _fits((8, 8), (14, 14))
+    (True, False)
+    """
+    return all(mine % whole == 0 or whole % mine == 0 for whole, mine in zip(grid, sides, strict=True))
 
 
 def _alive(call: Call, found: Trace, model: nn.Module) -> bool:

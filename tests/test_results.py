@@ -268,6 +268,17 @@ def test_rivals_that_see_kds_augmentations_are_as_good_as_with_their_own(arm: st
     assert abs(statistics.mean(now.values()) - statistics.mean(before.values())) < 0.01
 
 
+def test_e2kd_gains_as_much_beside_labels_and_the_defaults_less() -> None:
+    rows = tables.results("limited_standard_50_again")["rows"]
+    pairs = [("e2kd_labels", "kd_labels"), ("kd_labels", "kd"), ("e2kd_labels", "e2kd"), ("e2kd_labels", "one_line")]
+    found = [differences(rows, *pair, ["accuracy"])["accuracy"] for pair in pairs]
+    gain, labels, more, defaults = found
+    assert all(len(one["each"]) == 5 for one in found)
+    assert min(gain["interval"][0], defaults["interval"][0]) > 0
+    for none in (labels, more):
+        assert none["interval"][0] < 0 < none["interval"][1]
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

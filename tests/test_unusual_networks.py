@@ -415,3 +415,70 @@ def test_a_teacher_in_half_precision_is_given_other_sizes(dtype: torch.dtype) ->
     wanted = e2kd.E2KDLoss(student, teacher, teacher_size=24)(student(x))
     found = e2kd.E2KDLoss(student, copy.deepcopy(teacher).to(dtype), teacher_size=24)(student(x))
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.01)
+
+
+# Poolings whose outputs count up to a square
+
+
+class Bilinear(nn.Module):
+    """Bilinear pooling, [B, C, h, w] -> [B, C, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = x.flatten(2)
+        return cells @ cells.transpose(1, 2) / cells.shape[2]
+
+
+class Parts(nn.Module):
+    """Attention over the cells, [B, C, h, w] -> [B, parts, C]."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.score = nn.Conv2d(width, parts, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(x).flatten(2).softmax(2) @ x.flatten(2).transpose(1, 2)
+
+
+class Unfolded(nn.Module):
+    """Patches of 2 x 2 cells, [B, C, h, w] -> [B, h w / 4, C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.project(F.unfold(x, 2, stride=2).transpose(1, 2))
+        return tokens
+
+
+class Averaged(nn.Module):
+    """Tokens [B, L, C] -> [B, C]."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.mean(1)
+
+
+def with_head(pool: nn.Module, size: int) -> nn.Sequential:
+    """A trunk of 14 x 14 cells of 224 pixels, 16 channels, with a pooling of its own."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU(), nn.Conv2d(8, 16, 5, 4, 2), nn.ReLU())
+    return nn.Sequential(trunk, pool, nn.Flatten(), nn.Linear(size, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("pool", "size"),
+    [(Bilinear(), 16 * 16), (Parts(16, 16), 16 * 16), (Parts(16, 25), 25 * 16)],
+    ids=["bilinear", "16 parts", "25 parts"],
+)
+def test_what_a_pooling_returns_is_no_map_of_other_cells(pool: nn.Module, size: int) -> None:
+    model, x = with_head(copy.deepcopy(pool), size), torch.randn(2, 3, 224, 224)
+    assert e2kd.explain(model.eval(), x).maps.shape[2:] == (14, 14)
+    criterion = e2kd.E2KDLoss(model.train(), net(), nn.CrossEntropyLoss(), example=x)
+    criterion(model(x), torch.tensor([0, 1])).backward()
+    assert criterion.explained.place == "layer '0'"
+
+
+def test_tokens_of_a_maps_cells_are_a_map() -> None:
+    """Each is of 2 x 2 cells, by a function that no module tells of."""
+    model = with_head(nn.Sequential(Unfolded(16), nn.LayerNorm(16), Averaged()), 16)
+    assert e2kd.explain(model.eval(), torch.randn(2, 3, 224, 224)).maps.shape[2:] == (7, 7)

@@ -275,6 +275,9 @@ def test_e2kd_gains_as_much_beside_labels_and_the_defaults_less() -> None:
     gain, labels, more, defaults = found
     assert all(len(one["each"]) == 5 for one in found)
     assert min(gain["interval"][0], defaults["interval"][0]) > 0
+    alone = differences(rows, "one_line", "cross_entropy", ["accuracy"])["accuracy"]
+    assert len(alone["each"]) == 5
+    assert alone["interval"][0] > 0
     for none in (labels, more):
         assert none["interval"][0] < 0 < none["interval"][1]
 

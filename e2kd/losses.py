@@ -124,7 +124,8 @@ class E2KDLoss(Wrapping):
             network, and `BcosContributions()` for one beside a network of the other kind.
         teacher_explainer: the teacher's; None is the student's, or chosen in the same way where that was not given.
         similarity: (student maps, teacher maps) -> [B].
-        weight: λ, of the explanation term. The paper tries 1 to 10. `criterion.weight` may be set anew between steps.
+        weight: λ, of the explanation term. The paper tries 1 to 10; with few images 25 was best here, at temperature 4.
+            `criterion.weight` may be set anew between steps.
         kd_weight: of the logit term.
         task_weight: of the criterion; None is 1 with a criterion.
         temperature: τ. The paper tries 1 and 5.

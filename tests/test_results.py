@@ -222,6 +222,14 @@ def test_reviewkd_teaches_more_than_maps_of_all_classes() -> None:
     assert {row["weight"] for row in rows if row["arm"] == "reviewkd" and row["split"] == "test"} == {max(tried)}
 
 
+def test_reviewkd_is_ahead_in_bcos_networks_too() -> None:
+    rows = tables.results("limited_bcos_50")["rows"]
+    for base in ("kd", "e2kd"):
+        for gain in differences(rows, "reviewkd", base, limited.MEASURES).values():
+            assert len(gain["each"]) == 5
+            assert gain["interval"][0] > 0
+
+
 def test_reviewkd_teaches_more_with_maps_of_all_classes_at_the_same_weight() -> None:
     """Of rows that were replaced for other reasons: both drew the same layers, and so saw the same augmentations."""
     rows = [row for name in ("loose", "replaced") for row in tables.results(f"limited_{name}")["rows"]]
@@ -255,6 +263,7 @@ def test_the_overhaul_of_features_teaches_more_than_anything_else_and_maps_add_n
         "fitnets",
         "afd",
         "reviewkd",
+        "crd_e2kd",
         *(f"{name}_e2kd_all" for name in ("overhaul", "fitnets", "afd", "reviewkd")),
     ],
 )

@@ -37,7 +37,7 @@ LABELLED = {  # with a label loss too, as in most trainers; what they are withou
     **{f"{arm}_labels": arm for arm in ("kd", "e2kd", "e2kd_all")},
     "one_line": "e2kd",  # the README's first line, for λ = τ = 1
 }
-SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER, "e2kd_all_labels")
+SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER, *(arm for arm, without in LABELLED.items() if without in EVERY_CLASS))
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
@@ -59,7 +59,8 @@ UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")
 EXPLAINED = (
-    "e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES, "e2kd_labels", "e2kd_all_labels", "one_line",
+    "e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES,
+    *(arm for arm, without in LABELLED.items() if without != "kd"),
 )  # fmt: skip
 
 

@@ -152,9 +152,9 @@ def few_images() -> str:
     header = ["CIFAR-10, 50 images per class", "accuracy", "over KD", "weight", "teacher"]
     note = (
         f"ResNet-20 students of a ResNet-32 that has {100 * found['teacher']['test']:.1f} %, without a label loss but "
-        "where it says labels: "
-        f"percent of {10 * found['settings']['test_per_class']:,} test images, mean ± sd of {seeds(rows)}, differences "
-        f"{BETWEEN}. All at τ = {chosen(rows, 'kd')[0]}, unless another is named; weights chosen without labels."
+        f"where it says labels: percent of {10 * found['settings']['test_per_class']:,} test images, mean ± sd "
+        f"of {seeds(rows)}, differences {BETWEEN}. All at τ = {chosen(rows, 'kd')[0]}, unless another is "
+        "named; weights chosen without labels."
     )
     return f"{markdown_table(header, body)}\n\n{note}"
 

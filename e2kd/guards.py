@@ -11,6 +11,7 @@ from e2kd.explainers import Explainer, is_signed
 from e2kd.lessons import Prepared
 from e2kd.logits import KDLoss, MultiLabelKDLoss, multilabel_kd_loss
 
+EXAMPLE = "Pass images as it will be given through example=."
 PROBABILITIES = (
     "look like probabilities: none is below 0, and each sample's sum to 1. Expected what comes before the softmax; "
     "leave it out of the network and of the call"
@@ -120,6 +121,21 @@ def check_module(value: object, role: str, order: str = "student, teacher, crite
         )
     if isinstance(value, _Loss):
         raise TypeError(f"Expected the {role} to be a network, but got {type(value).__name__}. The order is {order}.")
+
+
+def check_example(example: object) -> None:
+    """Raise a TypeError or ValueError for what is no batch of images to find layers with; None is none."""
+    if example is None:
+        return
+    if not isinstance(example, Tensor):
+        raise TypeError(
+            f"Expected example to be images [B, C, H, W], but got {type(example).__name__}: {example!r:.60}."
+        )
+    if example.ndim != 4 or len(example) == 0:
+        raise ValueError(
+            f"Expected example to be a batch of images [B, C, H, W], but got {shape(example.shape)}. Pass images as "
+            "the student will be given."
+        )
 
 
 def check_not_empty(logits: Tensor) -> None:

@@ -18,9 +18,10 @@ from e2kd.capture import COMPILED, NO_RECORD, Tap
 from e2kd.errors import UnsupportedModel, shape, taking_images
 from e2kd.explainers import Explainer, shares_pass
 from e2kd.forward import Forward
+from e2kd.guards import EXAMPLE, check_example
 from e2kd.held import Holding, holding_of
 from e2kd.kernels import math_kernel
-from e2kd.modes import as_written, dtype_of
+from e2kd.modes import as_written, device_of, dtype_of
 from e2kd.narrow import NotNarrow
 from e2kd.passes import PassKeeper
 from e2kd.plans import Plan, plan_for
@@ -63,6 +64,7 @@ class StudentExplainer:
     """
 
     def __init__(self, student: nn.Module, explainer: Explainer, images: Tensor | None, fraction: float = 1.0) -> None:
+        check_example(images)
         self.student, self.explainer, self.fraction = student, explainer, fraction
         self.tap = Tap(student)
         self.plan: Plan | None = None
@@ -71,12 +73,14 @@ class StudentExplainer:
         self.last: str | None = None
         self.checks = 0
         self.parts: list[nn.Module] = []  # that run after the site
-        example = example_images(student) if images is None else images
-        self.noise = None if example is None or images is not None else shape(example.shape)  # that stood for images
+        noise = example_images(student) if images is None else None
+        self.noise = None if noise is None else shape(noise.shape)  # that stood for images
         weakref.finalize(self, self.tap.remove)
         try:
-            if example is not None:
-                self.prepare(example)
+            if images is not None:
+                self._prepare_on(images.to(device_of(student, images.device)), EXAMPLE)
+            elif noise is not None:
+                self.prepare(noise)
         except Exception:
             self.tap.remove()
             raise
@@ -95,14 +99,18 @@ class StudentExplainer:
     def meet(self, images: Tensor) -> None:
         """See the first images of the training before the student does: those that noise stood for."""
         self.tap.first = None
-        few = images[:2].to(dtype_of(self.student))
         if self.plan is None:
-            with taking_images("student", self.student, few.shape, ALONE):
-                self.prepare(few)
+            self._prepare_on(images, ALONE)
         elif self._outgrows_images((images.shape[-2], images.shape[-1])) and not is_any_sharded(self.student):
             with suppress(UnsupportedModel):  # what can't be explained may still be distilled; `view` will say so
-                self.prepare(few)
+                self.prepare(images[:2].to(dtype_of(self.student)))
                 self.noise = None
+
+    def _prepare_on(self, images: Tensor, advice: str) -> None:
+        """Find the site on images that the student may not take; then say so, and what to do."""
+        few = images[:2].to(dtype_of(self.student))
+        with taking_images("student", self.student, few.shape, advice):
+            self.prepare(few)
 
     def _outgrows_images(self, image_size: tuple[int, int]) -> bool:
         """Whether the layer was found on noise and may have one cell for images of a size (H, W)."""

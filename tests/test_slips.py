@@ -123,3 +123,37 @@ def test_explainers_print_as_caches_know_them() -> None:
     assert repr(e2kd.GradCAM("layer4")) == "GradCAM(layer='layer4')"
     assert repr(e2kd.BcosWeights((28, 28), "shared")) == "BcosWeights(resolution=(28, 28), passes='shared')"
     assert repr(e2kd.BcosContributions(np.int64(7))) == f"BcosContributions(resolution={np.int64(7)!r}, passes=None)"
+
+
+CRITERIA: list[Any] = [e2kd.E2KDLoss, AT, ReviewKD]
+
+
+@pytest.mark.parametrize("kind", CRITERIA)
+@pytest.mark.parametrize(
+    ("example", "error", "told"),
+    [
+        ("photo.jpg", TypeError, r"Expected example to be images \[B, C, H, W\], but got str"),
+        (X[0], ValueError, r"Expected example to be a batch of images \[B, C, H, W\], but got \[3, 16, 16\]"),
+        (X[:0], ValueError, r"a batch of images .* got \[0, 3, 16, 16\]"),
+        (X[:, :1], ValueError, r"The student Sequential can't take images \[2, 1, 16, 16\]: .* through example="),
+    ],
+)
+def test_what_is_no_example_of_images_is_refused(kind: Any, example: Any, error: type[Exception], told: str) -> None:
+    student = cnn()
+    with pytest.raises(error, match=told):
+        kind(student, cnn(8), nn.CrossEntropyLoss(), example=example)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+
+
+def test_an_example_that_the_teacher_refuses_is_told_of() -> None:
+    gray = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"The teacher Sequential can't take images \[2, 3, 16, 16\]: .*teacher_size="):
+        AT(cnn(), gray.double(), nn.CrossEntropyLoss(), example=X)
+
+
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_an_example_may_be_of_another_precision(kind: Any) -> None:
+    student = cnn().float()
+    criterion = kind(student, cnn(8).float(), nn.CrossEntropyLoss(), example=X)
+    criterion(student(X.float()), torch.arange(4) % 2).backward()
+    assert criterion.parts["loss"].isfinite()

@@ -10,7 +10,7 @@ a method trains are `criterion.parameters()`; see `Baseline`.
 from collections.abc import Callable
 
 from e2kd.baselines.attention import AT, attention
-from e2kd.baselines.base import Baseline, Batch
+from e2kd.baselines.base import Baseline
 from e2kd.baselines.class_attention import CATKD, class_activation_maps
 from e2kd.baselines.contrast import CRD, nce_loss
 from e2kd.baselines.decoupled import DKD, dkd_loss
@@ -18,6 +18,7 @@ from e2kd.baselines.hints import FitNets
 from e2kd.baselines.matching import AFD
 from e2kd.baselines.memory import IndexedDataset
 from e2kd.baselines.overhaul import Overhaul, partial_distance
+from e2kd.baselines.pairs import Batch
 from e2kd.baselines.review import ReviewKD, hierarchical_context_loss
 from e2kd.taught import Indexed
 

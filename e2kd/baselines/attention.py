@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.baselines.base import Baseline, Batch, Names
+from e2kd.baselines.base import Baseline
+from e2kd.baselines.pairs import Batch, Names
 from e2kd.errors import check_names
 from e2kd.similarity import pooled
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from e2kd.baselines.pairs import Batch, Pair
 from e2kd.baselines.untrained import Watch
 from e2kd.bcos.images import as_encoded
 from e2kd.capture import Tap
-from e2kd.errors import UnsupportedModel, check_names, check_weight, shape, warn_user
+from e2kd.errors import UnsupportedModel, check_weight, shape, taking_images, warn_user
 from e2kd.forward import Forward
-from e2kd.guards import check_batch, check_module, check_not_empty, check_settled
+from e2kd.guards import EXAMPLE, check_batch, check_example, check_module, check_not_empty, check_settled
 from e2kd.lessons import Prepared
 from e2kd.listening import Ear, Heard
 from e2kd.modes import device_of, dtype_of, unwrap
@@ -26,7 +26,7 @@ from e2kd.showing import shown
 from e2kd.similarity import at_least_float32
 from e2kd.stages import Layers, Stage
 from e2kd.tasks import reported
-from e2kd.teacher import Asking, Teacher
+from e2kd.teacher import OTHER_IMAGES, Asking, Teacher
 from e2kd.wrapping import Wrapping
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 
 Module = TypeVar("Module", bound=nn.Module)
-Names = Sequence[str] | None
-
 FROZEN = (
     "{name} compares features inside of teacher and student, and a frozen teacher keeps its logits and maps alone. "
     "Pass the live teacher. With the cache there are DKD, KD and e²KD: E2KDLoss(student, frozen, ...)."
@@ -57,10 +55,6 @@ NO_COMMON = (
     "No usual image size runs through both {student} and its teacher {teacher}, so their layers can't be found. Of "
     "images {images} the teacher says: {error}. Pass example=images, a batch [B, C, H, W] as the student will be "
     "given, or the side of the teacher's as teacher_size=."
-)
-UNEQUAL = (
-    "Expected as many layers of the student as of the teacher, but got {student} and {teacher}. Name those of both, "
-    "layers= and teacher_layers=, where one of them has not as many stages."
 )
 NO_PICKLE = (
     "{name} listens to its student in this process, so it can't be pickled or copied. Save the student and "
@@ -81,51 +75,6 @@ NOT_TOLD = (
     "The teacher ran, but some of its layers {layers}, which were found on other images, did not run this time. Name "
     "others through teacher_layers=, or pass example=images of the kind that you train with."
 )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a term is computed from.
-
-    Attributes:
-        student: maps [B, C, h, w] of the student's stages, with their graph.
-        teacher: those of the teacher's, without.
-        student_logits, teacher_logits: [B, K].
-        targets: as they came, with lessons or indices.
-        labels: the labels alone.
-    """
-
-    student: list[Tensor]
-    teacher: list[Tensor]
-    student_logits: Tensor
-    teacher_logits: Tensor
-    targets: Any
-    labels: Any
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Both networks' layers, to choose from."""
-
-    student: Layers
-    teacher: Layers
-
-    def stages(self, layers: Names, teacher_layers: Names, count: int = 4) -> tuple[list[Stage], list[Stage]]:
-        """As many stages of both, last with last; those that were named, where they were.
-
-        Raises:
-            TypeError: for one name in the place of a list.
-            ValueError: when other numbers of layers were named.
-        """
-        check_names(layers=layers, teacher_layers=teacher_layers)
-        count = len(layers or teacher_layers or ()) or count
-        mine = self.student.stages(count) if layers is None else self.student.named(layers)
-        theirs = self.teacher.stages(count) if teacher_layers is None else self.teacher.named(teacher_layers)
-        if len(mine) != len(theirs) and (layers is not None or teacher_layers is not None):
-            raise ValueError(UNEQUAL.format(student=len(mine), teacher=len(theirs)))
-        some = min(len(mine), len(theirs))
-        mine = mine if len(mine) == some else self.student.stages(some)
-        return mine, theirs if len(theirs) == some else self.teacher.stages(some)
 
 
 class Baseline(Wrapping, ABC):
@@ -314,13 +263,24 @@ class Baseline(Wrapping, ABC):
         return Teacher(teacher, None, asking).beside(self.student)
 
     def _layers(self, example: Tensor | None) -> Pair:
+        check_example(example)
         assert isinstance(self.teacher, Teacher)
-        student, model = self.student, self.teacher.model
+        return self._found(self.teacher) if example is None else self._found_on(example, self.teacher)
+
+    def _found_on(self, example: Tensor, teacher: Teacher) -> Pair:
+        images = example[:2].to(_device(self.student), dtype_of(self.student))
+        with taking_images("student", self.student, images.shape, EXAMPLE):
+            mine = Layers(self.student, images)
+        prepared = teacher.prepared(images.to(_device(teacher.model)))
+        with taking_images("teacher", teacher.model, prepared.shape, OTHER_IMAGES):
+            return Pair(mine, Layers(teacher.model, prepared))
+
+    def _found(self, teacher: Teacher) -> Pair:
+        student, model = self.student, teacher.model
         refused = None
-        for images in self._examples(self.teacher) if example is None else [example]:
-            images = images[:2].to(_device(student), dtype_of(student))
-            prepared = self.teacher.prepared(images.to(_device(model)))
-            refused = refusal(model, prepared) if example is None else None
+        for images in self._examples(teacher):
+            prepared = teacher.prepared(images.to(_device(model)))
+            refused = refusal(model, prepared)
             if refused is None:
                 return Pair(Layers(student, images), Layers(model, prepared))
         if refused is None:

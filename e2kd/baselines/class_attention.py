@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.baselines.base import Baseline, Batch, Pair
+from e2kd.baselines.base import Baseline
+from e2kd.baselines.pairs import Batch, Pair
 from e2kd.errors import UnsupportedModel
 from e2kd.explainers import GradCAM
 from e2kd.heads import is_plain_linear

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.baselines.base import Baseline, Batch, Pair
+from e2kd.baselines.base import Baseline
 from e2kd.baselines.memory import ContrastMemory
+from e2kd.baselines.pairs import Batch, Pair
 from e2kd.errors import check_temperature
 from e2kd.stages import Stage
 from e2kd.taught import Indexed

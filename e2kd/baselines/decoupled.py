@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e2kd.baselines.base import Baseline, Batch
+from e2kd.baselines.base import Baseline
+from e2kd.baselines.pairs import Batch
 from e2kd.errors import check_temperature, check_weight, shape
 from e2kd.lessons import Prepared
 from e2kd.logits import check_softmax

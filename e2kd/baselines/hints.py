@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2kd.baselines.attention import on_one_grid
-from e2kd.baselines.base import Baseline, Batch, Pair
+from e2kd.baselines.base import Baseline
+from e2kd.baselines.pairs import Batch, Pair
 from e2kd.errors import shape
 from e2kd.stages import Stage
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.baselines.attention import on_one_grid
-from e2kd.baselines.base import Baseline, Batch, Names, Pair
+from e2kd.baselines.base import Baseline
+from e2kd.baselines.pairs import Batch, Names, Pair
 from e2kd.errors import check_names
 from e2kd.stages import Stage
 

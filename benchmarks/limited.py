@@ -18,7 +18,7 @@ included: there τ and λ are chosen where the teacher is right more often than 
 out: an early run had shown their test rows before the largest λ were among the choices (limited_stopped.json).
 `--study again` changes the file alone: a teacher comes out the same on one machine, but differently on another, as that
 of the published rows did, and students beside that one need rows of their own. CRD's students saw other augmentations
-than KD's (limited_loose.json has more of that kind).
+than KD's in limited_standard_50.json (limited_loose.json has more of that kind).
 Results: benchmarks/results/limited_<family>_<images>.json.
 """
 

@@ -30,7 +30,9 @@ SPARING = {
     **{f"fraction_{n}": {"fraction": 1 / n} for n in (2, 4, 8)},
     **{f"every_{n}": {"every": n} for n in (2, 4, 8)},
 }
+SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
+DRAWN = {f"e2kd_{n}_of_all": {**SIGNED, "max_classes": n} for n in (1, 2)}
 UNDER_ALL = {"at": 1.0, "fitnets": 1.0, "afd": 5.0, "reviewkd": 25.0, "overhaul": 25.0}  # times a rival's own weight
 TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
 LABELLED = {  # with a label loss too, as in most trainers; what they are without
@@ -38,7 +40,6 @@ LABELLED = {  # with a label loss too, as in most trainers; what they are withou
     "one_line": "e2kd",  # the README's first line, for λ = τ = 1
 }
 SIGNED_ARMS = (*EVERY_CLASS, *TOGETHER, *(arm for arm, without in LABELLED.items() if without in EVERY_CLASS))
-SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}  # what these explain
 STRETCHES = {"stretch_20_50": (0.2, 0.5)}  # of the training: e²KD there, KD elsewhere
 ARMS = (
     BASIC
@@ -46,6 +47,7 @@ ARMS = (
     | {"crd_e2kd": "CRD + e²KD"}
     | EVERY_CLASS
     | TOGETHER
+    | {arm: f"{EVERY_CLASS['e2kd_all']}, {options['max_classes']} drawn" for arm, options in DRAWN.items()}
     | {arm: f"{(BASIC | EVERY_CLASS)[without]} + labels" for arm, without in LABELLED.items()}
     | {"one_line": "e²KD + labels, defaults"}
     | {arm: f"e²KD, {name}={value:g}" for arm, options in SPARING.items() for name, value in options.items()}
@@ -59,7 +61,7 @@ UNTAUGHT = ("cross_entropy", "unbiased")  # arms without a teacher
 INDEXED = ("crd", "crd_e2kd")  # need to know which samples they see
 FROZEN = ("frozen_kd", "frozen_e2kd", "frozen_e2kd_all")
 EXPLAINED = (
-    "e2kd", "frozen_e2kd", *EVERY_CLASS, *ON_TOP, *SPARING, *STRETCHES,
+    "e2kd", "frozen_e2kd", *EVERY_CLASS, *DRAWN, *ON_TOP, *SPARING, *STRETCHES,
     *(arm for arm, without in LABELLED.items() if without != "kd"),
 )  # fmt: skip
 
@@ -119,7 +121,7 @@ def settings_of(arm: str, steps: int) -> dict[str, Any]:
     if arm in STRETCHES:
         start, stop = STRETCHES[arm]
         return {"during": (round(start * steps), round(stop * steps))}
-    return dict(SPARING.get(arm, {}))
+    return dict((SPARING | DRAWN).get(arm, {}))
 
 
 def lessons_of(data: Data, images: Images, arm: str) -> tuple[e2kd.FrozenTeacher, Tensor, e2kd.Taught]:

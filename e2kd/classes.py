@@ -66,6 +66,24 @@ def equal_weights(classes: Tensor, logits: Tensor) -> Tensor:
     return torch.full_like(logits[:, :1], weight, dtype=_wide(logits)).expand(classes.shape)
 
 
+def drawn(classes: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Chosen:
+    """So many of every sample's classes [B, k], with weights [B, count] whose weighted sum is that of all in the mean.
+
+    Over a batch all classes come in turn, from a random beginning in a random order, so that each is explained for as
+    many samples as any other.
+
+    >>> classes, weights = every_class(torch.zeros(2, 4))
+    >>> found, heavier = drawn(classes, weights, 2, torch.Generator().manual_seed(0))
+    >>> sorted(found.flatten().tolist()), heavier
+    ([0, 1, 2, 3], tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]]))
+    """
+    batch, among = classes.shape
+    turns = torch.arange(batch * count).view(batch, count) % among
+    columns = torch.randperm(among, generator=generator)[turns].to(classes.device, non_blocking=True)
+    return classes.gather(1, columns), weights.gather(1, columns) * (among / count)
+
+
 def check_choice(choice: object) -> None:
     """Raise a ValueError for what `choose` does not know."""
     known = choice in NAMED or callable(choice)

@@ -110,14 +110,15 @@ def check(
     explainer: Explainer | None = None,
     teacher_explainer: Explainer | None = None,
     classes: Choice | None = None,
+    max_classes: int | None = None,
     input_normalization: Normalization | None = None,
     teacher_normalization: Normalization | None = None,
     teacher_size: int | tuple[int, int] | None = None,
 ) -> Report:
     """Try one e²KD step on images [B, C, H, W] and report layers, grids, zero maps, double backward, compile and cost.
 
-    Explainers, classes, normalisations and the teacher's size as for `E2KDLoss`; classes that depend on targets
-    ("labels", "positives") can't be tried.
+    Explainers, classes, how many are drawn of them, normalisations and the teacher's size as for `E2KDLoss`; classes
+    that depend on targets ("labels", "positives") can't be tried.
 
     Models, gradients, BatchNorm statistics, modes and random state are left as they were. Never raises for what a
     model can't do: that is what `problems` is for.
@@ -141,6 +142,7 @@ def check(
         try:
             criterion = E2KDLoss(
                 student, teacher, explainer=explainer, teacher_explainer=teacher_explainer, classes=classes,
+                max_classes=max_classes,
                 input_normalization=input_normalization, teacher_normalization=teacher_normalization,
                 teacher_size=teacher_size,
             )  # fmt: skip

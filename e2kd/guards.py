@@ -26,6 +26,7 @@ def check_settings(
     fraction: float,
     every: int,
     during: tuple[int, int] | None,
+    max_classes: int | None,
     resize: str | None,
 ) -> None:
     """Raise a ValueError for settings outside their range."""
@@ -38,6 +39,10 @@ def check_settings(
         raise ValueError(f"Expected every to be an integer >= 1, but got {every}. weight=0 switches explanations off.")
     if during is not None and (len(during) != 2 or any(step % 1 for step in during) or not 0 <= during[0] < during[1]):
         raise ValueError(f"Expected during to be (start, stop) in steps, 0 <= start < stop, but got {during}.")
+    if max_classes is not None and (isinstance(max_classes, bool) or not max_classes >= 1 or max_classes % 1):
+        raise ValueError(
+            f"Expected max_classes to be an integer >= 1, or None for all that classes= says, but got {max_classes}."
+        )
     if resize not in (None, "image"):
         raise ValueError(f'Expected resize to be None or "image", but got {resize!r}.')
 

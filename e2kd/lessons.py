@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from e2kd.classes import Name, every_class
@@ -21,7 +22,8 @@ class Lesson:
         logits: [B, K].
         explain: classes [B, k] and rows (indices of samples, None for all) -> maps [B, k, C, h, w]; None in a step
             that explains nothing. Asked once.
-        classes: the only classes there are maps of, [B, k]; None when any class can be explained.
+        classes: the only classes there are maps of, [B, k]; all of them or some are asked for. None when any class
+            can be explained.
         valid: share of each cell of the maps that is known, [B, 1, h, w]; None when all are.
     """
 
@@ -33,13 +35,16 @@ class Lesson:
 
 def lesson_of(taught: Taught, choice: Name) -> Lesson:
     """The lesson that came with the batch, whose maps explain the classes of a choice (see `Prepared`)."""
-    classes = every_class(taught.logits)[0] if choice == "all" else taught.classes[:, None]
+    known = every_class(taught.logits)[0] if choice == "all" else taught.classes[:, None]
 
     def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
-        maps = taught.maps if rows is None else taught.maps[rows]
-        return maps.reshape(len(maps), classes.shape[1], -1, *maps.shape[2:])
+        maps, wanted = (taught.maps, classes) if rows is None else (taught.maps[rows], classes[rows])
+        found = maps.unflatten(1, (known.shape[1], -1))
+        if wanted.shape[1] == known.shape[1]:
+            return found
+        return found[torch.arange(len(found), device=found.device)[:, None], wanted]
 
-    return Lesson(taught.logits, explain if taught.explains else None, classes, taught.valid)
+    return Lesson(taught.logits, explain if taught.explains else None, known, taught.valid)
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from e2kd.choosing import default_explainer, explainer_beside, explainers_of
-from e2kd.classes import Choice, check_choice, choose, equal_weights
+from e2kd.classes import Choice, Chosen, check_choice, choose, drawn, equal_weights
 from e2kd.comparing import Similarity, compare, compare_each
 from e2kd.errors import check_reduction
 from e2kd.explainers import Explainer, reads_images
@@ -44,7 +44,7 @@ Distillation = Callable[[Tensor, Tensor], Tensor]
 
 # What the repr of a criterion tells, always and where it is not the default.
 TOLD = ("weight", "kd_weight", "task_weight", "temperature", "classes", "explainer", "fraction", "every")
-USUAL = {"similarity": cosine, "during": None, "resize": None, "distillation": None}
+USUAL = {"similarity": cosine, "max_classes": None, "during": None, "resize": None, "distillation": None}
 
 SOMETIMES = ("cosine", "agreement")  # parts that are nan where nothing was explained or the teacher not asked
 NO_MAPS = (
@@ -132,13 +132,16 @@ class E2KDLoss(Wrapping):
         classes: what is explained: "teacher" (its top class), "labels", "positives" (multi-hot targets), "all",
             an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`). None:
             what a frozen teacher's maps explain, or "teacher" for a live one.
+        max_classes: of more classes than that, so many are explained for each sample, drawn anew in every step: an
+            unbiased estimate of the term. Saves time where each class takes a derivative of its own, as in networks
+            that read a class token, and with explainers of images; None explains them all.
         fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
             with explainers that need a pass of the whole network, such as `BcosWeights`.
         every: explain every k-th step, the term times k. The paper's code skips without that factor.
         during: (start, stop): explain only in the steps start <= step < stop of the training, a step being a call of
             this criterion. With explainers that need a pass of the whole network, explaining only while the learning
-            rate is high keeps most of the gain. The term is not rescaled. `every`, `fraction` and `during` count from 0
-            in a resumed process, unless you set `criterion.step`.
+            rate is high keeps most of the gain. The term is not rescaled. `every`, `max_classes`, `fraction` and
+            `during` count from 0 in a resumed process, unless you set `criterion.step`.
         resize: "image" compares maps at image size as the paper's code does; None on the student's grid.
         distillation: (student logits, teacher logits) -> []; None is `kd_loss` at `temperature`. Use
             `MultiLabelKDLoss()` for multi-label teachers.
@@ -180,6 +183,7 @@ class E2KDLoss(Wrapping):
         task_weight: float | None = None,
         temperature: float = 1.0,
         classes: Choice | None = None,
+        max_classes: int | None = None,
         fraction: float = 1.0,
         every: int = 1,
         during: tuple[int, int] | None = None,
@@ -191,11 +195,12 @@ class E2KDLoss(Wrapping):
         example: Tensor | None = None,
     ) -> None:
         super().__init__(criterion)
-        check_settings(weight, kd_weight, task_weight, temperature, fraction, every, during, resize)
+        check_settings(weight, kd_weight, task_weight, temperature, fraction, every, during, max_classes, resize)
         classes = _chosen(classes, teacher)
         check_module(student, "student")
         check_explainers(explainer=explainer, teacher_explainer=teacher_explainer)
         self.similarity, self.classes, self.resize = similarity, classes, resize
+        self.max_classes = None if max_classes is None else int(max_classes)
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
         self.task_weight = task_weight if task_weight is not None else float(criterion is not None)
         self.fraction, self.every, self.during, self.distillation = fraction, every, during, distillation
@@ -327,15 +332,22 @@ class E2KDLoss(Wrapping):
             "zero_maps": ((dead > 0.5 * total) & (total > 0)).sum(),
         }
 
-    def _choose(self, lesson: Lesson, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _choose(self, lesson: Lesson, labels: Tensor | None) -> Chosen:
         if lesson.classes is None:
-            return choose(self.classes, lesson.logits, labels)
-        return lesson.classes, equal_weights(lesson.classes, lesson.logits)
+            classes, weights = choose(self.classes, lesson.logits, labels)
+        else:
+            classes, weights = lesson.classes, equal_weights(lesson.classes, lesson.logits)
+        if self.max_classes is None or classes.shape[1] <= self.max_classes:
+            return classes, weights
+        return drawn(classes, weights, self.max_classes, self._draws(1))
+
+    def _draws(self, of: int) -> torch.Generator:
+        """Random numbers of a step, others for each purpose; the trainer's own stay what they were."""
+        return torch.Generator().manual_seed((self.seed + self.step + (of << 48)) % 2**63)
 
     def _rows(self, batch: int, device: torch.device) -> Tensor | None:
-        """Indices of the samples to explain, None for all; the trainer's own random numbers stay what they were."""
+        """Indices of the samples to explain, None for all."""
         if self.fraction == 1:
             return None
-        generator = torch.Generator().manual_seed((self.seed + self.step) % 2**63)
-        chosen = torch.randperm(batch, generator=generator)[: max(1, round(self.fraction * batch))]
+        chosen = torch.randperm(batch, generator=self._draws(0))[: max(1, round(self.fraction * batch))]
         return chosen.to(device, non_blocking=True)

@@ -110,11 +110,13 @@ def test_all_classes_are_tried_and_counted() -> None:
     for name in ("closed", "class_token"):
         student, teacher = pair(name)
         images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
-        reports = [e2kd.check(student, teacher, images, classes=classes) for classes in (None, "all")]
+        tried: list[dict[str, Any]] = [{}, {"classes": "all"}, {"classes": "all", "max_classes": 1}]
+        reports = [e2kd.check(student, teacher, images, **classes) for classes in tried]
         assert all(report.ok for report in reports), reports
         costs[name] = [report.cost for report in reports]
     assert costs["closed"][1] == pytest.approx(costs["closed"][0], rel=0.05)
     assert costs["class_token"][1] > 1.5 * costs["class_token"][0]
+    assert costs["class_token"][2] == pytest.approx(costs["class_token"][0], rel=0.01)
 
 
 def test_a_softmax_at_the_end_is_a_problem_and_other_statistics_a_note() -> None:

@@ -39,6 +39,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
         ("check", "--size", "-3", "a whole number from 1"),
         ("check", "--size", "0", "a whole number from 1"),
         ("check", "--num-classes", "-3", "a whole number from 1"),
+        ("check", "--max-classes", "0", "a whole number from 1"),
         ("freeze", "--num-classes", "0", "a whole number from 1"),
         ("freeze", "--teacher-size", "0", "a whole number from 1"),
         ("freeze", "--shard-rows", "0", "a whole number from 1"),

@@ -152,6 +152,33 @@ def test_a_cache_of_all_classes_is_asked_for_all(tmp_path: Path, fraction: float
     assert cache.verify(net(), dataset, rows=8).ok
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("explainer", [e2kd.CAM(), e2kd.InputGradient()], ids=repr)
+def test_classes_are_drawn_from_a_cache_as_from_a_live_teacher(
+    tmp_path: Path, explainer: e2kd.Explainer, fraction: float
+) -> None:
+    teacher, dataset, student = net(), pixels(), net(seed=3)
+    cache = frozen(tmp_path, dataset, teacher, explainer=explainer, classes="all")
+    images, taught = batch(dataset, cache)
+    seen: list[torch.Tensor] = []
+
+    def recorded(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        seen.append(theirs)
+        return e2kd.cosine(mine, theirs)
+
+    settings: dict[str, Any] = {"classes": "all", "max_classes": 2, "fraction": fraction, "similarity": recorded}
+    for source, targets in ((teacher, taught.labels), (cache, taught)):
+        own = {"explainer": explainer} if source is teacher else {}
+        criterion = e2kd.E2KDLoss(student, source, **settings, **own)
+        criterion.seed = 0
+        criterion(student(images / 255), targets)
+    live, cached = seen
+    assert len(live) == fraction * len(images) * 2
+    if live.shape != cached.shape:  # cached maps of images are averaged over cells
+        live = torch.nn.functional.adaptive_avg_pool2d(live, cached.shape[-2:])
+    assert e2kd.cosine(cached, live).min() > 0.999
+
+
 LIVE = [("teacher", None), ("labels", None), ("all", e2kd.CAM()), ("all", e2kd.InputGradient())]
 
 

@@ -176,6 +176,56 @@ def test_fraction_is_an_unbiased_estimate(x: Tensor) -> None:
     assert abs(values.mean() - whole) < 4 * values.std() / 200**0.5
 
 
+DRAWN: list[dict[str, Any]] = [
+    {"classes": "all"},
+    {"classes": 3, "explainer": e2kd.LayerCAM()},
+    {"classes": lambda logits, _: (torch.arange(4)[None], torch.tensor([[0.5, -1.0, 0.0, 2.0]]))},
+]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("settings", DRAWN, ids=["all", "top", "own"])
+def test_drawn_classes_are_an_unbiased_estimate(settings: dict[str, Any], count: int, x: Tensor) -> None:
+    student, teacher = models()
+    whole = e2kd.E2KDLoss(student, teacher, kd_weight=0, example=x, **settings)
+    some = e2kd.E2KDLoss(student, teacher, kd_weight=0, example=x, max_classes=count, **settings)
+    state, parameters = torch.get_rng_state(), [p for p in student.parameters() if p.ndim > 1]
+    wanted = whole(student(x))
+    gradient = torch.autograd.grad(wanted, parameters, allow_unused=True)[0]
+    losses = [some(student(x)) for _ in range(200)]
+    gradients = torch.stack([torch.autograd.grad(loss, parameters, allow_unused=True)[0] for loss in losses])
+    values = torch.stack(losses).detach()
+    assert values.std() > 0
+    assert abs(values.mean() - wanted) < 4 * values.std() / 200**0.5
+    assert ((gradients.mean(0) - gradient).abs() <= 5 * gradients.std(0) / 200**0.5 + 1e-12).all()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("explainer", [e2kd.CAM(), e2kd.GradCAM(), e2kd.InputGradient()], ids=repr)
+def test_each_class_is_drawn_for_as_many_samples(explainer: e2kd.Explainer, x: Tensor) -> None:
+    """Of one image, twice, every class is explained once by two for each: the loss of all, to the last digit."""
+    student, teacher = models()
+    twice = x[:1].repeat(2, 1, 1, 1)
+    settings: dict[str, Any] = {"kd_weight": 0, "classes": "all", "explainer": explainer, "example": x}
+    wanted = e2kd.E2KDLoss(student, teacher, **settings)(student(twice))
+    some = e2kd.E2KDLoss(student, teacher, max_classes=2, **settings)
+    for _ in range(5):
+        torch.testing.assert_close(some(student(twice)), wanted, rtol=1e-10, atol=1e-12)
+    enough = e2kd.E2KDLoss(student, teacher, max_classes=4, **settings)
+    assert torch.equal(enough(student(twice)), wanted)
+
+
+def test_drawn_classes_are_those_of_the_step(x: Tensor) -> None:
+    student, teacher = models()
+    criterion = e2kd.E2KDLoss(
+        student, teacher, classes="all", explainer=e2kd.CAM(), max_classes=1, fraction=0.5, example=x
+    )
+    values = [criterion(student(x)).item() for _ in range(6)]
+    assert len(set(values)) > 1
+    criterion.step = 3
+    assert criterion(student(x)).item() == values[3]
+
+
 def test_top_k_is_weighted_by_the_teachers_probability(x: Tensor) -> None:
     student, teacher = models()
     criterion = e2kd.E2KDLoss(student, teacher, kd_weight=0, classes=2, explainer=e2kd.LayerCAM(), example=x)

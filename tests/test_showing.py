@@ -40,9 +40,9 @@ def test_the_criterion_prints_what_is_not_usual() -> None:
     usual += "explainer=GradCAM(layer=None), fraction=1.0, every=1"
     assert repr(e2kd.E2KDLoss(cnn(), cnn(8))) == f"E2KDLoss({usual})"
     changed = e2kd.E2KDLoss(
-        cnn(), cnn(8), resize="image", during=(0, 9), teacher_explainer=e2kd.CAM("1"), teacher_size=16
+        cnn(), cnn(8), resize="image", max_classes=3, during=(0, 9), teacher_explainer=e2kd.CAM("1"), teacher_size=16
     )
-    told = "during=(0, 9), resize='image', teacher_explainer=CAM(layer='1'), teacher_size=16"
+    told = "max_classes=3, during=(0, 9), resize='image', teacher_explainer=CAM(layer='1'), teacher_size=16"
     assert repr(changed) == f"E2KDLoss({usual}, {told})"
 
 

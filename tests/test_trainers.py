@@ -36,7 +36,7 @@ from benchmarks.hosts_loops import HOSTS, Cell, network, saved_by_timm, write_im
 from e2kd.commands.models import read_state
 from e2kd.trainers.accelerate import Parts
 from e2kd.trainers.averages import Averages
-from e2kd.trainers.timm import E2KDTask
+from e2kd.trainers.timm import E2KDTask, launching
 from e2kd.trainers.timm.launching import (
     loaded_images,
     main,
@@ -361,7 +361,7 @@ def test_launcher_explains_all_classes_live_and_from_a_cache(photos: Path, tmp_p
     """Maps of a cache of all classes are taken as they are; live the command line says so."""
     options = ["--epochs", "1", *(["--no-prefetcher"] if not prefetches_lessons() else [])]
     signed = ["--e2kd-explainer", "cam", "--e2kd-classes", "all"]
-    main([SCRIPT, *words(photos, tmp_path / "live", *options), *live(photos), *signed])
+    main([SCRIPT, *words(photos, tmp_path / "live", *options), *live(photos), *signed, "--e2kd-max-classes", "1"])
     view, images = e2kd.CanonicalView((64, 64)), ImageFolder(str(photos / "train"))
     every: dict[str, Any] = {"explainer": e2kd.CAM(), "classes": "all"}
     e2kd.freeze(network(2), images, tmp_path / "cache", view=view, progress=False, **every)
@@ -419,13 +419,15 @@ def test_launcher_reads_its_own_options_from_the_file_too(tmp_path: Path, capsys
     file = tmp_path / "conf.yaml"
     file.write_text(
         "kd_model_name: resnet18\nlr: 0.1\nscript: other.py\ne2kd_weight: 7.0\nteacher_checkpoint: t.pth\n"
-        "e2kd-during: [-1, 9]\ne2kd_classes: 3\ne2kd_layer: null\n"
+        "e2kd-during: [-1, 9]\ne2kd_classes: 3\ne2kd_max_classes: 2\ne2kd_layer: null\n"
     )
     args, rest = own_arguments(["train.py", "-c", str(file), "--e2kd-classes", "labels", "--epochs", "3"])
     assert rest == ["-c", str(file), "--epochs", "3"]
     assert (args.script, args.e2kd_weight, args.teacher_checkpoint) == ("train.py", 7.0, Path("t.pth"))
     assert (args.e2kd_during, args.e2kd_classes, args.e2kd_layer, args.e2kd_every) == ([-1, 9], "labels", None, 1)
-    assert own_arguments(["train.py", "-c", str(file)])[0].e2kd_classes == 3
+    of_file = own_arguments(["train.py", "-c", str(file)])[0]
+    assert (of_file.e2kd_classes, of_file.e2kd_max_classes) == (3, 2)
+    assert launching.settings(of_file)["max_classes"] == 2
     for wrong in ("e2kd_every: often", "e2kd_layer: [a, b]", "e2kd_explainer: nothing"):
         file.write_text(wrong)
         with pytest.raises(SystemExit):

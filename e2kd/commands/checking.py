@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=choice_said, help="teacher, all, or the teacher's top k; teacher if not given"
     )
+    parser.add_argument("--max-classes", type=count_said, help="of these, so many are drawn in each step")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     images, normalization = _images(args, student, colours=is_bcos(student) or is_bcos(teacher))
     report = check(
         student, teacher, images,
-        explainer=own, teacher_explainer=theirs, classes=args.classes,
+        explainer=own, teacher_explainer=theirs, classes=args.classes, max_classes=args.max_classes,
         input_normalization=told_to(teacher, normalization),
     )  # fmt: skip
     print(report)

@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         type=choice_said,
         help="teacher, labels, positives, all, or the teacher's top k; the cache's if none",
     )
+    made.add_argument("--e2kd-max-classes", type=int, help="of these, so many are drawn in each step; all if none")
     made.add_argument("--e2kd-fraction", type=float, default=1.0, help="share of each batch that is explained")
     made.add_argument("--e2kd-every", type=int, default=1, help="explain every k-th step")
     made.add_argument(
@@ -236,6 +237,7 @@ def settings(args: argparse.Namespace, frozen: Any = None) -> dict[str, Any]:
         "every": args.e2kd_every,
         "during": args.e2kd_during,
         "classes": args.e2kd_classes,
+        "max_classes": args.e2kd_max_classes,
     }
     if args.teacher_checkpoint is not None:
         found["teacher_pretrained_path"] = args.teacher_checkpoint

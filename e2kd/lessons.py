@@ -39,7 +39,7 @@ def lesson_of(taught: Taught, choice: Name) -> Lesson:
 
     def explain(classes: Tensor, rows: Tensor | None) -> Tensor:
         maps, wanted = (taught.maps, classes) if rows is None else (taught.maps[rows], classes[rows])
-        found = maps.unflatten(1, (known.shape[1], -1))
+        found: Tensor = maps.unflatten(1, (known.shape[1], -1))
         if wanted.shape[1] == known.shape[1]:
             return found
         return found[torch.arange(len(found), device=found.device)[:, None], wanted]

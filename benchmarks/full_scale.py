@@ -170,6 +170,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=Run.temperature, help="τ")
     parser.add_argument("--weight", type=float, default=Run.weight, help="λ; of a rival a multiple of its own weight")
     parser.add_argument("--kd-weight", type=float, default=Run.kd_weight, help="of KD's term; the paper also tries 0.5")
+    parser.add_argument("--max-classes", type=int, help="of all classes, so many are drawn in each step; all if none")
     parser.add_argument("--fraction", type=float, default=Run.fraction, help="of each batch that is explained")
     parser.add_argument("--split", choices=("test", "validation"), default=Run.split)
     parser.add_argument("--teacher-checkpoint", type=Path, help="its maker's weights if not given")

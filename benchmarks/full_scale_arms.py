@@ -56,6 +56,7 @@ def distilled(
         weight=run.weight if explained else 0.0,
         temperature=run.temperature,
         classes=classes,
+        max_classes=run.max_classes,
         fraction=run.fraction,
         resize=run.recipe.resize,
         distillation=e2kd.MultiLabelKDLoss() if multilabel else None,

@@ -13,14 +13,14 @@ from torchvision.transforms import v2
 from benchmarks.full_scale_data import Layout, Split, few, held_out
 from benchmarks.full_scale_layouts import unrelated
 from benchmarks.full_scale_presets import Recipe
-from benchmarks.limited_training import EXPLAINED, RIVALS
+from benchmarks.limited_training import EVERY_CLASS, EXPLAINED, RIVALS
 from benchmarks.paired import Row
 from e2kd.normalization import Normalization
 
 WARMUP_FROM = 0.01  # of the learning rate
 READING_LABELS = ("cross_entropy", "dkd")
 SHORTER_SIDE = 256 / 224  # of a test image, to the side of its centre crop
-CHOSEN = ("temperature", "weight", "kd_weight", "fraction")
+CHOSEN = ("temperature", "weight", "kd_weight", "max_classes", "fraction")
 ELSEWHERE = ("out", "workers", "evaluate_every", "track", "cpu", "hold_out")  # may be others when a run goes on
 
 
@@ -33,9 +33,9 @@ class Run:
         data, path: layout and folder of the data set.
         unrelated: folder of the images to distil on instead; any images.
         arm: a name in `ARMS`.
-        temperature, weight, kd_weight, fraction: τ, λ, the weight of KD's term, and the share of each batch that is
-            explained, as far as the arm reads them. λ is e²KD's weight or, of a rival without it, a multiple of the
-            rival's own.
+        temperature, weight, kd_weight, max_classes, fraction: τ, λ, the weight of KD's term, how many of all classes
+            are drawn in a step (None: all), and the share of each batch that is explained, as far as the arm reads
+            them. λ is e²KD's weight or, of a rival without it, a multiple of the rival's own.
         split: "test", or "validation" to choose settings.
         hold_out: whether the recipe's `held_out` was asked for, and does not only stand in a preset.
         teacher_checkpoint, student_checkpoint: state_dicts.
@@ -57,6 +57,7 @@ class Run:
     temperature: float = 1.0
     weight: float = 1.0
     kd_weight: float = 1.0
+    max_classes: int | None = None
     fraction: float = 1.0
     split: str = "test"
     hold_out: bool = False
@@ -81,7 +82,7 @@ class Run:
 
 
 def read_by(arm: str) -> list[str]:
-    """Which of τ, λ, KD's weight and the explained share make a difference to an arm.
+    """Which of τ, λ, KD's weight, the drawn classes and the explained share make a difference to an arm.
 
     >>> read_by("e2kd"), read_by("kd"), read_by("dkd")
     (['temperature', 'weight', 'kd_weight', 'fraction'], ['temperature', 'kd_weight'], ['weight'])
@@ -91,6 +92,7 @@ def read_by(arm: str) -> list[str]:
         "temperature": distils,
         "weight": arm in EXPLAINED or arm in RIVALS,
         "kd_weight": distils,
+        "max_classes": arm in EVERY_CLASS,
         "fraction": arm in EXPLAINED,
     }
     return [name for name in CHOSEN if reads[name]]

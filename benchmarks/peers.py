@@ -57,11 +57,13 @@ def _steps() -> Ratios:
 
 
 def _every_class() -> Ratios:
-    """All classes in place of the teacher's."""
+    """All classes in place of the teacher's, or some that are drawn from them."""
     for found in _on("every_class"):
         for row in found["rows"]:
-            what = f"e²KD step of all {row['classes']:,} classes, {row['pair']}"
-            yield Ratio(what, "KD step", row["ratio"]["all"], found["command"], _machine(found))
+            for arm, which in (("all", "all"), ("drawn", "8 of")):
+                if arm in row["ratio"]:
+                    what = f"e²KD step of {which} {row['classes']:,} classes, {row['pair']}"
+                    yield Ratio(what, "KD step", row["ratio"][arm], found["command"], _machine(found))
 
 
 def _frozen() -> Ratios:

@@ -271,12 +271,13 @@ def test_the_bias_of_an_official_network_is_told(folder: Make, tmp_path: Path) -
         ("kd", {"temperature": 2.0, "weight": None, "fraction": None}),
         ("at", {"temperature": 2.0, "weight": 3.0, "fraction": None}),
         ("dkd", {"temperature": None, "weight": 3.0, "fraction": None}),
-        ("crd_e2kd", {"temperature": 2.0, "weight": 3.0, "fraction": 0.5}),
+        ("crd_e2kd", {"temperature": 2.0, "weight": 3.0, "max_classes": None, "fraction": 0.5}),
+        ("frozen_e2kd_all", {"temperature": 2.0, "weight": 3.0, "max_classes": 2, "fraction": 0.5}),
         ("cross_entropy", {"temperature": None, "weight": None, "fraction": None}),
     ],
 )
 def test_settings_are_those_that_an_arm_reads(tmp_path: Path, arm: str, expected: dict[str, Any]) -> None:
-    run = run_on(tmp_path, tmp_path, "imagenet", arm=arm, temperature=2.0, weight=3.0, fraction=0.5)
+    run = run_on(tmp_path, tmp_path, "imagenet", arm=arm, temperature=2.0, weight=3.0, max_classes=2, fraction=0.5)
     assert {name: run.settings()[name] for name in expected} == expected
 
 

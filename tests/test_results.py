@@ -230,6 +230,16 @@ def test_reviewkd_is_ahead_in_bcos_networks_too_and_at_behind() -> None:
             assert gain["interval"][0] > 0
 
 
+def test_a_larger_weight_than_the_chosen_one_teaches_less_from_a_bcos_cache() -> None:
+    chosen, larger = (
+        values(tables.results(f"limited_bcos_{name}")["rows"], "frozen_e2kd", "accuracy") for name in ("50", "beyond")
+    )
+    assert chosen.keys() == larger.keys() == set(limited.SEEDS)
+    lost = [100 * (chosen[seed] - larger[seed]) for seed in chosen]
+    assert min(lost) > 0
+    assert round(statistics.mean(lost), 1) == 2.6
+
+
 def test_reviewkd_teaches_more_with_maps_of_all_classes_at_the_same_weight() -> None:
     """Of rows that were replaced for other reasons: both drew the same layers, and so saw the same augmentations."""
     rows = [row for name in ("loose", "replaced") for row in tables.results(f"limited_{name}")["rows"]]

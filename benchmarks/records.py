@@ -47,11 +47,12 @@ class Record:
             raise SystemExit(f"{self.path} has rows with another {' and '.join(apart)}: move it away, or pass --fresh.")
         self.rows: list[Row] = before.get("rows", [])
         self.head = {key: value for key, value in before.items() if key not in GROWS} | head
+        self.environment = environment()  # now: asking git while a student's process is forked would wait for it
         self.commands: list[str] = list(dict.fromkeys([*before.get("commands", []), command()]))
 
     def found(self, rows: list[Row]) -> Row:
         """All that is known, as the file has it."""
-        return {"environment": environment(), "commands": self.commands, **self.head, "rows": rows}
+        return {"environment": self.environment, "commands": self.commands, **self.head, "rows": rows}
 
     def write(self, rows: list[Row]) -> None:
         """In the place of what was there."""

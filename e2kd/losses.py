@@ -343,7 +343,7 @@ class E2KDLoss(Wrapping):
 
     def _draws(self, of: int) -> torch.Generator:
         """Random numbers of a step, others for each purpose; the trainer's own stay what they were."""
-        return torch.Generator().manual_seed((self.seed + self.step + (of << 48)) % 2**63)
+        return torch.Generator().manual_seed((self.seed + self.step + (of << 31)) % 2**63)  # of which 32 bits count
 
     def _rows(self, batch: int, device: torch.device) -> Tensor | None:
         """Indices of the samples to explain, None for all."""

@@ -32,7 +32,7 @@ SPARING = {
 }
 SIGNED: dict[str, Any] = {"classes": "all", "explainer": e2kd.CAM()}
 EVERY_CLASS = {"e2kd_all": "e²KD of all classes, CAM", "frozen_e2kd_all": "frozen e²KD of all classes, CAM"}
-DRAWN = {f"e2kd_{n}_of_all": {**SIGNED, "max_classes": n} for n in (1, 2)}
+DRAWN = {f"e2kd_{n}_of_all": {**SIGNED, "max_classes": n} for n in (2, 5)}
 UNDER_ALL = {"at": 1.0, "fitnets": 1.0, "afd": 5.0, "reviewkd": 25.0, "overhaul": 25.0}  # times a rival's own weight
 TOGETHER = {f"{name}_e2kd_all": f"{RIVALS[name].__name__} + {EVERY_CLASS['e2kd_all']}" for name in UNDER_ALL}
 LABELLED = {  # with a label loss too, as in most trainers; what they are without

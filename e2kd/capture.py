@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from e2kd.errors import Misplaced, shape
-from e2kd.forward import Forward
+from e2kd.forward import Forward, parameters_of
 from e2kd.hooks import Hooks
 from e2kd.kernels import Within
 from e2kd.listening import Place
@@ -63,6 +63,7 @@ class Tap:
         self.hooks, self.site_hooks = Hooks(), Hooks()
         self.at_images = False
         self.keeper: PassKeeper | None = None
+        self.watched: list[nn.Module] = []  # whose parameters a forward ran with is to be known
         self.explaining = True  # whether the next forward's loss is expected to explain it
         self.first: weakref.ref[Meeting] | None = None  # is shown the first images
         self.calls: dict[str, int] = {}  # how often modules ran that run several times, by their hooks
@@ -219,6 +220,7 @@ class Tap:
         if forward is None:
             return None
         forward.version = None if forward.images.is_inference() else forward.images._version
+        forward.watched, forward.parameters = self.watched, parameters_of(self.watched)
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         forward.static_graph = bool(ddp is not None and ddp.static_graph)
         forward.rng = rng_state(forward.device) if self.at_images else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from e2kd.passes import Pass
@@ -33,6 +34,8 @@ class Forward:
     version: int | None = None  # of the images, where it can be asked for
     random: bool = False  # whether it drew random numbers, where that was looked at
     explained: Pass | None = None  # of a B-cos network
+    watched: list[nn.Module] = field(default_factory=list)  # whose parameters are told apart from others later
+    parameters: list[nn.Parameter | None] = field(default_factory=list)  # of these, that it ran with
     heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
 
     @property
@@ -49,6 +52,12 @@ class Forward:
     def alive(self) -> bool:
         """Whether a loss may still be computed from its logits."""
         return any(held is not None and held() is not None for held in (self.mark, self.logits))
+
+    @property
+    def replaced(self) -> bool:
+        """Whether it ran with other parameters than its modules have now, as in torch.func.functional_call."""
+        now = parameters_of(self.watched)
+        return len(now) != len(self.parameters) or any(a is not b for a, b in zip(now, self.parameters, strict=True))
 
     @property
     def overwritten(self) -> bool:
@@ -79,6 +88,11 @@ class Forward:
     def autocasting(self) -> AbstractContextManager[Any]:
         """The precision that the forward ran in, for a teacher that is asked in the same."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter | None]:
+    """The modules' own parameters, without those of their children."""
+    return [parameter for module in modules for parameter in module._parameters.values()]
 
 
 def _notes(node: Node) -> dict[Any, Any]:

@@ -40,6 +40,10 @@ class _OfModel:
         """From the captured tensor to the explained one: the same, unless the head begins with a bare activation."""
         return captured
 
+    def begins_with_activation(self) -> bool:
+        """Whether the explained tensor is another than the captured one."""
+        return False
+
 
 class TracedHead(_OfModel):
     """The steps of the model's own forward that follow the site, found by symbolic tracing.
@@ -82,6 +86,10 @@ class TracedHead(_OfModel):
         out = run_graph(self.model, graph, captured.clone())
         assert isinstance(out, Tensor)
         return out
+
+    def begins_with_activation(self) -> bool:
+        """In the mode that it was found in, or in the other, as far as that was asked for."""
+        return any(activation is not None for _, activation in self.graphs.values())
 
 
 class ForwardHead(_OfModel):

@@ -50,6 +50,16 @@ MIXED = (
     "every logit depend on all images of the batch, so no map would describe its own image alone. Keep that norm "
     "in eval mode, or name a layer through layer=."
 )
+REPLACED = (
+    "The student ran with other parameters than its own, as in torch.func.functional_call, and its images can't be "
+    "explained without running it again, which would be with its own. Explain a layer, explainer=GradCAM(), or call "
+    "the student itself."
+)
+BARE_ACTIVATION = (
+    "The head after layer {layer!r} can't be run again with the same logits, and it begins with an activation that is "
+    "a function: the features after it, which are to be explained, can't be found in the student's own graph. Make "
+    "that activation a module, or name another layer through layer=."
+)
 GRAPH_REFUSED = (
     "The head after layer {layer!r} can't be run again with the same logits: dropout or stochastic depth inside a "
     "compiled region, two forwards before one loss, or code that can't be followed. And differentiating through "
@@ -73,6 +83,7 @@ class Ways:
         forward: as it was recorded.
         logits: [B, K], as the criterion was given them.
         rows: indices of the samples to explain; None for all.
+        replaced: whether the forward ran with other parameters than the student's, which nothing can be run again with.
     """
 
     student: nn.Module
@@ -81,6 +92,7 @@ class Ways:
     forward: Forward
     logits: Tensor
     rows: Tensor | None
+    replaced: bool = False
 
     def run_again(self) -> Iterator[tuple[str, Callable[[], View]]]:
         """The ways that need no graph of the trainer's but that of an explained pass, cheapest first."""
@@ -89,6 +101,8 @@ class Ways:
             return
         if plan.site is None:
             yield from self._whole()
+            return
+        if self.replaced:
             return
         classifier = None if plan.linear is None else self.student.get_submodule(plan.linear)
         if classifier is not None and is_plain_linear(classifier) and features is not None:
@@ -113,8 +127,12 @@ class Ways:
         if forward.compiled or forward.static_graph:
             where = "a compiled student" if forward.compiled else "DistributedDataParallel(static_graph=True)"
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
+        if self.replaced and plan.site is None:
+            raise UnsupportedModel(REPLACED)
         if forward.features is None or not forward.features.requires_grad or forward.mark is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
+        if plan.head is not None and plan.head.begins_with_activation():
+            raise UnsupportedModel(BARE_ACTIVATION.format(layer=layer))
         mixing = [name for name in norms_after(self.student, plan) if uses_batch(self.student.get_submodule(name))]
         if mixing and holding is None:
             raise UnsupportedModel(MIXED.format(layer=layer, norm=mixing[0]))
@@ -141,6 +159,8 @@ class Ways:
             assert found.encoded is not None
             assert found.logits is not None
             yield "shared", partial(dynamic_view, found.encoded, found.logits, found.mode, create_graph=True)
+        if self.replaced:
+            return
         kept = None if found is None else found.statistics
         alone = self.rows is not None and not self.forward.random
         if alone and alone_in_batch(self.student, kept=kept is not None):

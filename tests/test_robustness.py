@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from nets import cnn
+from nets import bcos_cnn, cnn, pair
 from reference import (
     CLASSES,
     Branching,
@@ -433,6 +433,67 @@ def test_pure_bfloat16_student_has_the_float32_direction(name: str, teacher_dtyp
 
 
 # Loops
+
+
+def own_and_borrowed(
+    student: nn.Module, teacher: nn.Module, x: Tensor, transform: str, **settings: Any
+) -> list[dict[str, Tensor]]:
+    """Gradients of one step, of a student and of its like that runs with copies of its parameters."""
+    other, targets = copy.deepcopy(student), torch.arange(len(x)) % 4
+    e2kd.E2KDLoss(student, teacher, nn.CrossEntropyLoss(), weight=5.0, **settings)(student(x), targets).backward()
+    criterion = e2kd.E2KDLoss(other, teacher, nn.CrossEntropyLoss(), weight=5.0, **settings)
+    names, values = zip(*((name, p.detach().clone()) for name, p in other.named_parameters()), strict=True)
+
+    def loss(values: tuple[Tensor, ...]) -> Tensor:
+        found: Tensor = criterion(
+            torch.func.functional_call(other, dict(zip(names, values, strict=True)), (x,)), targets
+        )
+        return found
+
+    if transform == "grad":
+        gradients = torch.func.grad(loss)(values)
+    else:
+        values = tuple(value.requires_grad_() for value in values)
+        gradients = torch.autograd.grad(loss(values), values)
+    assert all(p.grad is None for p in other.parameters())
+    own = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return [own, dict(zip(names, gradients, strict=True))]
+
+
+@pytest.mark.parametrize(("net", "transform"), [("closed", "call"), ("closed", "grad"), ("graph", "call")])
+def test_parameters_that_a_student_is_called_with_get_the_gradient(net: str, transform: str) -> None:
+    """The same numbers, so that no comparison of logits could tell them from the student's own."""
+    student, teacher = pair(net)
+    for module in (*student.modules(), *teacher.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    own, borrowed = own_and_borrowed(student.train(), teacher, torch.rand(6, 3, 16, 16).double(), transform)
+    for name, wanted in own.items():
+        torch.testing.assert_close(borrowed[name], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_that_a_bcos_student_is_called_with_get_the_gradient() -> None:
+    own, borrowed = own_and_borrowed(bcos_cnn(), bcos_cnn(8, seed=1), torch.rand(6, 3, 16, 16).double(), "call")
+    for name, wanted in own.items():
+        torch.testing.assert_close(borrowed[name], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_what_follows_a_bare_activation_is_not_explained_with_parameters_that_a_student_was_called_with() -> None:
+    with pytest.raises(e2kd.UnsupportedModel, match="begins with an activation that is a function"):
+        own_and_borrowed(*pair("traced"), torch.rand(6, 3, 16, 16).double(), "call")
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (lambda: pair("closed"), {"explainer": e2kd.InputGradient()}),
+        (lambda: (bcos_cnn(), bcos_cnn(8, seed=1)), {"fraction": 0.5}),
+    ],
+    ids=["input gradient", "fraction"],
+)
+def test_images_are_not_explained_with_parameters_that_a_student_was_called_with(make: Any, settings: Any) -> None:
+    with pytest.raises(e2kd.UnsupportedModel, match="ran with other parameters than its own"):
+        own_and_borrowed(*make(), torch.rand(6, 3, 16, 16).double(), "call", **settings)
 
 
 @both

@@ -532,8 +532,15 @@ def test_merging_refuses_a_damaged_shard(tmp_path: Path) -> None:
     folders = ranks(tmp_path)
     path = folders[1] / "shard-000001.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x99")
-    with pytest.raises(CacheError, match=f"In {folders[1]}: shard-000001.safetensors is damaged at row"):
+    said = f"In {folders[1]}: shard-000001.safetensors is damaged at row"
+    with pytest.raises(CacheError, match=said):
         merge(folders, tmp_path / "all")
+    with pytest.raises(CacheError, match=said):
+        merge(folders, folders[1])  # where it lies already
+    intact = ranks(tmp_path / "again")[1] / "shard-000001.safetensors"
+    (folders[0] / path.name).write_bytes(intact.read_bytes())
+    with pytest.raises(CacheError, match=said):
+        merge([folders[0], folders[2]], folders[1])  # beside one that is whole
 
 
 # Forecast

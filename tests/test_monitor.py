@@ -331,9 +331,16 @@ class TestBudget:
         monitor = watch(tracker, every=3)
         for step in range(1, 9):
             monitor(step)
-        assert [step for step, _ in tracker.scalars] == [1, 4, 7]
+        assert [step for step, _ in tracker.scalars] == [1, 3, 6]
         monitor(0)  # another run
         assert tracker.scalars[-1][0] == 0
+
+    def test_a_resumed_run_probes_where_another_would(self) -> None:
+        tracker = Tracker()
+        monitor = watch(tracker, every=5)
+        for step in range(13, 27):
+            monitor(step)
+        assert [step for step, _ in tracker.scalars] == [13, 15, 20, 25]
 
     def test_steps_that_begin_anew_in_every_epoch(self) -> None:
         tracker = Tracker()
@@ -524,7 +531,7 @@ class TestTrackers:
         logged = [
             (row["step"], row["e2kd/probe/fss/3"]) for row in trainer.state.log_history if "e2kd/probe/fss/3" in row
         ]
-        assert [step for step, _ in logged] == [1, 3]
+        assert [step for step, _ in logged] == [1, 2]
         assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3]
         assert logged[0] != logged[1]
 

@@ -80,21 +80,30 @@ def _plan(source: Path) -> Plan:
         raise CacheError(f"Expected a folder that freeze wrote, but {source} has no plan.json.") from error
 
 
+def _verified(folder: Path, index: int, plan: Plan) -> Shard:
+    """A shard of a folder.
+
+    Raises:
+        CacheError: for a damaged one; says where it lies.
+    """
+    try:
+        shard = Shard(folder, index, rows_of(plan, index), Record.from_json(plan["record"]), fingerprint(plan))
+        shard.verify()
+    except CacheError as error:
+        raise CacheError(f"In {folder}: {error} Freeze it again, or delete it if another folder has it.") from error
+    return shard
+
+
 def _take(source: Path, out: Path, plan: Plan) -> None:
     """Bring the shards of one folder to another."""
-    record, cache = Record.from_json(plan["record"]), fingerprint(plan)
     for index in range(shard_count(plan)):
         here, there = source / shard_name(index), out / shard_name(index)
-        if not here.exists() or (there.exists() and there.samefile(here)):
+        if not here.exists():
             continue
-        try:
-            shard = Shard(source, index, rows_of(plan, index), record, cache)
-            shard.verify()
-        except CacheError as error:
-            raise CacheError(f"In {source}: {error} Freeze it again, or delete it if another folder has it.") from error
+        shard = _verified(source, index, plan)
         if not there.exists():
             link_or_copy(here, there)
-        elif digest(there.read_bytes()) != digest(shard.data):
+        elif not there.samefile(here) and digest(_verified(out, index, plan).data) != digest(shard.data):
             raise CacheError(
                 f"{here} has other rows than {there}: the shard was computed twice, with different results. Delete the "
                 "one that you trust less, and merge again."

@@ -45,7 +45,10 @@ class CanonicalView:
             raise ValueError(f"Expected a size (H, W) of at least one pixel, but got {self.size}.")
 
     def __call__(self, image: Any) -> Tensor:
-        """A PIL image, array [H, W, C] or tensor [C, H, W] -> tensor [C, H, W]; uint8 unless it was floating-point."""
+        """A PIL image, array [H, W, C] or tensor [C, H, W] -> tensor [C, H, W]; uint8 unless it was floating-point.
+
+        PIL images become RGB, whatever their mode.
+        """
         if isinstance(image, Tensor):
             return self._fitted(_checked(image))
         if isinstance(image, np.ndarray):

@@ -66,8 +66,9 @@ def freeze(
 
     Args:
         teacher: a module on its device, or a timm name; it is run in eval mode and left as it was.
-        dataset: (image, label) or dicts with them, without random transforms: images as PIL images, arrays
-            [H, W, C] or tensors [C, H, W], uint8, or floating-point as the teacher takes them.
+        dataset: (image, label) or dicts with them, without random transforms: images as PIL images, which become RGB
+            whatever their mode, arrays [H, W, C] or tensors [C, H, W], of 1, 3, 4 or 6 channels, uint8, or
+            floating-point as the teacher takes them.
         path: the cache's folder.
         explainer: None is `BcosWeights()` for a B-cos network, else `GradCAM()`.
         maps: False stores logits alone, for plain KD.

@@ -10,8 +10,8 @@ class Budget:
     """Decides when the next probe is due, and when one has taken too long.
 
     Args:
-        every: steps, or questions whether a probe is due, between probes; whichever is reached first, so that steps
-            counted anew in every epoch are no obstacle.
+        every: probe at the first question and at multiples of so many steps, or after as many questions; whichever is
+            reached first, so that steps counted anew in every epoch are no obstacle.
         max_seconds: of one probe; what is left of it then is skipped.
         max_share: of the time since the first call that all probes together may take; they come later where `every`
             would exceed it. None lets `every` alone decide.
@@ -53,11 +53,14 @@ class Budget:
         return self.spent / elapsed if elapsed > 0 else 0.0
 
     def steps_passed(self, step: int) -> bool:
-        """Whether `every` steps have passed since the last probe; a smaller step than that one is a new run."""
+        """Whether a multiple of `every` has come since the last probe, so that a run that was resumed probes where one
+        would that was not, or as many questions; a smaller step than that one is a new run."""
         if self.born is None:
             self.born = self.clock()
         self.asked += 1
-        return self.step is None or step < self.step or max(step - self.step, self.asked) >= self.every
+        if self.step is None or step < self.step or self.asked >= self.every:
+            return True
+        return step // self.every > self.step // self.every
 
     def affordable(self) -> bool:
         """Whether another probe like the last keeps within `max_share`."""

@@ -61,7 +61,7 @@ class TransferMonitor:
             costs more than all forwards together.
         control: compare the student with an untrained network as well.
         explainer: of the answers; None is chosen for each model, as by `E2KDLoss`.
-        every: steps between probes.
+        every: steps between probes, which come at its multiples, after one at the first call.
         max_seconds: budget of one probe. Explanations come first, then UniCAM, then regions; a stage that would begin
             later than that is skipped, with a warning.
         max_share: of the training time that probes may take; they come later where `every` would exceed it. None lets

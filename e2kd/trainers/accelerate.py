@@ -46,7 +46,8 @@ class Parts:
     def state_dict(self) -> dict[str, Any]:
         """How many steps there were, for `accelerator.register_for_checkpointing(parts)`.
 
-        A criterion with `every` or `fraction` then goes on after a resume as if it had not been interrupted.
+        A criterion with `every`, `max_classes` or `fraction` then goes on after a resume as if it had not been
+        interrupted. The means since the last log are not kept: the first log after a resume is of the steps since then.
         """
         return {"step": self.averages.step}
 

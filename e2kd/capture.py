@@ -63,7 +63,6 @@ class Tap:
         self.hooks, self.site_hooks = Hooks(), Hooks()
         self.at_images = False
         self.keeper: PassKeeper | None = None
-        self.watched: list[nn.Module] = []  # whose parameters a forward ran with is to be known
         self.explaining = True  # whether the next forward's loss is expected to explain it
         self.first: weakref.ref[Meeting] | None = None  # is shown the first images
         self.calls: dict[str, int] = {}  # how often modules ran that run several times, by their hooks
@@ -220,7 +219,6 @@ class Tap:
         if forward is None:
             return None
         forward.version = None if forward.images.is_inference() else forward.images._version
-        forward.watched, forward.parameters = self.watched, parameters_of(self.watched)
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         forward.static_graph = bool(ddp is not None and ddp.static_graph)
         forward.rng = rng_state(forward.device) if self.at_images else None
@@ -251,6 +249,9 @@ class Tap:
         except (TypeError, ValueError):  # a call for something else, as for features: no loss will come of it
             self._begin(None)
         else:
+            if self.current is not None:  # now: functional_call puts the student's own parameters back afterwards
+                self.current.modules = list(self.student.modules())
+                self.current.parameters = parameters_of(self.current.modules)
             self._close(logits)
 
     def _close(self, logits: Tensor | None) -> None:

@@ -69,19 +69,26 @@ def equal_weights(classes: Tensor, logits: Tensor) -> Tensor:
 def drawn(classes: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Chosen:
     """So many of every sample's classes [B, k], with weights [B, count] whose weighted sum is that of all in the mean.
 
-    Over a batch all classes come in turn, from a random beginning in a random order, so that each is explained for as
-    many samples as any other.
+    Over a batch all classes come in turn, in a random order, so that each is explained for as many samples as any
+    other. Classes of weight 0 are drawn where a sample has no others.
 
     >>> classes, weights = every_class(torch.zeros(2, 4))
     >>> found, heavier = drawn(classes, weights, 2, torch.Generator().manual_seed(0))
     >>> sorted(found.flatten().tolist()), heavier
     ([0, 1, 2, 3], tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]]))
+    >>> drawn(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[1., 0., 0., 0.]]), 1, torch.Generator())
+    (tensor([[0]]), tensor([[1.]]))
     """
     batch, among = classes.shape
-    turns = torch.arange(batch * count).view(batch, count) % among
-    columns = torch.randperm(among, generator=generator)[turns].to(classes.device, non_blocking=True)
-    return classes.gather(1, columns), weights.gather(1, columns) * (among / count)
+    rank = torch.randperm(among, generator=generator).argsort().to(classes.device, non_blocking=True)
+    counts = weights != 0
+    order = (rank + among * ~counts).argsort(1)  # those that count come first
+    number = counts.sum(1, keepdim=True).clamp_min(1)
+    places = torch.arange(batch * count, device=classes.device).view(batch, count)
+    few = number <= count
+    columns = order.gather(1, torch.where(few, places % count, places % number))
+    return classes.gather(1, columns), weights.gather(1, columns) * torch.where(few, 1, number / count)
 
 
 def check_choice(choice: object) -> None:

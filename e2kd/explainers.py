@@ -52,8 +52,10 @@ class Weighing(ABC):
         return self.formed(torch.einsum("bchw,bc->bhw", features, gradient.mean((2, 3)))).unsqueeze(1)
 
     def weighed(self, features: Tensor, weights: Tensor) -> Tensor:
-        """Features [B, C, h, w] and the channels' weights of each class [k, C] -> a map of each, [B, k, h, w]."""
-        return self.formed(torch.einsum("bchw,kc->bkhw", features, weights))
+        """Features [B, C, h, w] and the channels' weights of each class [k, C], or of each sample's [B, k, C] -> a map
+        of each, [B, k, h, w]."""
+        equation = "bchw,kc->bkhw" if weights.ndim == 2 else "bchw,bkc->bkhw"
+        return self.formed(torch.einsum(equation, features, weights))
 
     @abstractmethod
     def formed(self, maps: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from e2kd.passes import Pass
+from e2kd.sharding import is_any_sharded
 
 
 class Mark:
@@ -34,7 +35,7 @@ class Forward:
     version: int | None = None  # of the images, where it can be asked for
     random: bool = False  # whether it drew random numbers, where that was looked at
     explained: Pass | None = None  # of a B-cos network
-    watched: list[nn.Module] = field(default_factory=list)  # whose parameters are told apart from others later
+    modules: list[nn.Module] = field(default_factory=list)  # of the student, where it was not compiled
     parameters: list[nn.Parameter | None] = field(default_factory=list)  # of these, that it ran with
     heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
 
@@ -56,8 +57,10 @@ class Forward:
     @property
     def replaced(self) -> bool:
         """Whether it ran with other parameters than its modules have now, as in torch.func.functional_call."""
-        now = parameters_of(self.watched)
-        return len(now) != len(self.parameters) or any(a is not b for a, b in zip(now, self.parameters, strict=True))
+        now = parameters_of(self.modules)
+        if len(now) == len(self.parameters) and all(a is b for a, b in zip(now, self.parameters, strict=True)):
+            return False
+        return not is_any_sharded(self.modules[0])  # whose hosts replace them
 
     @property
     def overwritten(self) -> bool:

@@ -124,7 +124,6 @@ class StudentExplainer:
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.read(self.plan.site)
         self.holding, self.parts = None, self._parts(self.plan)
-        self.tap.watched = self._run_again(self.plan)
         if self.plan.head is None:  # the trainer's own graph is what will be differentiated twice
             holding = self.holding = holding_of(self.student)
             self.tap.run_within(self.plan.after, math_kernel)
@@ -167,13 +166,8 @@ class StudentExplainer:
         parts = self._parts(plan)
         if len(parts) != len(self.parts) or any(now is not then for now, then in zip(parts, self.parts, strict=True)):
             self.plan, self.parts, self.checks = replace(plan, linear=None, narrow=None), parts, 0
-            self.tap.watched = self._run_again(plan)
             self.failed = {True: set(), False: set()}
         return self._plan()
-
-    def _run_again(self, plan: Plan) -> list[nn.Module]:
-        """The modules that may be run again to explain a forward."""
-        return [self.student, *self.parts] if plan.site is not None else list(self.student.modules())
 
     def _parts(self, plan: Plan) -> list[nn.Module]:
         """The modules that run after the site, those that are still there."""
@@ -185,7 +179,7 @@ class StudentExplainer:
 
     def _view(self, forward: Forward, logits: Tensor, plan: Plan, rows: Tensor | None) -> View:
         """By the first way whose logits are those that were given; what fails once is not tried again."""
-        ways = Ways(self.student, plan, self.parts, forward, logits, rows, self._replaced(forward))
+        ways = Ways(self.student, plan, self.parts, forward, logits, rows, forward.replaced)
         failed, error = self.failed[self.student.training], 0.0
         tried: set[str] = set()
         with self.tap.silent():
@@ -206,10 +200,6 @@ class StudentExplainer:
         failed |= tried
         self.last = "graph"
         return view
-
-    def _replaced(self, forward: Forward) -> bool:
-        """Whether a forward ran with parameters that are not the student's."""
-        return forward.replaced and not is_any_sharded(self.student)  # whose hosts replace them
 
     def _check_grid(self, forward: Forward, plan: Plan) -> None:
         """Raise for maps of one cell where real images may lead to another layer than noise did."""

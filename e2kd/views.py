@@ -35,7 +35,8 @@ class View:
         gradient: classes [B], and whether it will be asked again -> gradient of those logits with respect to
             `features`, [B, C, h, w].
         rows: indices of the samples it is of, in their batch; None for all.
-        weights: classes [k] -> their gradient [k, C], where it is the same for every sample and cell; None elsewhere.
+        weights: classes [...] -> their gradient [..., C], where that is the same for every sample and cell; None
+            elsewhere.
     """
 
     logits: Tensor
@@ -60,9 +61,10 @@ class View:
 
     def explain_each(self, explainer: Explainer, classes: Tensor, rows: Tensor | None = None) -> Tensor:
         """Maps [B, k, C', h, w] of k classes for each sample of the batch, classes [B, k]; asked once."""
-        if self.weights is not None and is_shared(classes) and weighs(explainer):
-            features = self.features if rows is None else self.features[rows]
-            return explainer.weighed(features, self.weights(classes[0])).unsqueeze(2)
+        shared = is_shared(classes)
+        if self.weights is not None and weighs(explainer) and (shared or classes.shape[1] > 1):
+            features, wanted = (self.features, classes) if rows is None else (self.features[rows], classes[rows])
+            return explainer.weighed(features, self.weights(classes[0] if shared else wanted)).unsqueeze(2)
         last = classes.shape[1] - 1
         found = [self.explain(explainer, c, rows, again=i < last) for i, c in enumerate(classes.T)]
         return found[0].unsqueeze(1) if len(found) == 1 else torch.stack(found, 1)

@@ -131,7 +131,8 @@ class Ways:
             raise UnsupportedModel(REPLACED)
         if forward.features is None or not forward.features.requires_grad or forward.mark is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
-        if plan.head is not None and plan.head.begins_with_activation():
+        in_place = plan.site is not None and plan.site.changes  # what was kept is what came out of the activation
+        if plan.head is not None and plan.head.begins_with_activation() and not in_place:
             raise UnsupportedModel(BARE_ACTIVATION.format(layer=layer))
         mixing = [name for name in norms_after(self.student, plan) if uses_batch(self.student.get_submodule(name))]
         if mixing and holding is None:

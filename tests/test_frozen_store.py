@@ -541,6 +541,9 @@ def test_merging_refuses_a_damaged_shard(tmp_path: Path) -> None:
     (folders[0] / path.name).write_bytes(intact.read_bytes())
     with pytest.raises(CacheError, match=said):
         merge([folders[0], folders[2]], folders[1])  # beside one that is whole
+    (folders[0] / path.name).unlink()
+    with pytest.raises(CacheError, match=said):
+        merge([folders[0], folders[2]], folders[1])  # which no folder has else
 
 
 # Forecast

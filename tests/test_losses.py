@@ -215,6 +215,22 @@ def test_each_class_is_drawn_for_as_many_samples(explainer: e2kd.Explainer, x: T
     assert torch.equal(enough(student(twice)), wanted)
 
 
+def test_a_sample_with_few_positives_has_all_of_them_explained(x: Tensor) -> None:
+    """One crowded image makes the table of classes wide for the whole batch."""
+    student, teacher = models()
+    targets = torch.zeros(len(x), 4)
+    targets[0], targets[1:, 2] = 1.0, 1.0
+    settings: dict[str, Any] = {"kd_weight": 0, "task_weight": 0, "classes": "positives", "explainer": e2kd.CAM()}
+    whole = e2kd.E2KDLoss(student, teacher, example=x, **settings)
+    some = e2kd.E2KDLoss(student, teacher, example=x, max_classes=1, **settings)
+    wanted = whole(student(x[1:]), targets[1:])
+    torch.testing.assert_close(some(student(x[1:]), targets[1:]), wanted)
+    values = torch.stack([some(student(x), targets).detach() for _ in range(100)])
+    assert some.parts["cosine"].isfinite()
+    assert 0 < values.std() < 2 / len(x)  # of the crowded image alone
+    assert abs(values.mean() - whole(student(x), targets)) < 4 * values.std() / 10
+
+
 def test_drawn_classes_are_those_of_the_step(x: Tensor) -> None:
     student, teacher = models()
     criterion = e2kd.E2KDLoss(

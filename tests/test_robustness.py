@@ -37,6 +37,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 import e2kd
+from e2kd.baselines import CATKD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPLANATION_ONLY = (("task_weight", 0.0), ("kd_weight", 0.0))
@@ -454,7 +455,7 @@ def own_and_borrowed(
         gradients = torch.func.grad(loss)(values)
     else:
         values = tuple(value.requires_grad_() for value in values)
-        gradients = torch.autograd.grad(loss(values), values)
+        gradients = torch.autograd.grad(loss(values), values, allow_unused=True)
     assert all(p.grad is None for p in other.parameters())
     own = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     return [own, dict(zip(names, gradients, strict=True))]
@@ -470,6 +471,83 @@ def test_parameters_that_a_student_is_called_with_get_the_gradient(net: str, tra
     own, borrowed = own_and_borrowed(student.train(), teacher, torch.rand(6, 3, 16, 16).double(), transform)
     for name, wanted in own.items():
         torch.testing.assert_close(borrowed[name], wanted, rtol=1e-9, atol=1e-12)
+
+
+class Rectified(nn.Module):
+    """As torchvision's DenseNet: a function activates the features, in place."""
+
+    def __init__(self, width: int = 6, *, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.features = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.classifier = nn.Linear(width, 4)
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = nn.functional.relu(self.features(images), inplace=True)
+        return self.classifier(nn.functional.adaptive_avg_pool2d(maps, 1).flatten(1))
+
+
+class Cosine(nn.Module):
+    """A classifier whose weight is read and that is never called, inside of another module."""
+
+    def __init__(self, width: int = 6, *, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Module()
+        self.net.conv = nn.Conv2d(3, width, 3, 2)
+        self.net.act = nn.ReLU()
+        self.net.fc = nn.Linear(width, 4)
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = nn.functional.normalize(self.net.act(self.net.conv(images)).mean((2, 3)))
+        return 4 * nn.functional.linear(pooled, nn.functional.normalize(self.net.fc.weight))
+
+
+@pytest.mark.parametrize("kind", [Rectified, Cosine])
+def test_parameters_that_an_unusual_student_is_called_with_get_the_gradient(kind: Any) -> None:
+    own, borrowed = own_and_borrowed(kind(), kind(8, seed=1), torch.rand(6, 3, 16, 16).double(), "call")
+    assert len(own) >= 3
+    for name, wanted in own.items():
+        torch.testing.assert_close(borrowed[name], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_logits_that_are_adjusted_are_explained_after_an_activation_in_place() -> None:
+    found, x = [], torch.rand(6, 3, 16, 16).double()
+    for shift in (0.0, 1.0):
+        student = Rectified()
+        criterion = e2kd.E2KDLoss(student, Rectified(8, seed=1), kd_weight=0)
+        criterion(student(x) + shift).backward()
+        found.append((criterion.explained.way, [p.grad for p in student.features.parameters()]))
+    assert [way for way, _ in found] == ["closed", "graph"]
+    for mine, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_parameter_that_is_made_in_the_forward_is_the_students_own() -> None:
+    class Fresh(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = cnn(), nn.Parameter(torch.ones(1).double())
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.scale = nn.Parameter(torch.ones(1).double())
+            return self.inner(images)
+
+    student = Fresh()
+    criterion = e2kd.E2KDLoss(student, cnn(8), explainer=e2kd.InputGradient())
+    criterion(student(torch.rand(6, 3, 16, 16).double())).backward()
+    assert criterion.explained.way == "separate"
+
+
+def test_class_attention_is_not_transferred_with_parameters_that_a_student_was_called_with() -> None:
+    student = cnn()
+    criterion = CATKD(student, cnn(8), nn.CrossEntropyLoss())
+    copies = {name: p.detach().clone().requires_grad_() for name, p in student.named_parameters()}
+    outputs = torch.func.functional_call(student, copies, (torch.rand(6, 3, 16, 16).double(),))
+    with pytest.raises(e2kd.UnsupportedModel, match="CATKD reads the student's classifier, but"):
+        criterion(outputs, torch.arange(6) % 4)
 
 
 def test_parameters_that_a_bcos_student_is_called_with_get_the_gradient() -> None:

@@ -145,6 +145,23 @@ def test_what_is_no_example_of_images_is_refused(kind: Any, example: Any, error:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
 
 
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_an_example_may_be_of_bytes(kind: Any) -> None:
+    class Bytes(nn.Module):
+        def __init__(self, width: int = 6) -> None:
+            super().__init__()
+            self.inner = cnn(width).float()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.inner(images / 255)
+            return logits
+
+    student, images = Bytes(), torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    criterion = kind(student, Bytes(8), nn.CrossEntropyLoss(), example=images)
+    criterion(student(images), torch.arange(4) % 2).backward()
+    assert criterion.parts["loss"].isfinite()
+
+
 def test_an_example_that_the_teacher_refuses_is_told_of() -> None:
     gray = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"The teacher Sequential can't take images \[2, 3, 16, 16\]: .*teacher_size="):

@@ -68,6 +68,10 @@ FIXED = (
     "No feature that {name} compares has a graph, so it teaches the student nothing: the layers that make them are "
     "frozen, or run under no_grad. Train them, or name later layers through layers=."
 )
+BORROWED = (
+    "{name} reads the student's classifier, but the student ran with other parameters than its own, as in "
+    "torch.func.functional_call. Call the student itself."
+)
 NOT_HEARD = (
     "The student ran, but {layer!r} did not, or returned no tensor with gradients. Name other layers through layers=."
 )
@@ -137,6 +141,7 @@ class Baseline(Wrapping, ABC):
 
     name: ClassVar[str]  # of the term, in `.parts`
     takes_features = True
+    reads_weights = False  # of the student, which must then be those that made its logits
     shows: ClassVar[tuple[str, ...]] = ()  # attributes with settings of its own, for `repr`
     step: Tensor
 
@@ -208,6 +213,8 @@ class Baseline(Wrapping, ABC):
     def _teach(self, outputs: Any, logits: Tensor, targets: Any, options: dict[str, Any]) -> Tensor:
         check_not_empty(logits)
         forward = self.tap.forward_of(logits)
+        if self.reads_weights and forward.replaced:
+            raise UnsupportedModel(BORROWED.format(name=type(self).__name__))
         zero = at_least_float32(logits.new_zeros(()))
         parts = {"task": zero, self.name: zero}
         if self.criterion is not None:  # first, so that this one hears what a criterion inside asks the teacher

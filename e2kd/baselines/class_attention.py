@@ -70,6 +70,7 @@ class CATKD(Baseline):
     """
 
     name = "cat"
+    reads_weights = True
     shows = ("resolution", "normalize")
 
     def __init__(

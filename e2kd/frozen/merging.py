@@ -54,6 +54,9 @@ def merge(folders: Iterable[str | Path], out: str | Path) -> Store:
         _take(source, Path(out), plan)
     if not writer.finish():
         missing = missing_shards(Path(out), plan)
+        if not missing:  # one that was there before is damaged, and no folder has it
+            for index in range(shard_count(plan)):
+                _verified(Path(out), index, plan)
         raise CacheError(
             f"No folder has {listed(missing)} ({len(missing)} of {shard_count(plan)} shards). Add the folders that do, "
             "or let freeze write them: run it again with the same arguments."

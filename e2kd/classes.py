@@ -88,7 +88,8 @@ def drawn(classes: Tensor, weights: Tensor, count: int, generator: torch.Generat
     places = torch.arange(batch * count, device=classes.device).view(batch, count)
     few = number <= count
     columns = order.gather(1, torch.where(few, places % count, places % number))
-    return classes.gather(1, columns), weights.gather(1, columns) * torch.where(few, 1, number / count)
+    heavier = torch.where(few, 1, number.to(weights) / count)
+    return classes.gather(1, columns), weights.gather(1, columns) * heavier
 
 
 def check_choice(choice: object) -> None:

@@ -133,8 +133,9 @@ class E2KDLoss(Wrapping):
             an integer k (the teacher's top k by its probabilities), or a function (see `e2kd.classes.choose`). None:
             what a frozen teacher's maps explain, or "teacher" for a live one.
         max_classes: of more classes than that, so many are explained for each sample, drawn anew in every step: an
-            unbiased estimate of the term. Saves time where each class takes a derivative of its own, as in networks
-            that read a class token, and with explainers of images; None explains them all.
+            unbiased estimate of the term, whose noise wants a smaller weight. Saves time where each class takes a
+            derivative of its own, as in networks that read a class token, and with explainers of images; None explains
+            them all.
         fraction: share of each batch that is explained, drawn at random; an unbiased estimate of the term. Saves time
             with explainers that need a pass of the whole network, such as `BcosWeights`.
         every: explain every k-th step, the term times k. The paper's code skips without that factor.

@@ -301,6 +301,19 @@ def test_e2kd_gains_as_much_beside_labels_and_the_defaults_less() -> None:
         assert found["interval"][1] > 0
 
 
+def test_classes_that_are_drawn_keep_a_part_of_the_gain() -> None:
+    rows = tables.results("limited_standard_50_again")["rows"]
+    better = [("e2kd_all", "e2kd_5_of_all"), ("e2kd_5_of_all", "e2kd_2_of_all"), ("e2kd_2_of_all", "kd")]
+    better += [("e2kd_5_of_all", "e2kd")]
+    for pair in (*better, ("e2kd_2_of_all", "e2kd")):
+        found = differences(rows, *pair, ["accuracy"])["accuracy"]
+        assert len(found["each"]) == 5
+        assert (found["interval"][0] > 0) == (pair in better)
+        assert found["interval"][1] > 0
+    (first,) = [row for row in tables.results("limited_replaced")["rows"] if row["arm"] == "e2kd_2_of_all"]
+    assert (first["weight"], first["accuracy"] < values(rows, "kd", "accuracy")[first["seed"]]) == (100.0, True)
+
+
 def test_a_stretch_of_explanations_keeps_most_of_the_gain() -> None:
     found = sparing.gains()
     for measure in limited.MEASURES:

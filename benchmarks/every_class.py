@@ -30,12 +30,13 @@ CASES = {
 }
 COUNTS = (10, 100, 1000)
 TOO_MUCH = [("ResNet-50 -> ViT-Ti", 1000)]  # a graph of every class at once
+DRAWN = 8
 EXPLAINED: dict[str, dict[str, Any]] = {
     "e2kd": {},
-    "drawn": {"classes": "all", "max_classes": 8},
+    "drawn": {"classes": "all", "max_classes": DRAWN},
     "all": {"classes": "all"},
 }
-TITLES = {"e2kd": "the teacher's class", "drawn": "8 drawn of all classes", "all": "all classes"}
+TITLES = {"e2kd": "the teacher's class", "drawn": f"{DRAWN} drawn of all classes", "all": "all classes"}
 
 
 class Classes(Arms):

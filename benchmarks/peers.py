@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, markdown_table
+from benchmarks.every_class import DRAWN
 
 DEVICES = ("cpu", "cuda")
 
@@ -60,7 +61,7 @@ def _every_class() -> Ratios:
     """All classes in place of the teacher's, or some that are drawn from them."""
     for found in _on("every_class"):
         for row in found["rows"]:
-            for arm, which in (("all", "all"), ("drawn", "8 of")):
+            for arm, which in (("all", "all"), ("drawn", f"{DRAWN} of")):
                 if arm in row["ratio"]:
                     what = f"e²KD step of {which} {row['classes']:,} classes, {row['pair']}"
                     yield Ratio(what, "KD step", row["ratio"][arm], found["command"], _machine(found))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from e2kd.errors import Misplaced, shape
-from e2kd.forward import Forward, parameters_of
+from e2kd.forward import Forward
 from e2kd.hooks import Hooks
 from e2kd.kernels import Within
 from e2kd.listening import Place
@@ -63,6 +63,7 @@ class Tap:
         self.hooks, self.site_hooks = Hooks(), Hooks()
         self.at_images = False
         self.keeper: PassKeeper | None = None
+        self.notes_parameters = True  # whether anybody asks what a forward ran with
         self.explaining = True  # whether the next forward's loss is expected to explain it
         self.first: weakref.ref[Meeting] | None = None  # is shown the first images
         self.calls: dict[str, int] = {}  # how often modules ran that run several times, by their hooks
@@ -249,9 +250,8 @@ class Tap:
         except (TypeError, ValueError):  # a call for something else, as for features: no loss will come of it
             self._begin(None)
         else:
-            if self.current is not None:  # now: functional_call puts the student's own parameters back afterwards
-                self.current.modules = list(self.student.modules())
-                self.current.parameters = parameters_of(self.current.modules)
+            if self.current is not None and self.notes_parameters:
+                self.current.ran_in(self.student)
             self._close(logits)
 
     def _close(self, logits: Tensor | None) -> None:

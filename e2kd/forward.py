@@ -35,7 +35,7 @@ class Forward:
     version: int | None = None  # of the images, where it can be asked for
     random: bool = False  # whether it drew random numbers, where that was looked at
     explained: Pass | None = None  # of a B-cos network
-    modules: list[nn.Module] = field(default_factory=list)  # of the student, where it was not compiled
+    modules: list[nn.Module] = field(default_factory=list)  # of the student, where they were noted
     parameters: list[nn.Parameter | None] = field(default_factory=list)  # of these, that it ran with
     heard: dict[str, Tensor] = field(default_factory=dict)  # at the places that were listened to, by their keys
 
@@ -57,7 +57,7 @@ class Forward:
     @property
     def replaced(self) -> bool:
         """Whether it ran with other parameters than its modules have now, as in torch.func.functional_call."""
-        now = parameters_of(self.modules)
+        now = _parameters_of(self.modules)
         if len(now) == len(self.parameters) and all(a is b for a, b in zip(now, self.parameters, strict=True)):
             return False
         return not is_any_sharded(self.modules[0])  # whose hosts replace them
@@ -80,6 +80,11 @@ class Forward:
                 queue.extend(parent for parent, _ in node.next_functions)
         return False
 
+    def ran_in(self, model: nn.Module) -> None:
+        """Notes a model's parameters while it still has those it runs with: functional_call puts its own back after."""
+        self.modules = list(model.modules())
+        self.parameters = _parameters_of(self.modules)
+
     def end(self, logits: Tensor) -> None:
         """These are its logits."""
         self.logits = weakref.ref(logits)
@@ -93,7 +98,7 @@ class Forward:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
 
-def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter | None]:
+def _parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter | None]:
     """The modules' own parameters, without those of their children."""
     return [parameter for module in modules for parameter in module._parameters.values()]
 

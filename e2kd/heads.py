@@ -40,7 +40,7 @@ class _OfModel:
         """From the captured tensor to the explained one: the same, unless the head begins with a bare activation."""
         return captured
 
-    def begins_with_activation(self) -> bool:
+    def explains_another(self) -> bool:
         """Whether the explained tensor is another than the captured one."""
         return False
 
@@ -87,9 +87,9 @@ class TracedHead(_OfModel):
         assert isinstance(out, Tensor)
         return out
 
-    def begins_with_activation(self) -> bool:
-        """In the mode that it was found in, or in the other, as far as that was asked for."""
-        return any(activation is not None for _, activation in self.graphs.values())
+    def explains_another(self) -> bool:
+        """Where it begins with a bare activation; one in place has changed the captured tensor into the explained."""
+        return not self.site.changes and any(activation is not None for _, activation in self.graphs.values())
 
 
 class ForwardHead(_OfModel):

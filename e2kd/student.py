@@ -103,12 +103,12 @@ class StudentExplainer:
             self._prepare_on(images, ALONE)
         elif self._outgrows_images((images.shape[-2], images.shape[-1])) and not is_any_sharded(self.student):
             with suppress(UnsupportedModel):  # what can't be explained may still be distilled; `view` will say so
-                self.prepare(images[:2].to(dtype_of(self.student)))
+                self.prepare(images[:2])
                 self.noise = None
 
     def _prepare_on(self, images: Tensor, advice: str) -> None:
         """Find the site on images that the student may not take; then say so, and what to do."""
-        few = images[:2].to(dtype_of(self.student))
+        few = images[:2]
         with taking_images("student", self.student, few.shape, advice):
             self.prepare(few)
 
@@ -120,6 +120,7 @@ class StudentExplainer:
 
     def prepare(self, images: Tensor) -> None:
         """Find the site on these images and listen there."""
+        images = images.to(dtype_of(self.student))
         with _outside_of_hosts(images.device), self.tap.silent(), as_written(self.student):
             self.plan = plan_for(self.student, self.explainer, images)
         self.tap.read(self.plan.site)
@@ -179,7 +180,7 @@ class StudentExplainer:
 
     def _view(self, forward: Forward, logits: Tensor, plan: Plan, rows: Tensor | None) -> View:
         """By the first way whose logits are those that were given; what fails once is not tried again."""
-        ways = Ways(self.student, plan, self.parts, forward, logits, rows, forward.replaced)
+        ways = Ways(self.student, plan, self.parts, forward, logits, rows)
         failed, error = self.failed[self.student.training], 0.0
         tried: set[str] = set()
         with self.tap.silent():

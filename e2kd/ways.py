@@ -83,7 +83,6 @@ class Ways:
         forward: as it was recorded.
         logits: [B, K], as the criterion was given them.
         rows: indices of the samples to explain; None for all.
-        replaced: whether the forward ran with other parameters than the student's, which nothing can be run again with.
     """
 
     student: nn.Module
@@ -92,17 +91,17 @@ class Ways:
     forward: Forward
     logits: Tensor
     rows: Tensor | None
-    replaced: bool = False
 
     def run_again(self) -> Iterator[tuple[str, Callable[[], View]]]:
-        """The ways that need no graph of the trainer's but that of an explained pass, cheapest first."""
+        """The ways that need no graph of the trainer's but that of an explained pass, cheapest first; with parameters
+        that are not the student's nothing can be run again."""
         plan, features = self.plan, self.forward.features
         if plan.head is None or not plan.head.follows():
             return
         if plan.site is None:
             yield from self._whole()
             return
-        if self.replaced:
+        if self.forward.replaced:
             return
         classifier = None if plan.linear is None else self.student.get_submodule(plan.linear)
         if classifier is not None and is_plain_linear(classifier) and features is not None:
@@ -127,12 +126,11 @@ class Ways:
         if forward.compiled or forward.static_graph:
             where = "a compiled student" if forward.compiled else "DistributedDataParallel(static_graph=True)"
             raise UnsupportedModel(GRAPH_REFUSED.format(layer=layer, where=where))
-        if self.replaced and plan.site is None:
+        if self.forward.replaced and plan.site is None:
             raise UnsupportedModel(REPLACED)
         if forward.features is None or not forward.features.requires_grad or forward.mark is None:
             raise RuntimeError(MISMATCH.format(layer=layer, error=error, why=ALTERED))
-        in_place = plan.site is not None and plan.site.changes  # what was kept is what came out of the activation
-        if plan.head is not None and plan.head.begins_with_activation() and not in_place:
+        if plan.head is not None and plan.head.explains_another():
             raise UnsupportedModel(BARE_ACTIVATION.format(layer=layer))
         mixing = [name for name in norms_after(self.student, plan) if uses_batch(self.student.get_submodule(name))]
         if mixing and holding is None:
@@ -160,7 +158,7 @@ class Ways:
             assert found.encoded is not None
             assert found.logits is not None
             yield "shared", partial(dynamic_view, found.encoded, found.logits, found.mode, create_graph=True)
-        if self.replaced:
+        if self.forward.replaced:
             return
         kept = None if found is None else found.statistics
         alone = self.rows is not None and not self.forward.random

@@ -177,6 +177,7 @@ class Baseline(Wrapping, ABC):
             self.ear = self.teacher.listen(stage.place for stage in self.teacher_stages)
         self._share_teacher()
         self.tap = Tap(self.student)
+        self.tap.notes_parameters = self.reads_weights
         weakref.finalize(self, self.tap.remove)
         self.tap.listen(stage.place for stage in self.student_stages)
 

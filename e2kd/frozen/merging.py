@@ -50,13 +50,10 @@ def merge(folders: Iterable[str | Path], out: str | Path) -> Store:
         raise ValueError("Expected the folders of at least one process, but got none.")
     plan = _common_plan(sources)
     writer = Writer(out, plan, Record.from_json(plan["record"]))
-    for source in sources:
+    for source in dict.fromkeys([Path(out), *sources]):  # what lies there already is verified as well
         _take(source, Path(out), plan)
     if not writer.finish():
         missing = missing_shards(Path(out), plan)
-        if not missing:  # one that was there before is damaged, and no folder has it
-            for index in range(shard_count(plan)):
-                _verified(Path(out), index, plan)
         raise CacheError(
             f"No folder has {listed(missing)} ({len(missing)} of {shard_count(plan)} shards). Add the folders that do, "
             "or let freeze write them: run it again with the same arguments."
@@ -83,30 +80,21 @@ def _plan(source: Path) -> Plan:
         raise CacheError(f"Expected a folder that freeze wrote, but {source} has no plan.json.") from error
 
 
-def _verified(folder: Path, index: int, plan: Plan) -> Shard:
-    """A shard of a folder.
-
-    Raises:
-        CacheError: for a damaged one; says where it lies.
-    """
-    try:
-        shard = Shard(folder, index, rows_of(plan, index), Record.from_json(plan["record"]), fingerprint(plan))
-        shard.verify()
-    except CacheError as error:
-        raise CacheError(f"In {folder}: {error} Freeze it again, or delete it if another folder has it.") from error
-    return shard
-
-
 def _take(source: Path, out: Path, plan: Plan) -> None:
     """Bring the shards of one folder to another."""
+    record, cache = Record.from_json(plan["record"]), fingerprint(plan)
     for index in range(shard_count(plan)):
         here, there = source / shard_name(index), out / shard_name(index)
         if not here.exists():
             continue
-        shard = _verified(source, index, plan)
+        try:
+            shard = Shard(source, index, rows_of(plan, index), record, cache)
+            shard.verify()
+        except CacheError as error:
+            raise CacheError(f"In {source}: {error} Freeze it again, or delete it if another folder has it.") from error
         if not there.exists():
             link_or_copy(here, there)
-        elif not there.samefile(here) and digest(_verified(out, index, plan).data) != digest(shard.data):
+        elif not there.samefile(here) and digest(there.read_bytes()) != digest(shard.data):
             raise CacheError(
                 f"{here} has other rows than {there}: the shard was computed twice, with different results. Delete the "
                 "one that you trust less, and merge again."
